@@ -1,0 +1,35 @@
+// The loops that pay for wide vectors, as one table of functions per instruction set. The table is
+// chosen once, at load; everything else is compiled for the baseline.
+#pragma once
+
+#include "online_softmax.h"
+
+namespace fpg {
+
+// A vocabulary row is reduced in slices of this many logits, whatever the number of rows or threads,
+// so that a token's bits depend on its own row alone. Two slices of fp32 fit in a 32 KiB cache.
+constexpr int64_t kSlice = 4096;
+
+template <typename X>
+struct TokenLogprobsKernels {
+  using T = compute_t<X>;
+  RowStats<T> (*slice_stats)(const X* x, int64_t n, T softcap, T inv_temperature, bool entropy);
+  void (*slice_gradient)(const X* x, X* dx, int64_t n, const RowGradient<T>& row);
+};
+
+struct Kernels : TokenLogprobsKernels<bf16>,
+                 TokenLogprobsKernels<fp16>,
+                 TokenLogprobsKernels<float>,
+                 TokenLogprobsKernels<double> {
+  const char* name;
+};
+
+extern const Kernels baseline, avx2, avx512;
+
+const Kernels& kernels();  // the table in use
+
+// The tables this machine can run, best first, as a null-terminated list; and the choice of one.
+const Kernels* const* supported_kernels();
+bool select_kernels(const char* name);
+
+}  // namespace fpg

@@ -1,0 +1,77 @@
+"""The operator library: how an op is declared, how kernels attach to it, which kernel serves it where.
+
+The only file that knows whether the C++ extension exists.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+try:
+    from fastpg import _C
+except ImportError as error:
+    _C, _why_not = None, str(error)
+
+LIB = torch.library.Library("fastpg", "DEF")
+REFERENCES: dict[torch._ops.OpOverload, Callable] = {}
+_kernels: dict[str, dict[str, str]] = {}  # op -> device -> what serves it
+
+DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def define(schema: str, *, fake: Callable, reference: Callable) -> torch._ops.OpOverload:
+    """Declares `fastpg::<schema>`. The reference serves every device without a kernel of its own."""
+    name = schema.partition("(")[0]
+    LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIB.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastpg::{name}", fake, lib=LIB)
+    op = getattr(torch.ops.fastpg, name).default
+    REFERENCES[op] = reference
+    _kernels[name] = {"CPU": "reference", "CUDA": "reference"}
+    return op
+
+
+def cpu_kernel(op: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
+    """Attaches the decorated function, which calls the extension, where there is an extension."""
+
+    def attach(kernel: Callable) -> Callable:
+        if _C is not None:
+            name = op._opname
+            LIB.impl(name, kernel, "CPU")
+            _kernels[name]["CPU"] = "C++"
+        return kernel
+
+    return attach
+
+
+def kernels_of() -> dict[str, dict[str, str]]:
+    """Which kernel serves each op on each device: {"gae": {"CPU": "C++", "CUDA": "reference"}}."""
+    return {name: dict(devices) for name, devices in sorted(_kernels.items())}
+
+
+def extension_status() -> str:
+    """One line: which instruction set the C++ kernels use, or why there are none."""
+    if _C is None:
+        return f"not loaded ({_why_not}); every op runs on its PyTorch reference"
+    return f"loaded, instruction set {_C.instruction_set()}"
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """The data pointer that a C++ kernel takes; 0 for an absent tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _share_thread_pool() -> None:
+    """Hands torch's parallel loop to the extension, so that torch.set_num_threads holds for it."""
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+    _C.set_parallel_for(ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value)
+
+
+if _C is not None:
+    _share_thread_pool()

@@ -1,0 +1,102 @@
+"""Builds fastpg._C (and fastpg._cuda, where there are CUDA sources and an nvcc) with ninja, without torch.
+
+FASTPG_CUDA=auto|0|1   use nvcc when found (auto), never (0), or fail without it (1)
+FASTPG_STRICT=1        a failed build stops the installation; else fastpg runs on its references
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ninja
+from ninja.ninja_syntax import Writer
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+# -fno-trapping-math lets GCC turn the selects of csrc/simd into masks: AVX2 is scalar without it.
+CXXFLAGS = [
+    *("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
+X86 = platform.machine() in ("x86_64", "AMD64")
+ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+        "-mprefer-vector-width=512",
+    ],
+}
+NVCCFLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+GPUS = (80, 90, 100)
+
+
+def find_nvcc():
+    """The nvcc to use, or None; FASTPG_CUDA decides."""
+    wanted = os.environ.get("FASTPG_CUDA", "auto")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = next((f"{h}/bin/nvcc" for h in homes if h and Path(h, "bin/nvcc").exists()), None)
+    nvcc = found or shutil.which("nvcc")
+    if wanted == "1" and not nvcc:
+        sys.exit("FASTPG_CUDA=1, but nvcc was not found: set CUDA_HOME")
+    return None if wanted == "0" else nvcc
+
+
+def sources(suffix):
+    """The files of csrc/ with this suffix that this machine's architecture can compile."""
+    files = sorted(str(f) for f in Path("csrc").rglob(f"*{suffix}"))
+    return [f for f in files if X86 or Path(f).stem not in ISA_FLAGS]
+
+
+class Build(build_ext):
+    """Compiles one extension through ninja; each instruction set's file gets its own flags."""
+
+    def build_extension(self, ext):
+        try:
+            self.ninja(ext)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("FASTPG_STRICT") == "1":
+                raise
+            ext.optional = True
+            print(f"fastpg: {ext.name} was NOT built ({error})", file=sys.stderr)
+
+    def ninja(self, ext):
+        folder = Path(self.build_temp, ext.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder / "build.ninja", "w") as file:
+            self.write(Writer(file, width=1000), ext, folder.absolute(), target)
+        subprocess.run([f"{ninja.BIN_DIR}/ninja", "-C", str(folder)], check=True)
+
+    def write(self, out, ext, folder, target):
+        """The whole build: a rule per compiler, an edge per source, one link."""
+        cxx, nvcc = os.environ.get("CXX", "c++"), find_nvcc()
+        includes = [f"-I{d}" for d in (*ext.include_dirs, *self.include_dirs, Path("csrc").absolute())]
+        gpus = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
+        shared = ["-shared"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
+        out.variable("includes", includes)
+        out.rule("cxx", f"{cxx} {' '.join(CXXFLAGS)} $isa $includes -MMD -MF $out.d -c $in -o $out",
+                 depfile="$out.d", deps="gcc")  # fmt: skip
+        out.rule("nvcc", f"{nvcc} {' '.join(NVCCFLAGS + gpus)} $includes -MD -c $in -o $out",
+                 depfile="$out.d", deps="gcc")  # fmt: skip
+        out.rule("link", f"{cxx} {' '.join(shared)} $in $libs -o $out")
+        objects = []
+        for source in map(Path, ext.sources):
+            objects.append(str(folder / f"{source.stem}{source.suffix}.o"))
+            rule = "nvcc" if source.suffix == ".cu" else "cxx"
+            flags = {"isa": ISA_FLAGS.get(source.stem, [])}
+            out.build(objects[-1], rule, str(source.absolute()), variables=flags)
+        out.build(str(target), "link", objects, variables={"libs": ext.extra_link_args})
+
+
+def extensions():
+    """fastpg._C always; fastpg._cuda where there is something to build it with."""
+    cpu = Pybind11Extension("fastpg._C", sources(".cpp"), extra_link_args=["-lm"])
+    return [cpu]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -21,11 +21,39 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-LogitRows logit_rows(Address logits, int dtype, int64_t count, int64_t inner, int64_t outer_stride,
-                     int64_t inner_stride, int64_t vocab, Address labels, Address temperatures,
-                     double temperature, double softcap, int64_t ignore_index) {
-  return {at(logits), dtype, count, inner, outer_stride, inner_stride, vocab,
-          at<int64_t>(labels), at(temperatures), temperature, softcap, ignore_index};
+// LogitRows, as the tuple that the page makes: logits, dtype, count, inner, outer and inner stride,
+// vocab, labels, temperature, temperature_per_row, softcap, ignore_index.
+using LogitRowsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                  Address, Address, bool, double, int64_t>;
+
+LogitRows logit_rows(const LogitRowsTuple& rows) {
+  const auto [logits, dtype, count, inner, outer_stride, inner_stride, vocab, labels, temperature,
+              temperature_per_row, softcap, ignore_index] = rows;
+  return {at(logits),      dtype,
+          count,           inner,
+          outer_stride,    inner_stride,
+          vocab,           at<int64_t>(labels),
+          at(temperature), temperature_per_row,
+          softcap,         ignore_index};
+}
+
+void bind_token_logprobs(py::module_& m) {
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "token_logprobs",
+      [](const LogitRowsTuple& rows, Address logp, Address entropy, Address stats) {
+        token_logprobs(logit_rows(rows), {at(logp), at(entropy), at(stats)});
+      },
+      unlocked);
+  m.def(
+      "token_logprobs_backward",
+      [](const LogitRowsTuple& rows, Address grad_logp, Address grad_entropy, Address entropy,
+         Address stats, Address grad_logits) {
+        token_logprobs_backward(logit_rows(rows),
+                                {at(grad_logp), at(grad_entropy), at(entropy), at(stats)},
+                                at(grad_logits));
+      },
+      unlocked);
 }
 
 std::vector<std::string> instruction_sets() {
@@ -42,25 +70,13 @@ void use_instruction_set(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("set_parallel_for", [](Address function) {
     torch_parallel_for = reinterpret_cast<TorchParallelFor>(function);
   });
   m.def("instruction_sets", instruction_sets, "The instruction sets of this machine, best first.");
   m.def("instruction_set", [] { return kernels().name; }, "The one in use.");
   m.def("use_instruction_set", use_instruction_set);
-  py::class_<LogitRows>(m, "LogitRows").def(py::init(&logit_rows));
-  m.def("token_logprobs", [](const LogitRows& rows, Address logp, Address entropy, Address max,
-                             Address log_sum) {
-    token_logprobs(rows, {at(logp), at(entropy), at(max), at(log_sum)});
-  }, unlocked);
-  m.def("token_logprobs_backward", [](const LogitRows& rows, Address grad_logp,
-                                      Address grad_entropy, Address entropy, Address max,
-                                      Address log_sum, Address grad_logits) {
-    token_logprobs_backward(
-        rows, {at(grad_logp), at(grad_entropy), at(entropy), at(max), at(log_sum)},
-        at(grad_logits));
-  }, unlocked);
+  bind_token_logprobs(m);
 }
 
 }  // namespace fpg

@@ -1,10 +1,13 @@
-// Floor 0: exp, expm1, tanh and log. The float ones are branch-free polynomials, so that a plain loop
-// over them is vectorised for every instruction set, with the same error (below 2 ulp) on each.
+// Floor 0: exp, expm1, tanh and log. The float ones are branch-free polynomials, so that a plain
+// loop over them is vectorised for every instruction set, with the same error (below 2 ulp) on
+// each.
 #pragma once
 
 #include "common.h"
 
 namespace fpg {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 FPG_HD double exp(double x) { return __builtin_exp(x); }
 FPG_HD double expm1(double x) { return __builtin_expm1(x); }
@@ -33,6 +36,30 @@ FPG_HD float exp(float x) {
   const float not_below = x < -87.33654f ? 0.f : scaled;
   const float not_above = x > 88.72283f ? infinity<float>() : not_below;
   return x == x ? not_above : x;
+}
+
+// Where 2^y rounds to 0, and the smallest argument of exp2.
+template <typename T>
+FPG_HD T zero_exponent() {
+  return sizeof(T) == 4 ? T(-127) : T(-1100);
+}
+
+FPG_HD double exp2(double y) { return __builtin_exp2(y); }
+
+// 2^y for -127 <= y <= 127, in as few instructions as the softmax can do with: y = n + f with
+// |f| <= 1/2, a minimax polynomial for 2^f, and 2^n from the bits that rounding left. 2^-127 is 0.
+FPG_HD float exp2(float y) {
+  constexpr float kRound = 12582912.f + 127.f;  // 1.5 * 2^23 + the exponent's bias
+  const float shifted = y + kRound;
+  const float f = y - (shifted - kRound);
+  float p = 0x1.41d334p-13f;
+  p = p * f + 0x1.5f456ap-10f;
+  p = p * f + 0x1.3b2dbcp-7f;
+  p = p * f + 0x1.c6aed4p-5f;
+  p = p * f + 0x1.ebfbdap-3f;
+  p = p * f + 0x1.62e430p-1f;
+  p = p * f + 1.f;
+  return p * __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, shifted) << 23);
 }
 
 // An odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.

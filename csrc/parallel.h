@@ -1,4 +1,5 @@
-// torch's own thread pool behind one function: torch.set_num_threads holds, no second OpenMP exists.
+// torch's own thread pool behind one function: torch.set_num_threads holds, no second OpenMP
+// exists.
 #pragma once
 
 #include <stdint.h>
@@ -8,7 +9,8 @@
 namespace fpg {
 
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
-using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody, void*);
+using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody,
+                                     void*);
 
 // Address of libtorch's C function torch_parallel_for, handed over once by fastpg/_library.py.
 extern TorchParallelFor torch_parallel_for;

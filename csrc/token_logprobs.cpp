@@ -1,11 +1,13 @@
 // Log-probs and entropies of labels under softmax(logits), and their gradient: rows by slices.
 #include "token_logprobs.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "dtype.h"
+#include "pages.h"
 #include "parallel.h"
 #include "simd/kernels.h"
 
@@ -28,33 +30,33 @@ struct Rows {
            inner * rows.inner_stride;
   }
   bool ignored(int64_t row) const { return rows.labels[row] == rows.ignore_index; }
-  T inv_temperature(int64_t row) const {
-    const auto* each = static_cast<const T*>(rows.temperatures);
-    return T(1) / (each ? each[row] : T(rows.temperature));
+  T temperature(int64_t row) const {
+    return static_cast<const T*>(rows.temperature)[rows.temperature_per_row ? row : 0];
   }
+  T inv_temperature(int64_t row) const { return T(1) / temperature(row); }
   T capped(int64_t row, int64_t token) const {
     const T x = load(at(row)[token]), cap = T(rows.softcap);
     return cap == T(0) ? x : cap * tanh(x * (T(1) / cap));
   }
 };
 
-// Labels and temperatures are read once before anything is computed, so that a bad one raises first.
+// Labels and temperatures are read once before anything is computed, so that a bad one raises
+// first.
 template <typename X>
 void check(const LogitRows& rows) {
   using T = compute_t<X>;
-  const auto* temperatures = static_cast<const T*>(rows.temperatures);
   for (int64_t row = 0; row < rows.count; ++row) {
     const int64_t label = rows.labels[row];
     if (label == rows.ignore_index) continue;
+    const T temperature = Rows<X>{rows}.temperature(row);
     if (label < 0 || label >= rows.vocab)
-      throw std::out_of_range("token_logprobs: labels holds " + std::to_string(label) +
-                              " at row " + std::to_string(row) + ", outside [0, " +
-                              std::to_string(rows.vocab) + ") and not ignore_index=" +
-                              std::to_string(rows.ignore_index));
-    if (temperatures && !(temperatures[row] > 0 && temperatures[row] < infinity<T>()))
+      throw std::out_of_range("token_logprobs: labels holds " + std::to_string(label) + " at row " +
+                              std::to_string(row) + ", outside [0, " + std::to_string(rows.vocab) +
+                              ") and not ignore_index=" + std::to_string(rows.ignore_index));
+    if (!(temperature > 0 && temperature < infinity<T>()))
       throw std::invalid_argument("token_logprobs: temperature holds " +
-                                  std::to_string(temperatures[row]) + " at row " +
-                                  std::to_string(row) + ", must be finite and > 0");
+                                  std::to_string(temperature) + " at row " + std::to_string(row) +
+                                  ", must be finite and > 0");
   }
 }
 
@@ -68,8 +70,8 @@ struct Forward : Rows<X> {
       : Rows<X>{rows},
         logp(static_cast<T*>(out.logp)),
         entropies(static_cast<T*>(out.entropy)),
-        max(static_cast<T*>(out.max)),
-        log_sums(static_cast<T*>(out.log_sum)) {}
+        max(static_cast<T*>(out.stats)),
+        log_sums(max + rows.count) {}
 
   RowStats<T> slice(int64_t row, int64_t index) const {
     const int64_t begin = index * kSlice;
@@ -144,9 +146,10 @@ struct Backward : Rows<X> {
   }
 
   RowGradient<T> gradient(int64_t row) const {
-    return {value(in.max, row),           value(in.log_sum, row),   value(in.entropy, row),
-            value(in.grad_logp, row),     value(in.grad_entropy, row), T(this->rows.softcap),
-            this->inv_temperature(row)};
+    const T max = value(in.stats, row), log_sum = value(in.stats, this->rows.count + row);
+    return row_gradient(max, log_sum, value(in.entropy, row), value(in.grad_logp, row),
+                        value(in.grad_entropy, row), T(this->rows.softcap),
+                        this->inv_temperature(row));
   }
 
   void slice(int64_t row, int64_t index) const {
@@ -160,13 +163,17 @@ struct Backward : Rows<X> {
       return;
     }
     kernel.slice_gradient(this->at(row) + begin, dx, length, g);
-    if (label >= begin && label < begin + length)
-      store(&dx[label - begin], label_gradient(this->capped(row, label), g));
+    if (label >= begin && label < begin + length) {
+      const T c = this->capped(row, label);
+      store(&dx[label - begin],
+            g.softcap == 0 ? label_gradient<false>(c, g) : label_gradient<true>(c, g));
+    }
   }
 
   void run() const {
     const int64_t slices = ceil_div(this->rows.vocab, kSlice);
     const int64_t grain = kGrain / smaller(kSlice, this->rows.vocab);
+    advise_huge_pages(out, this->rows.count * this->rows.vocab * sizeof(X));
     parallel_for(this->rows.count * slices, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) slice(i / slices, i % slices);
     });
@@ -185,8 +192,7 @@ void token_logprobs(const LogitRows& rows, const LogprobsOut& out) {
 }
 
 void token_logprobs_backward(const LogitRows& rows, const LogprobsGradient& in, void* grad_logits) {
-  with_float_dtype(rows.dtype,
-                   [&](auto x) { Backward<decltype(x)>(rows, in, grad_logits).run(); });
+  with_float_dtype(rows.dtype, [&](auto x) { Backward<decltype(x)>(rows, in, grad_logits).run(); });
 }
 
 }  // namespace fpg

@@ -11,18 +11,21 @@ struct LogitRows {
   const void* logits;
   int dtype;
   int64_t count, inner, outer_stride, inner_stride, vocab;
-  const int64_t* labels;       // [count]
-  const void* temperatures;    // [count] in the compute type, or null: `temperature` for all
-  double temperature, softcap;  // softcap 0: none
+  const int64_t* labels;    // [count]
+  const void* temperature;  // in the compute type: [count], or one for all
+  bool temperature_per_row;
+  double softcap;  // 0: none
   int64_t ignore_index;
 };
 
-struct LogprobsOut {  // each [count] in the compute type; entropy may be null
-  void *logp, *entropy, *max, *log_sum;
+// Each in the compute type: [count], stats [2, count] of (max, log sum). Entropy may be null.
+struct LogprobsOut {
+  void *logp, *entropy, *stats;
 };
 
-struct LogprobsGradient {  // each [count] in the compute type; the gradients and entropy may be null
-  const void *grad_logp, *grad_entropy, *entropy, *max, *log_sum;
+// The same; the gradients and the entropy may be null.
+struct LogprobsGradient {
+  const void *grad_logp, *grad_entropy, *entropy, *stats;
 };
 
 void token_logprobs(const LogitRows& rows, const LogprobsOut& out);

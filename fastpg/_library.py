@@ -66,6 +66,13 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A 0-d tensor of a number that changes from call to call, without compiling anew for each."""
+    if torch.compiler.is_compiling():  # only arithmetic keeps a Python float symbolic there
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.scalar_tensor(value, dtype=dtype, device=device)
+
+
 def _share_thread_pool() -> None:
     """Hands torch's parallel loop to the extension, so that torch.set_num_threads holds for it."""
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, cpu_kernel, define
+from .._library import _C, DTYPE_CODE, address, cpu_kernel, define, scalar
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,66 +26,63 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scaled(logits, labels, temperatures, temperature, softcap, ignore_index):
+def _scaled(logits, labels, temperature, softcap, ignore_index):
     """(kept rows, capped logits, their maximum, d = z - max z); what is ignored is never computed."""
     kept = labels != ignore_index
-    x = torch.where(kept[..., None], logits.to(compute_dtype(logits.dtype)), 0.0)
+    x = torch.where(kept[..., None], logits.to(temperature.dtype), 0.0)
     capped = softcap * torch.tanh(x / softcap) if softcap else x
     top = capped.amax(-1)
     origin = top.masked_fill(top == -math.inf, 0.0)
-    t = temperature if temperatures is None else torch.where(kept, temperatures, 1.0)[..., None]
-    return kept, capped, top, (capped - origin[..., None]) / t
+    return kept, capped, top, (capped - origin[..., None]) / temperature[..., None]
 
 
-def _check_on_host(labels, vocab, ignore_index, temperatures):
-    """The checks of values that the C++ kernel makes. On other devices they would synchronise."""
+def _check_on_host(labels, vocab, ignore_index, temperature):
+    """The checks of values that the C++ kernel makes too. On other devices they would synchronise."""
     if labels.device.type != "cpu":
         return
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    kept = labels != ignore_index
+    bad = kept & ((labels < 0) | (labels >= vocab))
     if bad.any():
         raise IndexError(
             f"token_logprobs: labels holds {labels[bad][0].item()}, outside [0, {vocab}) "
             f"and not ignore_index={ignore_index}"
         )
-    if temperatures is not None:
-        bad = (labels != ignore_index) & ~((temperatures > 0) & temperatures.isfinite())
-        if bad.any():
-            raise ValueError(
-                f"token_logprobs: temperature holds {temperatures[bad][0].item()}, "
-                "must be finite and > 0"
-            )
+    bad = kept & ~((temperature > 0) & temperature.isfinite())
+    if bad.any():
+        value = temperature.expand(labels.shape)[bad][0].item()
+        raise ValueError(f"token_logprobs: temperature holds {value}, must be finite and > 0")
 
 
-def reference(logits, labels, temperatures, temperature, softcap, ignore_index):
-    """[..., V] logits -> logp, entropy, max, log_sum, each of the shape of labels."""
+def reference(logits, labels, temperature, softcap, ignore_index):
+    """[..., V] logits -> logp [...], entropy [...], stats [2, ...]: (max, log_sum) of each row."""
     vocab = logits.shape[-1]
-    _check_on_host(labels, vocab, ignore_index, temperatures)
-    kept, _, top, d = _scaled(logits, labels, temperatures, temperature, softcap, ignore_index)
+    _check_on_host(labels, vocab, ignore_index, temperature)
+    kept, _, top, d = _scaled(logits, labels, temperature, softcap, ignore_index)
     e = d.exp()
     total = e.sum(-1)
     log_sum = torch.where(total == 0, 0.0, total.log())
     legal = kept & (labels >= 0) & (labels < vocab)
     label = torch.where(legal, labels, 0)[..., None]
     logp = d.gather(-1, label)[..., 0] - log_sum
+    logp = torch.where(legal, logp, math.nan)  # a device that cannot raise poisons the row
     weighted = (e * torch.where(e == 0, 0.0, d)).sum(-1)
     entropy = torch.where(total == 0, 0.0, log_sum - weighted / total).clamp(min=0.0)
-    logp = torch.where(legal, logp, math.nan)  # a device that cannot raise poisons the row
-    return tuple(torch.where(kept, out, 0.0) for out in (logp, entropy, top, log_sum))
+    stats = torch.stack([top, log_sum])
+    return tuple(torch.where(kept, out, 0.0) for out in (logp, entropy, stats))
 
 
 def reference_logp(*args):
     """The same without the entropy."""
-    logp, _, top, log_sum = reference(*args)
-    return logp, top, log_sum
+    logp, _, stats = reference(*args)
+    return logp, stats
 
 
 def reference_backward(
-    grad_logp, grad_entropy, entropy, top, log_sum,
-    logits, labels, temperatures, temperature, softcap, ignore_index,
+    grad_logp, grad_entropy, entropy, stats, logits, labels, temperature, softcap, ignore_index
 ):  # fmt: skip
     """dL/dlogits, in the dtype and shape of logits, contiguous."""
-    kept, capped, _, d = _scaled(logits, labels, temperatures, temperature, softcap, ignore_index)
-    logp = d - log_sum[..., None]
+    kept, capped, _, d = _scaled(logits, labels, temperature, softcap, ignore_index)
+    logp = d - stats[1][..., None]
     p = logp.exp()
     g = torch.where(kept, grad_logp, 0.0)[..., None]
     is_label = torch.arange(logits.shape[-1], device=logits.device) == labels[..., None]
@@ -97,113 +94,118 @@ def reference_backward(
     grad = torch.where(capped == -math.inf, 0.0, grad)
     if softcap:
         grad = grad * (1 - (capped / softcap) ** 2)
-    t = temperature if temperatures is None else torch.where(kept, temperatures, 1.0)[..., None]
-    return torch.where(kept[..., None], grad / t, 0.0).to(logits.dtype).contiguous()
+    grad = torch.where(kept[..., None], grad / temperature[..., None], 0.0)
+    return grad.to(logits.dtype).contiguous()
 
 
-def _fake(logits, labels, *_):
-    stats = [labels.new_empty(labels.shape, dtype=compute_dtype(logits.dtype)) for _ in range(4)]
-    return tuple(stats)
+def _fake(logits, labels, temperature, *_):
+    shapes = labels.shape, labels.shape, (2, *labels.shape)
+    return tuple(labels.new_empty(shape, dtype=temperature.dtype) for shape in shapes)
 
 
-_OPTIONS = (
-    "Tensor logits, Tensor labels, Tensor? temperatures, float temperature, float softcap, "
-    "int ignore_index"
-)
+_OPTIONS = "Tensor logits, Tensor labels, Tensor temperature, float softcap, int ignore_index"
 _logp = define(
-    f"token_logprobs({_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    fake=lambda *args: _fake(*args)[:3],
+    f"token_logprobs({_OPTIONS}) -> (Tensor, Tensor)",
+    fake=lambda *args: _fake(*args)[1:],
     reference=reference_logp,
 )
 _logp_entropy = define(
-    f"token_logprobs_entropy({_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"token_logprobs_entropy({_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     reference=reference,
 )
 _backward = define(
-    "token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, Tensor? entropy, Tensor top, "
-    f"Tensor log_sum, {_OPTIONS}) -> Tensor",
-    fake=lambda *args: args[5].new_empty(args[5].shape),
+    "token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, Tensor? entropy, "
+    f"Tensor stats, {_OPTIONS}) -> Tensor",
+    fake=lambda *args: args[4].new_empty(args[4].shape),
     reference=reference_backward,
 )
 
 
-def _rows(logits, labels, temperatures, temperature, softcap, ignore_index):
-    """The rows as the C++ kernels take them, and the tensors that must outlive the call."""
+def _addressable(logits, labels, temperature):
+    """The same values with adjacent logits and at most two leading strides: copies only if needed."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     if logits.dim() > 3:
-        logits = logits.flatten(0, -3)  # copies only where the leading strides do not nest
+        logits = logits.flatten(0, -3)
+    return logits, labels.contiguous(), temperature.contiguous()
+
+
+def _rows(logits, labels, temperature, softcap, ignore_index):
+    """LogitRows of csrc/token_logprobs.h. The caller keeps the tensors alive."""
     shape, strides = logits.shape, logits.stride()
-    inner, inner_stride = (shape[-2], strides[-2]) if logits.dim() > 1 else (1, 0)
-    outer_stride = strides[0] if logits.dim() == 3 else 0
-    labels = labels.contiguous()
-    if temperatures is not None:
-        temperatures = temperatures.contiguous()
-    rows = _C.LogitRows(
+    inner, inner_stride = (shape[-2], strides[-2]) if len(shape) > 1 else (1, 0)
+    outer_stride = strides[0] if len(shape) > 2 else 0
+    return (
         logits.data_ptr(), DTYPE_CODE[logits.dtype], labels.numel(), inner, outer_stride,
-        inner_stride, shape[-1], labels.data_ptr(), address(temperatures), temperature, softcap,
-        ignore_index,
+        inner_stride, shape[-1], labels.data_ptr(), temperature.data_ptr(), temperature.dim() > 0,
+        softcap, ignore_index,
     )  # fmt: skip
-    return rows, (logits, labels, temperatures)
 
 
 @cpu_kernel(_logp)
-def _logp_cpu(logits, labels, *options):
-    rows, _alive = _rows(logits, labels, *options)
-    out = [labels.new_empty(labels.shape, dtype=compute_dtype(logits.dtype)) for _ in range(3)]
-    _C.token_logprobs(rows, out[0].data_ptr(), 0, out[1].data_ptr(), out[2].data_ptr())
-    return tuple(out)
+def _logp_cpu(logits, labels, temperature, softcap, ignore_index):
+    logits, labels, temperature = _addressable(logits, labels, temperature)
+    logp = torch.empty_like(labels, dtype=temperature.dtype)
+    stats = logp.new_empty((2, *labels.shape))
+    rows = _rows(logits, labels, temperature, softcap, ignore_index)
+    _C.token_logprobs(rows, logp.data_ptr(), 0, stats.data_ptr())
+    return logp, stats
 
 
 @cpu_kernel(_logp_entropy)
-def _logp_entropy_cpu(logits, labels, *options):
-    rows, _alive = _rows(logits, labels, *options)
-    out = [labels.new_empty(labels.shape, dtype=compute_dtype(logits.dtype)) for _ in range(4)]
-    _C.token_logprobs(rows, *(o.data_ptr() for o in out))
-    return tuple(out)
+def _logp_entropy_cpu(logits, labels, temperature, softcap, ignore_index):
+    logits, labels, temperature = _addressable(logits, labels, temperature)
+    logp = torch.empty_like(labels, dtype=temperature.dtype)
+    entropy, stats = torch.empty_like(logp), logp.new_empty((2, *labels.shape))
+    rows = _rows(logits, labels, temperature, softcap, ignore_index)
+    _C.token_logprobs(rows, logp.data_ptr(), entropy.data_ptr(), stats.data_ptr())
+    return logp, entropy, stats
 
 
 @cpu_kernel(_backward)
-def _backward_cpu(grad_logp, grad_entropy, entropy, top, log_sum, logits, labels, *options):
-    rows, _alive = _rows(logits, labels, *options)
+def _backward_cpu(grad_logp, grad_entropy, entropy, stats, logits, labels, temperature, *options):
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    logits, labels, temperature = _addressable(logits, labels, temperature)
     grad_logp = grad_logp.contiguous()  # sum() hands an expanded one over
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    grad = logits.new_empty(logits.shape)
-    per_row = map(address, (grad_logp, grad_entropy, entropy, top, log_sum))
+    per_row = grad_logp.data_ptr(), address(grad_entropy), address(entropy), stats.data_ptr()
+    rows = _rows(logits, labels, temperature, *options)
     _C.token_logprobs_backward(rows, *per_row, grad.data_ptr())
     return grad
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, temperatures, *options):
-        logp, top, log_sum = _logp(logits, labels, temperatures, *options)
-        ctx.save_for_backward(None, top, log_sum, logits, labels, temperatures)
-        ctx.options = options
+    def forward(ctx, logits, labels, temperature, softcap, ignore_index):
+        logp, stats = _logp(logits, labels, temperature, softcap, ignore_index)
+        ctx.save_for_backward(stats, logits, labels, temperature)
+        ctx.options = softcap, ignore_index
         return logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp):
-        entropy, *saved = ctx.saved_tensors
-        grad = _backward(grad_logp, None, entropy, *saved, *ctx.options)
-        return (grad, *[None] * 5)
+        grad = _backward(grad_logp, None, None, *ctx.saved_tensors, *ctx.options)
+        return grad, None, None, None, None
 
 
 class _TokenLogprobsEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, temperatures, *options):
-        logp, entropy, top, log_sum = _logp_entropy(logits, labels, temperatures, *options)
-        ctx.save_for_backward(entropy, top, log_sum, logits, labels, temperatures)
-        ctx.options = options
+    def forward(ctx, logits, labels, temperature, softcap, ignore_index):
+        logp, entropy, stats = _logp_entropy(logits, labels, temperature, softcap, ignore_index)
+        ctx.save_for_backward(entropy, stats, logits, labels, temperature)
+        ctx.options = softcap, ignore_index
         return logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
         grad = _backward(grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.options)
-        return (grad, *[None] * 5)
+        return grad, None, None, None, None
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
@@ -211,7 +213,7 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         raise TypeError(f"token_logprobs: logits must be floating point, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"token_logprobs: logits must be [..., V], got {tuple(logits.shape)}")
-    if labels.dtype is not torch.int64 and labels.dtype not in _LABEL_DTYPES:
+    if labels.dtype not in _INTEGERS:
         raise TypeError(f"token_logprobs: labels must be integers, got {labels.dtype}")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
@@ -222,29 +224,28 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"token_logprobs: labels on {labels.device}, logits on {logits.device}")
 
 
-_LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"token_logprobs: {name} must be finite and > 0, got {value}")
+    return value
 
 
-def _temperatures(temperature: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """One temperature per label, in the compute dtype."""
+def _temperature(temperature: float | Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """0-d, or one per label. Always a tensor, so that a new value compiles nothing anew."""
+    dtype = compute_dtype(logits.dtype)
+    if not isinstance(temperature, Tensor):
+        return scalar(_positive("temperature", temperature), dtype, logits.device)
     if temperature.device != logits.device:
         raise ValueError(
             f"token_logprobs: temperature on {temperature.device}, logits on {logits.device}"
         )
     try:
-        each = temperature.expand(labels.shape)
+        return temperature.detach().to(dtype).expand(labels.shape)
     except RuntimeError:
         raise ValueError(
             f"token_logprobs: temperature {tuple(temperature.shape)} does not broadcast to labels "
             f"{tuple(labels.shape)}"
         ) from None
-    return each.detach().to(compute_dtype(logits.dtype))
-
-
-def _positive(name: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ValueError(f"token_logprobs: {name} must be finite and > 0, got {value}")
-    return float(value)
 
 
 def token_logprobs(
@@ -267,12 +268,9 @@ def token_logprobs(
     raises IndexError on the CPU and gives NaN on other devices.
     """
     _check(logits, labels)
-    if labels.dtype is not torch.int64:
-        labels = labels.long()
-    if isinstance(temperature, Tensor):
-        temperatures, temperature = _temperatures(temperature, logits, labels), 1.0
-    else:
-        temperatures, temperature = None, _positive("temperature", temperature)
     softcap = 0.0 if softcap is None else _positive("softcap", softcap)
-    function = _TokenLogprobsEntropy if return_entropy else _TokenLogprobs
-    return function.apply(logits, labels, temperatures, temperature, softcap, ignore_index)
+    t = _temperature(temperature, logits, labels)
+    args = logits, labels.long(), t, softcap, ignore_index
+    if logits.requires_grad and torch.is_grad_enabled():
+        return (_TokenLogprobsEntropy if return_entropy else _TokenLogprobs).apply(*args)
+    return _logp_entropy(*args)[:2] if return_entropy else _logp(*args)[0]

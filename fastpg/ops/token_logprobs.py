@@ -177,32 +177,19 @@ def _backward_cpu(grad_logp, grad_entropy, entropy, stats, logits, labels, tempe
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, temperature, softcap, ignore_index):
-        logp, stats = _logp(logits, labels, temperature, softcap, ignore_index)
-        ctx.save_for_backward(stats, logits, labels, temperature)
-        ctx.options = softcap, ignore_index
-        return logp
+    def forward(ctx, return_entropy, *args):
+        logp, *entropy, stats = (_logp_entropy if return_entropy else _logp)(*args)
+        ctx.save_for_backward(stats, *args[:3], *entropy)
+        ctx.options = args[3:]
+        return (logp, *entropy) if return_entropy else logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp):
-        grad = _backward(grad_logp, None, None, *ctx.saved_tensors, *ctx.options)
-        return grad, None, None, None, None
-
-
-class _TokenLogprobsEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, labels, temperature, softcap, ignore_index):
-        logp, entropy, stats = _logp_entropy(logits, labels, temperature, softcap, ignore_index)
-        ctx.save_for_backward(entropy, stats, logits, labels, temperature)
-        ctx.options = softcap, ignore_index
-        return logp, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
-        grad = _backward(grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.options)
-        return grad, None, None, None, None
+    def backward(ctx, grad_logp, grad_entropy=None):
+        stats, logits, labels, temperature, *entropy = ctx.saved_tensors
+        rows = stats, logits, labels, temperature, *ctx.options
+        grad = _backward(grad_logp, grad_entropy, entropy[0] if entropy else None, *rows)
+        return None, grad, None, None, None, None
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -272,5 +259,5 @@ def token_logprobs(
     t = _temperature(temperature, logits, labels)
     args = logits, labels.long(), t, softcap, ignore_index
     if logits.requires_grad and torch.is_grad_enabled():
-        return (_TokenLogprobsEntropy if return_entropy else _TokenLogprobs).apply(*args)
+        return _TokenLogprobs.apply(return_entropy, *args)
     return _logp_entropy(*args)[:2] if return_entropy else _logp(*args)[0]

@@ -1,0 +1,52 @@
+# `make demo` and `make test` do all the set-up: a .venv with the tested versions, or, where $(PY)
+# already has torch and the build tools, that Python as it is (no download, no isolation).
+PY ?= python3
+HAVE := $(shell $(PY) -c "import torch, pybind11, ninja, setuptools" 2>/dev/null && echo 1)
+RUN := $(if $(HAVE),$(PY),.venv/bin/python)
+CPP := $(shell find csrc -type f)
+
+.PHONY: demo test lint format bench gpu clean
+
+demo: .stamp
+	$(RUN) -m fastpg train
+
+test: .stamp
+	$(RUN) -m pytest
+
+lint: .stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(dir $(RUN))clang-format --dry-run -Werror $(CPP)
+
+format: .stamp
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(dir $(RUN))clang-format -i $(CPP)
+
+bench: .stamp
+	$(RUN) -m bench
+
+# Tests and benchmarks on a machine with a GPU, within nine minutes; results go to bench/results/.
+gpu: .stamp
+	$(RUN) -c "import torch; torch.cuda.is_available() or exit('make gpu: torch sees no GPU')"
+	timeout 300 $(RUN) -m pytest -x -k "cuda"
+	timeout 240 $(RUN) -m bench --device cuda
+
+ifeq ($(HAVE),1)
+INSTALL = $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+else
+INSTALL = .venv/bin/pip install -q -c constraints.txt -e ".[trainer,test,lint]"
+endif
+
+# torch comes first and alone: the exact version is a CPU build, where a range would bring CUDA.
+.venv: constraints.txt
+	$(PY) -m venv .venv
+	.venv/bin/pip install -q -c constraints.txt torch==2.13.0
+	touch .venv
+
+.stamp: $(if $(HAVE),,.venv) pyproject.toml setup.py $(CPP)
+	FASTPG_STRICT=1 $(INSTALL)
+	touch .stamp
+
+clean:
+	rm -rf build .stamp *.egg-info fastpg/*.so

@@ -1,0 +1,59 @@
+"""The extension: what it may not leak, what it does not need, and life without it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("unit", sorted(Path(ROOT, "csrc/simd").glob("*.cpp")), ids=lambda p: p.stem)
+def test_instruction_sets_do_not_leak(unit, tmp_path):
+    """A weak symbol of one unit could be linked in place of another's, and be an illegal instruction."""
+    compiler = shutil.which("c++")
+    if not compiler or not shutil.which("nm"):
+        pytest.skip("no C++ compiler here")
+    command = [compiler, "-std=c++17", "-O0", f"-I{ROOT}/csrc", "-c", unit, "-o", tmp_path / "unit.o"]
+    subprocess.run(command, check=True)
+    symbols = subprocess.run(["nm", tmp_path / "unit.o"], capture_output=True, text=True, check=True)
+    assert not [line for line in symbols.stdout.splitlines() if line[17:18] in "WVu"]
+
+
+def test_extension_does_not_link_torch():
+    from fastpg._library import _C
+
+    if _C is None or not shutil.which("ldd"):
+        pytest.skip("no extension here, or no ldd")
+    linked = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True)
+    assert "torch" not in linked.stdout and "gomp" not in linked.stdout
+
+
+def test_without_the_extension_the_references_serve():
+    out = python(
+        "import sys; sys.modules['fastpg._C'] = None\n"
+        "import torch, fastpg\n"
+        "x = torch.randn(3, 5, requires_grad=True)\n"
+        "fastpg.token_logprobs(x, torch.tensor([0, 1, 2])).sum().backward()\n"
+        "assert x.grad.abs().sum() > 0\n"
+        "assert all(k['CPU'] == 'reference' for k in fastpg.kernels_of().values())\n"
+        "print(fastpg.extension_status())"
+    )
+    assert out.startswith("not loaded (")
+
+
+def test_an_unknown_instruction_set_is_refused():
+    from fastpg._library import _C
+
+    if _C is None:
+        pytest.skip("no extension here")
+    with pytest.raises(ValueError, match="no instruction set 'mmx'"):
+        _C.use_instruction_set("mmx")

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "gae.h"
 #include "parallel.h"
 #include "simd/kernels.h"
 #include "token_logprobs.h"
@@ -26,6 +27,15 @@ LogitRows logit_rows(Address logits, int dtype, int64_t count, int64_t inner, in
                      double temperature, double softcap, int64_t ignore_index) {
   return {at(logits), dtype, count, inner, outer_stride, inner_stride, vocab,
           at<int64_t>(labels), at(temperatures), temperature, softcap, ignore_index};
+}
+
+GaeInputs gae_inputs(int64_t count, int64_t length, Address cu_seqlens, int dtype, Address rewards,
+                     Address values, Address gammas, Address lams, bool gamma_per_token,
+                     bool lam_per_token, double gamma, double lam, Address mask, Address terminated,
+                     Address truncated, Address bootstrap) {
+  return {{count, length, at<int32_t>(cu_seqlens)},
+          dtype, at(rewards), at(values), at(gammas), at(lams), gamma_per_token, lam_per_token,
+          gamma, lam, at<bool>(mask), at<bool>(terminated), at<bool>(truncated), at(bootstrap)};
 }
 
 std::vector<std::string> instruction_sets() {
@@ -60,6 +70,15 @@ PYBIND11_MODULE(_C, m) {
     token_logprobs_backward(
         rows, {at(grad_logp), at(grad_entropy), at(entropy), at(max), at(log_sum)},
         at(grad_logits));
+  }, unlocked);
+  py::class_<GaeInputs>(m, "GaeInputs").def(py::init(&gae_inputs));
+  m.def("gae", [](const GaeInputs& in, Address advantages, Address returns) {
+    gae(in, at(advantages), at(returns));
+  }, unlocked);
+  m.def("gae_backward", [](const GaeInputs& in, Address grad_advantages, Address grad_returns,
+                           Address grad_rewards, Address grad_values, Address grad_bootstrap) {
+    gae_backward(in, at(grad_advantages), at(grad_returns), at(grad_rewards), at(grad_values),
+                 at(grad_bootstrap));
   }, unlocked);
 }
 

@@ -6,6 +6,9 @@
 #include "parallel.h"
 #include "simd/kernels.h"
 #include "token_logprobs.h"
+#include "token_rewards.h"
+#include "token_weights.h"
+#include "whiten.h"
 
 namespace py = pybind11;
 
@@ -79,6 +82,35 @@ PYBIND11_MODULE(_C, m) {
                            Address grad_rewards, Address grad_values, Address grad_bootstrap) {
     gae_backward(in, at(grad_advantages), at(grad_returns), at(grad_rewards), at(grad_values),
                  at(grad_bootstrap));
+  }, unlocked);
+  m.def("token_rewards", [](int64_t count, int64_t length, Address cu_seqlens, int dtype,
+                            Address scores, Address kl, Address mask, double kl_coef,
+                            Address rewards) {
+    token_rewards({count, length, at<int32_t>(cu_seqlens)}, dtype, at(scores), at(kl),
+                  at<bool>(mask), kl_coef, at(rewards));
+  }, unlocked);
+  m.def("token_rewards_backward", [](int64_t count, int64_t length, Address cu_seqlens, int dtype,
+                                     Address grad, Address mask, double kl_coef,
+                                     Address grad_scores, Address grad_kl) {
+    token_rewards_backward({count, length, at<int32_t>(cu_seqlens)}, dtype, at(grad),
+                           at<bool>(mask), kl_coef, at(grad_scores), at(grad_kl));
+  }, unlocked);
+  m.def("token_weights", [](int64_t count, int64_t length, Address cu_seqlens, Address mask,
+                            Address denom, int reduce, Address weights) {
+    token_weights({count, length, at<int32_t>(cu_seqlens)}, at<bool>(mask), at<double>(denom),
+                  static_cast<Reduce>(reduce), at<float>(weights));
+  }, unlocked);
+  m.def("whiten_moments", [](int64_t n, int dtype, Address x, Address mask, Address out) {
+    whiten_moments(n, dtype, at(x), at<bool>(mask), at<Moments>(out));
+  }, unlocked);
+  m.def("whiten", [](int64_t n, int dtype, Address x, Address mask, Address moments, bool center,
+                     double eps, Address out) {
+    whiten(n, dtype, at(x), at<bool>(mask), *at<Moments>(moments), center, eps, at(out));
+  }, unlocked);
+  m.def("whiten_backward", [](int64_t n, int dtype, Address grad, Address x, Address mask,
+                              Address moments, bool center, double eps, Address out) {
+    whiten_backward(n, dtype, at(grad), at(x), at<bool>(mask), *at<Moments>(moments), center, eps,
+                    at(out));
   }, unlocked);
 }
 

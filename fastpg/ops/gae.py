@@ -36,8 +36,8 @@ def _grid(x, default, tokens, cu_seqlens):
 
 
 def _tokens(rewards, mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam):
-    """Per token: not masked; last of its sequence, masked or not; done; whether a bootstrap follows;
-    gamma; and the trace in A_t = δ_t + trace_t A_{t+1}: a masked token hands on what follows it."""
+    """Per token: not masked; last of its sequence, masked or not; done; followed by a bootstrap;
+    gamma; and the trace in A_t = δ_t + trace_t A_{t+1}: a masked token hands on what follows."""
     options = (mask, 1.0), (terminated, 0.0), (truncated, 0.0), (gammas, gamma), (lams, lam)
     flags = [_grid(*option, rewards, cu_seqlens) for option in options]
     kept, terminal, cut = (flag != 0 for flag in flags[:3])
@@ -258,19 +258,8 @@ def gae(
         flags = _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count)
         bootstrap, terminated, truncated = flags
         bootstrap = None if bootstrap is None else bootstrap.to(dtype)
-    rewards = rewards.to(dtype)
-    constant = not any(x is not None and x.requires_grad for x in (rewards, values, bootstrap))
-    run = _gae if constant else _Gae.apply  # the usual case costs a third less without a tape
-    return run(
-        rewards,
-        values,
-        bootstrap,
-        mask,
-        gammas,
-        lams,
-        terminated,
-        truncated,
-        cu_seqlens,
-        gamma,
-        lam,
-    )
+    inputs = rewards.to(dtype), values, bootstrap
+    options = mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
+    if any(x is not None and x.requires_grad for x in inputs):
+        return _Gae.apply(*inputs, *options)
+    return _gae(*inputs, *options)  # the usual case: a third faster than with a tape

@@ -141,7 +141,7 @@ def whiten(
     center=False scales the deviations and keeps the mean.
     process_group: mean and variance are those of all ranks together. It synchronises the ranks, and
     x must not require a gradient.
-    Returns y like x, fp32 (fp64 for fp64). A single unmasked element is only centred: its scale is 1.
+    Returns y like x, fp32 (fp64 for fp64). One unmasked element is only centred: its scale is 1.
     """
     dtype = _checks.common_dtype("whiten", x=x)
     _checks.check_shape("whiten", "mask", mask, x, x.shape)

@@ -2,9 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "gae.h"
 #include "parallel.h"
 #include "simd/kernels.h"
 #include "token_logprobs.h"
+#include "token_rewards.h"
+#include "token_weights.h"
+#include "whiten.h"
 
 namespace py = pybind11;
 
@@ -56,6 +60,15 @@ void bind_token_logprobs(py::module_& m) {
       unlocked);
 }
 
+GaeInputs gae_inputs(int64_t count, int64_t length, Address cu_seqlens, int dtype, Address rewards,
+                     Address values, Address gammas, Address lams, bool gamma_per_token,
+                     bool lam_per_token, double gamma, double lam, Address mask, Address terminated,
+                     Address truncated, Address bootstrap) {
+  return {{count, length, at<int32_t>(cu_seqlens)},
+          dtype, at(rewards), at(values), at(gammas), at(lams), gamma_per_token, lam_per_token,
+          gamma, lam, at<bool>(mask), at<bool>(terminated), at<bool>(truncated), at(bootstrap)};
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (auto table = supported_kernels(); *table; ++table) names.emplace_back((*table)->name);
@@ -76,7 +89,46 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", instruction_sets, "The instruction sets of this machine, best first.");
   m.def("instruction_set", [] { return kernels().name; }, "The one in use.");
   m.def("use_instruction_set", use_instruction_set);
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
   bind_token_logprobs(m);
+  py::class_<GaeInputs>(m, "GaeInputs").def(py::init(&gae_inputs));
+  m.def("gae", [](const GaeInputs& in, Address advantages, Address returns) {
+    gae(in, at(advantages), at(returns));
+  }, unlocked);
+  m.def("gae_backward", [](const GaeInputs& in, Address grad_advantages, Address grad_returns,
+                           Address grad_rewards, Address grad_values, Address grad_bootstrap) {
+    gae_backward(in, at(grad_advantages), at(grad_returns), at(grad_rewards), at(grad_values),
+                 at(grad_bootstrap));
+  }, unlocked);
+  m.def("token_rewards", [](int64_t count, int64_t length, Address cu_seqlens, int dtype,
+                            Address scores, Address kl, Address mask, double kl_coef,
+                            Address rewards) {
+    token_rewards({count, length, at<int32_t>(cu_seqlens)}, dtype, at(scores), at(kl),
+                  at<bool>(mask), kl_coef, at(rewards));
+  }, unlocked);
+  m.def("token_rewards_backward", [](int64_t count, int64_t length, Address cu_seqlens, int dtype,
+                                     Address grad, Address mask, double kl_coef,
+                                     Address grad_scores, Address grad_kl) {
+    token_rewards_backward({count, length, at<int32_t>(cu_seqlens)}, dtype, at(grad),
+                           at<bool>(mask), kl_coef, at(grad_scores), at(grad_kl));
+  }, unlocked);
+  m.def("token_weights", [](int64_t count, int64_t length, Address cu_seqlens, Address mask,
+                            Address denom, int reduce, Address weights) {
+    token_weights({count, length, at<int32_t>(cu_seqlens)}, at<bool>(mask), at<double>(denom),
+                  static_cast<Reduce>(reduce), at<float>(weights));
+  }, unlocked);
+  m.def("whiten_moments", [](int64_t n, int dtype, Address x, Address mask, Address out) {
+    whiten_moments(n, dtype, at(x), at<bool>(mask), at<Moments>(out));
+  }, unlocked);
+  m.def("whiten", [](int64_t n, int dtype, Address x, Address mask, Address moments, bool center,
+                     double eps, Address out) {
+    whiten(n, dtype, at(x), at<bool>(mask), *at<Moments>(moments), center, eps, at(out));
+  }, unlocked);
+  m.def("whiten_backward", [](int64_t n, int dtype, Address grad, Address x, Address mask,
+                              Address moments, bool center, double eps, Address out) {
+    whiten_backward(n, dtype, at(grad), at(x), at<bool>(mask), *at<Moments>(moments), center, eps,
+                    at(out));
+  }, unlocked);
 }
 
 }  // namespace fpg

@@ -1,0 +1,175 @@
+// Advantages and returns, and their gradient: several sequences at a time in each thread.
+#include "gae.h"
+
+#include <algorithm>
+
+#include "dtype.h"
+#include "parallel.h"
+
+namespace fpg {
+namespace {
+
+constexpr int kLanes = 4;          // sequences in flight: each hides the latency of the others
+constexpr int64_t kGrain = 16384;  // tokens a thread should have at least
+
+// The tokens of a batch. Plain: no mask, no flag, one gamma and one lam for all.
+template <typename X, bool kPlain>
+struct Tokens {
+  const GaeInputs& in;
+  const X *rewards = static_cast<const X*>(in.rewards), *values = static_cast<const X*>(in.values),
+          *gammas = static_cast<const X*>(in.gammas), *lams = static_cast<const X*>(in.lams),
+          *bootstrap = static_cast<const X*>(in.bootstrap);
+
+  bool kept(int64_t i) const { return kPlain || !in.mask || in.mask[i]; }
+  bool terminated(int64_t i) const { return !kPlain && in.terminated && in.terminated[i]; }
+  bool truncated(int64_t i) const { return !kPlain && in.truncated && in.truncated[i]; }
+  bool cut(int64_t i) const { return terminated(i) || truncated(i); }
+  double value(int64_t i) const { return values ? values[i] : 0.0; }
+  double gamma(int64_t sequence, int64_t i) const {
+    return kPlain || !gammas ? in.gamma : gammas[in.gamma_per_token ? i : sequence];
+  }
+  double lam(int64_t sequence, int64_t i) const {
+    return kPlain || !lams ? in.lam : lams[in.lam_per_token ? i : sequence];
+  }
+};
+
+struct Lane {
+  int64_t sequence, token, left;
+  GaeNext<double> carry;
+};
+
+// Walks the sequences [begin, end), kLanes at a time. A walk starts a lane, moves it by one token
+// and finishes it; what one lane does never depends on another.
+template <typename Walk>
+void interleave(const Walk& walk, int64_t begin, int64_t end) {
+  Lane lanes[kLanes];
+  int active = 0;
+  while (true) {
+    while (active < kLanes && begin < end) lanes[active++] = walk.start(begin++);
+    if (active < kLanes) break;
+    int64_t steps = lanes[0].left;
+    for (const Lane& lane : lanes) steps = smaller(steps, lane.left);
+    for (int64_t i = 0; i < steps; ++i)
+      for (Lane& lane : lanes) walk.step(lane);
+    for (int i = kLanes - 1; i >= 0; --i) {
+      lanes[i].left -= steps;
+      if (lanes[i].left > 0) continue;
+      walk.finish(lanes[i]);
+      lanes[i] = lanes[--active];
+    }
+  }
+  for (int i = 0; i < active; ++i) {
+    for (; lanes[i].left > 0; --lanes[i].left) walk.step(lanes[i]);
+    walk.finish(lanes[i]);
+  }
+}
+
+template <typename Walk>
+void run(const Walk& walk, const Sequences& sequences) {
+  parallel_for(sequences.count, sequences.holding(kGrain),
+               [&](int64_t begin, int64_t end) { interleave(walk, begin, end); });
+}
+
+// From the last token to the first.
+template <typename X, bool kPlain>
+struct Forward : Tokens<X, kPlain> {
+  X *advantages, *returns;
+
+  Forward(const GaeInputs& in, void* advantages, void* returns)
+      : Tokens<X, kPlain>{in},
+        advantages(static_cast<X*>(advantages)),
+        returns(static_cast<X*>(returns)) {}
+
+  Lane start(int64_t sequence) const {
+    const bool follows = this->bootstrap && !this->in.truncated;
+    const int64_t begin = this->in.sequences.begin(sequence),
+                  end = this->in.sequences.end(sequence);
+    return {sequence, end - 1, end - begin, {0.0, follows ? this->bootstrap[sequence] : 0.0}};
+  }
+
+  void step(Lane& lane) const {
+    const int64_t i = lane.token--;
+    if (!this->kept(i)) {
+      advantages[i] = returns[i] = X(0);
+      return;
+    }
+    if (this->terminated(i)) {
+      lane.carry = {0.0, 0.0};
+    } else if (this->truncated(i)) {
+      lane.carry = {0.0, this->bootstrap[i]};
+    }
+    lane.carry = gae_step(lane.carry, double(this->rewards[i]), this->value(i),
+                          this->gamma(lane.sequence, i), this->lam(lane.sequence, i));
+    advantages[i] = X(lane.carry.advantage);
+    returns[i] = X(lane.carry.advantage + lane.carry.value);
+  }
+
+  void finish(const Lane&) const {}
+};
+
+// From the first token to the last; the carry is what the token before sends.
+template <typename X, bool kPlain>
+struct Backward : Tokens<X, kPlain> {
+  const X *grad_advantages, *grad_returns;
+  X *grad_rewards, *grad_values, *grad_bootstrap;
+
+  Backward(const GaeInputs& in, const void* grad_advantages, const void* grad_returns,
+           void* grad_rewards, void* grad_values, void* grad_bootstrap)
+      : Tokens<X, kPlain>{in},
+        grad_advantages(static_cast<const X*>(grad_advantages)),
+        grad_returns(static_cast<const X*>(grad_returns)),
+        grad_rewards(static_cast<X*>(grad_rewards)),
+        grad_values(static_cast<X*>(grad_values)),
+        grad_bootstrap(static_cast<X*>(grad_bootstrap)) {}
+
+  Lane start(int64_t sequence) const {
+    const int64_t begin = this->in.sequences.begin(sequence),
+                  end = this->in.sequences.end(sequence);
+    return {sequence, begin, end - begin, {0.0, 0.0}};
+  }
+
+  void write(int64_t i, double reward, double value, double bootstrap) const {
+    grad_rewards[i] = X(reward);
+    if (this->values) grad_values[i] = X(value);
+    if (this->in.truncated) grad_bootstrap[i] = X(bootstrap);
+  }
+
+  void step(Lane& lane) const {
+    const int64_t i = lane.token++;
+    if (!this->kept(i)) return write(i, 0.0, 0.0, 0.0);
+    const double grad = double(grad_advantages[i]) + grad_returns[i] + lane.carry.advantage;
+    const double grad_value = grad_returns[i] - grad + lane.carry.value;
+    lane.carry = gae_adjoint(grad, this->gamma(lane.sequence, i), this->lam(lane.sequence, i));
+    const bool reads = this->truncated(i) && !this->terminated(i);
+    write(i, grad, grad_value, reads ? lane.carry.value : 0.0);
+    if (this->cut(i)) lane.carry = {0.0, 0.0};
+  }
+
+  void finish(const Lane& lane) const {
+    if (this->bootstrap && !this->in.truncated) grad_bootstrap[lane.sequence] = X(lane.carry.value);
+  }
+};
+
+template <template <typename, bool> class Walk, typename... Pointers>
+void dispatch(const GaeInputs& in, Pointers... pointers) {
+  in.sequences.check("gae");
+  const bool plain = !in.mask && !in.terminated && !in.truncated && !in.gammas && !in.lams;
+  with_compute_dtype(in.dtype, [&](auto x) {
+    using X = decltype(x);
+    plain ? run(Walk<X, true>(in, pointers...), in.sequences)
+          : run(Walk<X, false>(in, pointers...), in.sequences);
+  });
+}
+
+}  // namespace
+
+void gae(const GaeInputs& in, void* advantages, void* returns) {
+  dispatch<Forward>(in, advantages, returns);
+}
+
+void gae_backward(const GaeInputs& in, const void* grad_advantages, const void* grad_returns,
+                  void* grad_rewards, void* grad_values, void* grad_bootstrap) {
+  dispatch<Backward>(in, grad_advantages, grad_returns, grad_rewards, grad_values, grad_bootstrap);
+}
+
+}  // namespace fpg

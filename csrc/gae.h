@@ -1,0 +1,44 @@
+// Advantages by one reverse affine scan, and its adjoint. The element's maths, and what the page
+// fastpg/ops/gae.py hands to the C++ kernel.
+#pragma once
+
+#include "common.h"
+#include "sequences.h"
+
+namespace fpg {
+
+// What a token learns from the one after it: that one's advantage and value. Where the trace is cut
+// the advantage is 0 and the value is what follows: a bootstrap, or 0.
+template <typename T>
+struct GaeNext {
+  T advantage, value;
+};
+
+template <typename T>
+FPG_HD GaeNext<T> gae_step(GaeNext<T> next, T reward, T value, T gamma, T lam) {
+  const T delta = reward + gamma * next.value - value;
+  return {delta + gamma * lam * next.advantage, value};
+}
+
+// The gradient that a token with dL/dA = grad sends to the advantage and the value after it.
+template <typename T>
+FPG_HD GaeNext<T> gae_adjoint(T grad, T gamma, T lam) {
+  return {gamma * lam * grad, gamma * grad};
+}
+
+struct GaeInputs {
+  Sequences sequences;
+  int dtype;                     // of every pointer to void: fp32 or fp64
+  const void *rewards, *values;  // [tokens]; values may be null: 0
+  const void *gammas, *lams;     // [tokens] or [sequences], or null: gamma, lam
+  bool gamma_per_token, lam_per_token;
+  double gamma, lam;
+  const bool *mask, *terminated, *truncated;  // [tokens] or null
+  const void* bootstrap;  // [tokens] if truncated is given, else [sequences]; null: 0
+};
+
+void gae(const GaeInputs& in, void* advantages, void* returns);
+void gae_backward(const GaeInputs& in, const void* grad_advantages, const void* grad_returns,
+                  void* grad_rewards, void* grad_values, void* grad_bootstrap);
+
+}  // namespace fpg

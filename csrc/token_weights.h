@@ -1,0 +1,20 @@
+// How much each token counts in a sum of per-token losses.
+#pragma once
+
+#include "common.h"
+#include "sequences.h"
+
+namespace fpg {
+
+enum class Reduce : int { kToken = 0, kSequence = 1, kSequenceSum = 2 };
+
+// The weight of an unmasked token: `length` is the number of them in its sequence.
+FPG_HD float token_weight(double denom, double length, Reduce reduce) {
+  return float(1 / (reduce == Reduce::kSequence ? denom * length : denom));
+}
+
+// denom null: the unmasked tokens, or the sequences that have one.
+void token_weights(const Sequences& sequences, const bool* mask, const double* denom, Reduce reduce,
+                   float* weights);
+
+}  // namespace fpg

@@ -1,0 +1,97 @@
+"""What several pages ask of token tensors: [B, T], or packed [N] with cu_seqlens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def common_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
+    """The dtype to compute in: fp64 if any tensor is fp64, else fp32."""
+    dtype = torch.float32
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype is torch.float64:
+            dtype = torch.float64
+    return dtype
+
+
+def sequence_count(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> int:
+    """B, from tokens [B, T], or from cu_seqlens [B + 1] if tokens are packed [N]."""
+    if tokens.dim() != (2 if cu_seqlens is None else 1):
+        raise ValueError(
+            f"{op}: {name} must be [B, T], or [N] with cu_seqlens, got {tuple(tokens.shape)}"
+        )
+    if cu_seqlens is None:
+        return tokens.shape[0]
+    if cu_seqlens.dtype is not torch.int32:
+        raise TypeError(f"{op}: cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"{op}: cu_seqlens must be [B + 1], got {tuple(cu_seqlens.shape)}")
+    check_device(op, "cu_seqlens", cu_seqlens, tokens)
+    return len(cu_seqlens) - 1
+
+
+def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} on {tensor.device}, expected {like.device}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, like: Tensor, *shapes: tuple) -> None:
+    """One of the shapes, and the device of `like`."""
+    if tensor.shape not in shapes:
+        allowed = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must be {allowed}")
+    check_device(op, name, tensor, like)
+
+
+def as_bool(mask: Tensor) -> Tensor:
+    """A 0/1 tensor of any dtype as bool."""
+    return mask if mask.dtype is torch.bool else mask != 0
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, tokens: Tensor) -> None:
+    """The check of values that the C++ kernels make. On other devices it would synchronise."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    bad = torch.diff(cu_seqlens, prepend=cu_seqlens.new_zeros(1)) < 0
+    bad[0] |= cu_seqlens[0] != 0
+    bad[-1] |= cu_seqlens[-1] != len(tokens)
+    if bad.any():
+        at = int(bad.int().argmax())
+        raise ValueError(
+            f"{op}: cu_seqlens must rise from 0 to N = {len(tokens)}, "
+            f"got {cu_seqlens[at].item()} at index {at}"
+        )
+
+
+def segments(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:
+    """The sequence of each packed token, int64 [N]."""
+    positions = torch.arange(len(tokens), device=tokens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+
+
+def to_tokens(x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x [B] at every token of its sequence."""
+    if cu_seqlens is None:
+        return x[:, None].expand(tokens.shape)
+    return x[segments(cu_seqlens, tokens)]
+
+
+def to_sequences(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The sum [B] of x over the tokens of each sequence."""
+    if cu_seqlens is None:
+        return x.sum(-1)
+    return x.new_zeros(len(cu_seqlens) - 1).index_add(0, segments(cu_seqlens, x), x)
+
+
+def is_last(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Marks the last unmasked token of each sequence."""
+    left = mask.flip(-1).cumsum(-1).flip(-1)  # unmasked tokens from here to the end
+    if cu_seqlens is not None:
+        beyond = torch.nn.functional.pad(left, (0, 1))[cu_seqlens[1:].long()]
+        left = left - to_tokens(beyond, mask, cu_seqlens)
+    return mask & (left == 1)

@@ -1,0 +1,265 @@
+"""Generalised advantage estimation: one reverse affine scan.
+
+    δ_t = r_t + γ_t (1 − terminated_t) V_next − V_t
+    A_t = δ_t + γ_t λ_t (1 − done_t) A_next             done = terminated | truncated
+    R_t = A_t + V_t
+
+Terminated cuts the bootstrap, done cuts the trace. V_next and A_next belong to the next unmasked
+token of the sequence. V_next of a truncated token is the bootstrap there; that of the last unmasked
+token is the bootstrap of the sequence, or 0.
+
+Backward is the adjoint, a forward scan, with p the unmasked token before t; a done p sends nothing:
+
+    G_t = ∂A_t + ∂R_t + γ_p λ_p G_p      ∂r_t = G_t      ∂V_t = ∂R_t − G_t + γ_p G_p
+
+and γ_t G_t for the bootstrap that t read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from .._library import _C, DTYPE_CODE, address, cpu_kernel, define
+from . import _checks
+
+
+def _grid(x, default, tokens, cu_seqlens):
+    """x as double [B, T] (packed: [1, N]): given per token, per sequence, or not at all."""
+    if x is None:
+        x = torch.full(tokens.shape, default, dtype=torch.float64, device=tokens.device)
+    elif x.shape != tokens.shape:
+        x = _checks.to_tokens(x, tokens, cu_seqlens)
+    return x.double() if cu_seqlens is None else x.double()[None]
+
+
+def _tokens(rewards, mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam):
+    """Per token: not masked; last of its sequence, masked or not; done; followed by a bootstrap;
+    gamma; and the trace in A_t = δ_t + trace_t A_{t+1}: a masked token hands on what follows."""
+    options = (mask, 1.0), (terminated, 0.0), (truncated, 0.0), (gammas, gamma), (lams, lam)
+    flags = [_grid(*option, rewards, cu_seqlens) for option in options]
+    kept, terminal, cut = (flag != 0 for flag in flags[:3])
+    length = rewards.shape[-1]
+    stop = length if cu_seqlens is None else _checks.to_tokens(cu_seqlens[1:], rewards, cu_seqlens)
+    ends = (torch.arange(1, length + 1, device=rewards.device) == stop).expand_as(kept)
+    done = kept & (terminal | cut)
+    reads = ends & ~done if truncated is None else done & ~terminal
+    trace = torch.where(ends | done, 0.0, torch.where(kept, flags[3] * flags[4], 1.0))
+    return kept, ends, done, reads, torch.where(kept, flags[3], 0.0), trace
+
+
+def _scan(a, b):
+    """x_t = b_t + a_t x_{t+1}, along T."""
+    out, x = torch.empty_like(b), b.new_zeros(len(b))
+    for t in reversed(range(b.shape[1])):
+        x = torch.where(a[:, t] == 0, b[:, t], b[:, t] + a[:, t] * x)
+        out[:, t] = x
+    return out
+
+
+def _before(x):
+    """x_{t-1} at t, 0 at the first."""
+    return pad(x, (1, 0))[:, :-1]
+
+
+def reference(
+    rewards, values, bootstrap, mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
+):
+    """Advantages and returns, of the shape and dtype of rewards; the scan itself is double."""
+    _checks.check_cu_seqlens("gae", cu_seqlens, rewards)
+    kept, ends, done, reads, gamma, trace = _tokens(
+        rewards, mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
+    )
+    if bootstrap is not None and truncated is None:
+        bootstrap = _checks.to_tokens(bootstrap, rewards, cu_seqlens)
+    r, v, follows = (_grid(x, 0.0, rewards, cu_seqlens) for x in (rewards, values, bootstrap))
+    v, follows = torch.where(kept, v, 0.0), torch.where(reads, follows, 0.0)
+    hands_on = (~(kept | ends)).double()
+    value_from = _scan(hands_on, torch.where(kept, v, follows))
+    next_value = torch.where(ends | done, follows, pad(value_from, (0, 1))[:, 1:])
+    delta = torch.where(kept, r + gamma * next_value - v, 0.0)
+    advantages = torch.where(kept, _scan(trace, delta), 0.0)
+    return tuple(x.reshape(rewards.shape).to(rewards.dtype) for x in (advantages, advantages + v))
+
+
+def reference_backward(
+    grad_advantages, grad_returns, rewards, values, bootstrap,
+    mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam,
+):  # fmt: skip
+    """Gradients of rewards, values and bootstrap; empty for one that is absent."""
+    kept, ends, done, reads, gamma, trace = _tokens(
+        rewards, mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
+    )
+    grads = (_grid(x, 0.0, rewards, cu_seqlens) for x in (grad_advantages, grad_returns))
+    ga, gr = (torch.where(kept, x, 0.0) for x in grads)
+    grad = _scan(_before(trace).flip(1), (ga + gr).flip(1)).flip(1)
+    grad = torch.where(kept, grad, 0.0)
+    hands_on = (~(kept | _before(ends))).double()
+    sent = torch.where(done, 0.0, gamma * grad)
+    sent = _scan(hands_on.flip(1), sent.flip(1)).flip(1)  # to the value that follows
+    received = _before(torch.where(ends, 0.0, sent))
+    grad_values = torch.where(kept, gr - grad + received, 0.0)
+    if truncated is not None:
+        grad_bootstrap = torch.where(reads, gamma * grad, 0.0)
+    else:
+        final = torch.where(ends, sent, 0.0).reshape(rewards.shape)
+        grad_bootstrap = _checks.to_sequences(final, cu_seqlens)
+    outs = (rewards, grad), (values, grad_values), (bootstrap, grad_bootstrap)
+    return tuple(
+        rewards.new_empty(0) if x is None else g.reshape(x.shape).to(x.dtype) for x, g in outs
+    )
+
+
+_INPUTS = (
+    "Tensor rewards, Tensor? values, Tensor? bootstrap, Tensor? mask, Tensor? gammas, Tensor? lams,"
+    " Tensor? terminated, Tensor? truncated, Tensor? cu_seqlens, float gamma, float lam"
+)
+
+
+def _new(rewards, *like):
+    return tuple(rewards.new_empty(0 if x is None else x.shape) for x in like)
+
+
+_gae = define(
+    f"gae({_INPUTS}) -> (Tensor, Tensor)",
+    fake=lambda rewards, *_: _new(rewards, rewards, rewards),
+    reference=reference,
+)
+_backward = define(
+    f"gae_backward(Tensor grad_advantages, Tensor grad_returns, {_INPUTS})"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=lambda *args: _new(args[2], *args[2:5]),
+    reference=reference_backward,
+)
+
+
+def _inputs(*args):
+    """The tokens as the C++ kernels take them, and the tensors that must outlive the call."""
+    tensors = [x if x is None else x.contiguous() for x in args[:9]]
+    rewards, values, bootstrap, mask, gammas, lams, terminated, truncated, cu_seqlens = tensors
+    inputs = _C.GaeInputs(
+        len(rewards) if cu_seqlens is None else len(cu_seqlens) - 1, rewards.shape[-1],
+        address(cu_seqlens), DTYPE_CODE[rewards.dtype], rewards.data_ptr(), address(values),
+        address(gammas), address(lams), gammas is not None and gammas.shape == rewards.shape,
+        lams is not None and lams.shape == rewards.shape, args[9], args[10], address(mask),
+        address(terminated), address(truncated), address(bootstrap),
+    )  # fmt: skip
+    return inputs, tensors
+
+
+@cpu_kernel(_gae)
+def _gae_cpu(*args):
+    inputs, (rewards, *_alive) = _inputs(*args)
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    _C.gae(inputs, advantages.data_ptr(), returns.data_ptr())
+    return advantages, returns
+
+
+@cpu_kernel(_backward)
+def _backward_cpu(grad_advantages, grad_returns, *args):
+    inputs, (rewards, *rest) = _inputs(*args)
+    grads = grad_advantages.contiguous(), grad_returns.contiguous()  # sum() hands expanded ones
+    out = _new(rewards, rewards, *rest[:2])
+    _C.gae_backward(inputs, *map(address, grads + out))
+    return out
+
+
+class _Gae(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.save_for_backward(*args[:9])
+        ctx.scalars = args[9:]
+        return _gae(*args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors
+        out = _backward(*grads, *saved, *ctx.scalars)
+        return (*(None if x is None else g for x, g in zip(saved, out, strict=False)), *[None] * 8)
+
+
+def _discount(name, x, rewards, count, dtype):
+    """gamma or lam as (tensor or None, float)."""
+    if not isinstance(x, Tensor):
+        if not 0 <= x <= 1:
+            raise ValueError(f"gae: {name} must be in [0, 1], got {x}")
+        return None, float(x)
+    x = x.expand(count) if x.dim() == 0 else x
+    _checks.check_shape("gae", name, x, rewards, (count,), rewards.shape)
+    return x.detach().to(dtype), 0.0
+
+
+def _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count):
+    """bootstrap, 0 where it is not read; terminated and truncated per token, or None."""
+    for name, flag in ("truncated", truncated), ("terminated", terminated):
+        if flag is not None:
+            _checks.check_shape("gae", name, flag, rewards, (count,), rewards.shape)
+    if bootstrap is not None:
+        shape = (count,) if truncated is None else truncated.shape
+        _checks.check_shape("gae", "bootstrap", bootstrap, rewards, shape)
+    elif truncated is not None:
+        raise ValueError("gae: truncated needs bootstrap, the value that follows")
+    terminated, truncated = (
+        x if x is None else _checks.as_bool(x) for x in (terminated, truncated)
+    )
+    if truncated is not None and truncated.shape != rewards.shape:
+        terminated, truncated = ~truncated if terminated is None else terminated, None
+    if terminated is None or terminated.shape == rewards.shape:
+        return bootstrap, terminated, truncated
+    if truncated is None:
+        return None if bootstrap is None else bootstrap.masked_fill(terminated, 0.0), None, None
+    last = _checks.is_last(torch.ones_like(truncated) if mask is None else mask, cu_seqlens)
+    return bootstrap, last & _checks.to_tokens(terminated, rewards, cu_seqlens), truncated
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 1.0,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns.
+
+    rewards, values: [B, T], or packed [N] with cu_seqlens (int32 [B + 1]); bf16, fp16, fp32 or
+    fp64, any strides; differentiable. values=None is 0: both outputs are the reward-to-go.
+    mask: like rewards, bool or 0/1. A masked token is never read, its outputs are 0, and the
+    others are what they would be without it.
+    gamma, lam: floats, or constant tensors [B] or like rewards.
+    terminated: bool or 0/1, [B] (the last unmasked token) or like rewards. None: the last unmasked
+    token is terminal, unless `truncated` marks it or, without `truncated`, a bootstrap is given.
+    truncated: the same shapes; needs a bootstrap of its shape. A token that is both is terminated.
+    bootstrap: the value after each sequence's last unmasked token [B], read where that is not
+    terminated; or, with truncated like rewards, the value after each truncated token.
+    Returns (advantages, returns) like rewards, fp32 (fp64 if an input is fp64), scanned in double.
+
+    Where N = B, a packed tensor of that length is read per token, a bootstrap without `truncated`
+    per sequence.
+    """
+    dtype = _checks.common_dtype("gae", rewards=rewards, values=values, bootstrap=bootstrap)
+    count = _checks.sequence_count("gae", "rewards", rewards, cu_seqlens)
+    if values is not None:
+        _checks.check_shape("gae", "values", values, rewards, rewards.shape)
+        values = values.to(dtype)
+    if mask is not None:
+        _checks.check_shape("gae", "mask", mask, rewards, rewards.shape)
+        mask = _checks.as_bool(mask)
+    gammas, gamma = _discount("gamma", gamma, rewards, count, dtype)
+    lams, lam = _discount("lam", lam, rewards, count, dtype)
+    if not (terminated is None and truncated is None and bootstrap is None):
+        flags = _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count)
+        bootstrap, terminated, truncated = flags
+        bootstrap = None if bootstrap is None else bootstrap.to(dtype)
+    inputs = rewards.to(dtype), values, bootstrap
+    options = mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
+    if any(x is not None and x.requires_grad for x in inputs):
+        return _Gae.apply(*inputs, *options)
+    return _gae(*inputs, *options)  # the usual case: a third faster than with a tape

@@ -1,0 +1,115 @@
+"""Rewards per token: a KL penalty at every token, and the score where the sequence ends.
+
+r_t = −kl_coef · kl_t + [t is the last unmasked token] · score
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._library import _C, DTYPE_CODE, address, cpu_kernel, define
+from . import _checks
+
+
+def reference(scores, kl, mask, cu_seqlens, kl_coef):
+    """Rewards of the shape of mask and the dtype of scores."""
+    _checks.check_cu_seqlens("token_rewards", cu_seqlens, mask)
+    last = _checks.is_last(mask, cu_seqlens)
+    rewards = torch.where(last, _checks.to_tokens(scores, mask, cu_seqlens), 0.0)
+    return rewards if kl is None else rewards - kl_coef * torch.where(mask, kl, 0.0)
+
+
+def reference_backward(grad, scores, kl, mask, cu_seqlens, kl_coef):
+    """Gradients of scores and of kl, empty if there is no kl."""
+    at_last = torch.where(_checks.is_last(mask, cu_seqlens), grad, 0.0)
+    grad_scores = _checks.to_sequences(at_last, cu_seqlens)
+    if kl is None:
+        return grad_scores, grad.new_empty(0)
+    return grad_scores, torch.where(mask, -kl_coef * grad, 0.0).contiguous()
+
+
+_INPUTS = "Tensor scores, Tensor? kl, Tensor mask, Tensor? cu_seqlens, float kl_coef"
+_rewards = define(
+    f"token_rewards({_INPUTS}) -> Tensor",
+    fake=lambda scores, kl, mask, *_: scores.new_empty(mask.shape),
+    reference=reference,
+)
+_backward = define(
+    f"token_rewards_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor)",
+    fake=lambda grad, scores, kl, *_: (
+        scores.new_empty(scores.shape),
+        scores.new_empty(0 if kl is None else kl.shape),
+    ),
+    reference=reference_backward,
+)
+
+
+@cpu_kernel(_rewards)
+def _rewards_cpu(scores, kl, mask, cu_seqlens, kl_coef):
+    scores, mask = scores.contiguous(), mask.contiguous()
+    kl, cu_seqlens = (x if x is None else x.contiguous() for x in (kl, cu_seqlens))
+    out = scores.new_empty(mask.shape)
+    _C.token_rewards(
+        len(scores), mask.shape[-1], address(cu_seqlens), DTYPE_CODE[scores.dtype],
+        scores.data_ptr(), address(kl), mask.data_ptr(), kl_coef, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+@cpu_kernel(_backward)
+def _backward_cpu(grad, scores, kl, mask, cu_seqlens, kl_coef):
+    grad, mask = grad.contiguous(), mask.contiguous()
+    cu_seqlens = cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
+    grad_scores = scores.new_empty(scores.shape)
+    grad_kl = scores.new_empty(0 if kl is None else kl.shape)
+    _C.token_rewards_backward(
+        len(scores), mask.shape[-1], address(cu_seqlens), DTYPE_CODE[grad.dtype], grad.data_ptr(),
+        mask.data_ptr(), kl_coef, grad_scores.data_ptr(), 0 if kl is None else grad_kl.data_ptr(),
+    )  # fmt: skip
+    return grad_scores, grad_kl
+
+
+class _TokenRewards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, ctx.kl_coef = args
+        ctx.save_for_backward(*tensors)
+        return _rewards(*args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors
+        grad_scores, grad_kl = _backward(grad, *saved, ctx.kl_coef)
+        return grad_scores, None if saved[1] is None else grad_kl, None, None, None
+
+
+def token_rewards(
+    scores: Tensor,
+    mask: Tensor,
+    *,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The score [B] at the last unmasked token of each sequence, minus kl_coef * kl at every one.
+
+    scores: [B], bf16, fp16, fp32 or fp64; differentiable.
+    mask: [B, T], or packed [N] with cu_seqlens (int32 [B + 1]); bool or 0/1.
+    kl: like mask; differentiable. Not read where masked.
+    Returns rewards like mask, 0 where masked; fp32 (fp64 if an input is fp64). A sequence with no
+    unmasked token gets nothing.
+    """
+    op = "token_rewards"
+    dtype = _checks.common_dtype(op, scores=scores, kl=kl)
+    count = _checks.sequence_count(op, "mask", mask, cu_seqlens)
+    _checks.check_shape(op, "scores", scores, mask, (count,))
+    if kl is not None:
+        _checks.check_shape(op, "kl", kl, mask, mask.shape)
+        kl = kl.to(dtype)
+    elif kl_coef != 0:
+        raise ValueError(f"token_rewards: kl_coef={kl_coef} needs kl")
+    mask = _checks.as_bool(mask)
+    return _TokenRewards.apply(scores.to(dtype), kl, mask, cu_seqlens, float(kl_coef))

@@ -116,7 +116,7 @@ LABELS = torch.tensor([1, 2])
         (TypeError, "labels must be integers, got torch.bool", LOGITS, LABELS.bool(), {}),
         (TypeError, "logits must be floating point, got torch.int64", LOGITS.long(), LABELS, {}),
         (ValueError, r"must be \[..., V\], got \(2, 0\)", torch.zeros(2, 0), LABELS, {}),
-        (ValueError, "labels on cpu, logits on meta", LOGITS.to("meta"), LABELS, {}),
+        (ValueError, "labels on cpu, expected meta", LOGITS.to("meta"), LABELS, {}),
         (ValueError, "temperature must be finite and > 0, got 0", LOGITS, LABELS, {"temperature": 0}),
         (ValueError, "temperature must .* got nan", LOGITS, LABELS, {"temperature": math.nan}),
         (ValueError, "temperature holds -1.0", LOGITS, LABELS, {"temperature": torch.tensor([1.0, -1.0])}),

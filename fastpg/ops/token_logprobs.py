@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._library import _C, DTYPE_CODE, address, cpu_kernel, define, scalar
+from ._checks import check_device
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,16 +42,13 @@ def _check_on_host(labels, vocab, ignore_index, temperature):
     if labels.device.type != "cpu":
         return
     kept = labels != ignore_index
-    bad = kept & ((labels < 0) | (labels >= vocab))
-    if bad.any():
-        raise IndexError(
-            f"token_logprobs: labels holds {labels[bad][0].item()}, outside [0, {vocab}) "
-            f"and not ignore_index={ignore_index}"
-        )
-    bad = kept & ~((temperature > 0) & temperature.isfinite())
-    if bad.any():
-        value = temperature.expand(labels.shape)[bad][0].item()
-        raise ValueError(f"token_logprobs: temperature holds {value}, must be finite and > 0")
+    bad = labels[kept & ((labels < 0) | (labels >= vocab))]
+    if len(bad):
+        where = f"outside [0, {vocab}) and not ignore_index={ignore_index}"
+        raise IndexError(f"token_logprobs: labels holds {bad[0].item()}, {where}")
+    bad = temperature.expand(labels.shape)[kept & ~((temperature > 0) & temperature.isfinite())]
+    if len(bad):
+        raise ValueError(f"token_logprobs: temperature holds {bad[0]}, must be finite and > 0")
 
 
 def reference(logits, labels, temperature, softcap, ignore_index):
@@ -69,12 +67,6 @@ def reference(logits, labels, temperature, softcap, ignore_index):
     entropy = torch.where(total == 0, 0.0, log_sum - weighted / total).clamp(min=0.0)
     stats = torch.stack([top, log_sum])
     return tuple(torch.where(kept, out, 0.0) for out in (logp, entropy, stats))
-
-
-def reference_logp(*args):
-    """The same without the entropy."""
-    logp, _, stats = reference(*args)
-    return logp, stats
 
 
 def reference_backward(
@@ -107,7 +99,7 @@ _OPTIONS = "Tensor logits, Tensor labels, Tensor temperature, float softcap, int
 _logp = define(
     f"token_logprobs({_OPTIONS}) -> (Tensor, Tensor)",
     fake=lambda *args: _fake(*args)[1:],
-    reference=reference_logp,
+    reference=lambda *args: reference(*args)[::2],
 )
 _logp_entropy = define(
     f"token_logprobs_entropy({_OPTIONS}) -> (Tensor, Tensor, Tensor)",
@@ -207,8 +199,7 @@ def _check(logits: Tensor, labels: Tensor) -> None:
             f"token_logprobs: labels {tuple(labels.shape)} must have the shape of logits "
             f"{tuple(logits.shape)} without the last axis"
         )
-    if labels.device != logits.device:
-        raise ValueError(f"token_logprobs: labels on {labels.device}, logits on {logits.device}")
+    check_device("token_logprobs", "labels", labels, logits)
 
 
 def _positive(name: str, value: float) -> float:
@@ -222,10 +213,7 @@ def _temperature(temperature: float | Tensor, logits: Tensor, labels: Tensor) ->
     dtype = compute_dtype(logits.dtype)
     if not isinstance(temperature, Tensor):
         return scalar(_positive("temperature", temperature), dtype, logits.device)
-    if temperature.device != logits.device:
-        raise ValueError(
-            f"token_logprobs: temperature on {temperature.device}, logits on {logits.device}"
-        )
+    check_device("token_logprobs", "temperature", temperature, logits)
     try:
         return temperature.detach().to(dtype).expand(labels.shape)
     except RuntimeError:

@@ -82,6 +82,10 @@ FPG_HD T larger(T a, T b) {
   return a < b ? b : a;
 }
 template <typename T>
+FPG_HD T select(bool first, T a, T b) {  // both are read: no branch
+  return first ? a : b;
+}
+template <typename T>
 FPG_HD T clamp(T x, T low, T high) {  // NaN passes through
   return x < low ? low : (x > high ? high : x);
 }

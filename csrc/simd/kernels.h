@@ -3,12 +3,17 @@
 #pragma once
 
 #include "online_softmax.h"
+#include "policy_loss.h"
+#include "value_loss.h"
 
 namespace fpg {
 
 // A vocabulary row is reduced in slices of this many logits, whatever the number of rows or threads,
 // so that a token's bits depend on its own row alone. Two slices of fp32 fit in a 32 KiB cache.
 constexpr int64_t kSlice = 4096;
+
+// Losses are summed over blocks of this many tokens, added in block order. A block stays in the cache.
+constexpr int64_t kTokenBlock = 1024;
 
 template <typename X>
 struct TokenLogprobsKernels {
@@ -17,10 +22,26 @@ struct TokenLogprobsKernels {
   void (*slice_gradient)(const X* x, X* dx, int64_t n, const RowGradient<T>& row);
 };
 
+template <typename T>
+struct PolicyLossKernels {
+  void (*policy_block)(const PolicyTokens<T>& tokens, int64_t n, const PolicyOptions& options,
+                       T* coefficient, double* part);
+};
+
+template <typename T>
+struct ValueLossKernels {
+  void (*value_block)(const ValueTokens<T>& tokens, int64_t n, T clip, T* coefficient,
+                      double* part);
+};
+
 struct Kernels : TokenLogprobsKernels<bf16>,
                  TokenLogprobsKernels<fp16>,
                  TokenLogprobsKernels<float>,
-                 TokenLogprobsKernels<double> {
+                 TokenLogprobsKernels<double>,
+                 PolicyLossKernels<float>,
+                 PolicyLossKernels<double>,
+                 ValueLossKernels<float>,
+                 ValueLossKernels<double> {
   const char* name;
 };
 

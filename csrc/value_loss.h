@@ -1,0 +1,74 @@
+// Floor 1: the value loss of one token, the moments that merge, and what the page
+// fastpg/ops/value_loss.py hands over.
+#pragma once
+
+#include "common.h"
+
+namespace fpg {
+
+// The statistics, in the order of ValueStats.FIELDS: sums, then the mean of the returns R and of
+// the residuals R - V, each with the sum of squared distances from it.
+enum ValueField {
+  kValueCount,
+  kValueWeight,
+  kValueLoss,
+  kValueClipped,
+  kValueSums,
+  kReturnMean = kValueSums,
+  kReturnM2,
+  kResidualMean,
+  kResidualM2,
+  kValueFields
+};
+
+template <typename T>
+struct ValueTokens {  // old_values may be null: no clipping
+  const T *values, *returns, *weight, *old_values;
+};
+
+// clipped: V held to V_old +- clip has the larger error, and no gradient.
+template <typename T>
+struct ValueTerm {
+  T value, slope;
+  bool clipped;
+};
+
+template <typename T>
+FPG_HD ValueTerm<T> value_term(T value, T target, T old_value, T clip) {
+  const T error = value - target;
+  const T other = clamp(value, old_value - clip, old_value + clip) - target;
+  const bool clipped = other * other > error * error;
+  const T taken = clipped ? other : error;
+  return {T(0.5) * taken * taken, clipped ? T(0) : error, clipped};
+}
+
+// Mean and sum of squared distances from it, of `count` numbers; by Chan they merge without the
+// cancellation of E[x^2] - E[x]^2.
+struct Moments {
+  double count, mean, m2;
+};
+
+// From the sums of d = x - origin and of d^2, with the origin near the mean.
+FPG_HD Moments moments_about(double origin, double count, double sum, double sum_sq) {
+  if (count == 0) return {0, 0, 0};
+  const double m2 = sum_sq - sum * sum / count;
+  return {count, origin + sum / count, m2 < 0 ? 0 : m2};
+}
+
+FPG_HD Moments merge(Moments a, Moments b) {
+  const double count = a.count + b.count, d = b.mean - a.mean;
+  if (b.count == 0) return a;
+  return {count, a.mean + d * (b.count / count), a.m2 + b.m2 + d * d * (a.count * b.count / count)};
+}
+
+// loss: one T; coefficient [count] in T: dL/dV; stats [kValueFields].
+template <typename T>
+struct ValueOut {
+  T *loss, *coefficient;
+  double* stats;
+};
+
+template <typename T>
+void value_loss(const ValueTokens<T>& tokens, int64_t count, T clip, const ValueOut<T>& out);
+
+}  // namespace fpg

@@ -1,7 +1,7 @@
 // Floor 1: the policy loss of one token, and what the page fastpg/ops/policy_loss.py hands over.
 #pragma once
 
-#include "elementary.h"
+#include "exp_excess.h"
 
 namespace fpg {
 
@@ -51,21 +51,9 @@ struct LossTerm {
 
 template <typename T>
 FPG_HD T log_ratio(T logp, T other) {
-  return clamp(logp - other, T(-20), T(20));
+  const T d = logp - other;  // NaN passes through
+  return select(d > T(20), T(20), select(d < T(-20), T(-20), d));
 }
-
-// e^x - 1 - x, given e = e^x. Near 0, where that cancels, its Taylor series.
-FPG_HD float exp_excess(float x, float e) {
-  float p = 1.f / 40320.f;
-  p = p * x + 1.f / 5040.f;
-  p = p * x + 1.f / 720.f;
-  p = p * x + 1.f / 120.f;
-  p = p * x + 1.f / 24.f;
-  p = p * x + 1.f / 6.f;
-  p = p * x + 0.5f;
-  return x * x < 0.25f ? p * (x * x) : (e - 1.f) - x;
-}
-FPG_HD double exp_excess(double x, double) { return expm1(x) - x; }
 
 // Where the clipped branch of PPO is the minimum: no gradient there.
 template <typename T>
@@ -82,22 +70,22 @@ template <typename T>
 FPG_HD LossTerm<T> ppo(T ratio, T advantage, T low, T high) {
   const bool too_low = clipped_low(ratio, advantage, low);
   const bool too_high = clipped_high(ratio, advantage, high);
-  const T bounded = too_low ? low : (too_high ? high : ratio);
-  return {-(bounded * advantage), too_low | too_high ? T(0) : -(ratio * advantage)};
+  const T bounded = select(too_low, low, select(too_high, high, ratio));
+  return {-(bounded * advantage), select(too_low | too_high, T(0), -(ratio * advantage))};
 }
 
 // -r A logp with r a constant
 template <typename T>
 FPG_HD LossTerm<T> reinforce(T ratio, T advantage, T logp) {
   const T slope = -(ratio * advantage);
-  return {advantage == T(0) ? T(0) : slope * logp, slope};
+  return {select(advantage == T(0), T(0), slope * logp), slope};
 }
 
 // KL to the reference policy, d = logp - ref_logp. The derivative of r k3(d), r' = r, is r d.
 template <PolicyKl kKind, typename T>
 FPG_HD LossTerm<T> reference_kl(T d, T ratio) {
   if constexpr (kKind == PolicyKl::kK2) return {d * d * T(0.5), d};
-  const T e = exp(-d), k3 = exp_excess(-d, e);
+  const T k3 = exp_excess(-d).excess;
   if constexpr (kKind == PolicyKl::kK3) return {ratio * k3, ratio * d};
   return {k3, d - k3};  // 1 - e^-d without its cancellation
 }

@@ -26,20 +26,25 @@ struct ValueTokens {  // old_values may be null: no clipping
   const T *values, *returns, *weight, *old_values;
 };
 
-// clipped: V held to V_old +- clip has the larger error, and no gradient.
+// For one token: its loss, the derivative by V, and 1 where the clipped error is the larger one.
 template <typename T>
 struct ValueTerm {
-  T value, slope;
-  bool clipped;
+  T value, slope, clipped;
 };
 
 template <typename T>
-FPG_HD ValueTerm<T> value_term(T value, T target, T old_value, T clip) {
-  const T error = value - target;
-  const T other = clamp(value, old_value - clip, old_value + clip) - target;
-  const bool clipped = other * other > error * error;
-  const T taken = clipped ? other : error;
-  return {T(0.5) * taken * taken, clipped ? T(0) : error, clipped};
+FPG_HD ValueTerm<T> value_term(T error) {
+  return {T(0.5) * error * error, error, T(0)};
+}
+
+// Where clipping enlarges the error, V is held at old_value +- clip: no gradient.
+template <typename T>
+FPG_HD ValueTerm<T> value_term(T error, T value, T target, T old_value, T clip) {
+  const T low = old_value - clip, high = old_value + clip;
+  const T held = select(value < low, low, select(value > high, high, value)) - target;
+  const bool clipped = held * held > error * error;
+  const T taken = select(clipped, held, error);
+  return {T(0.5) * taken * taken, select(clipped, T(0), error), select(clipped, T(1), T(0))};
 }
 
 // Mean and sum of squared distances from it, of `count` numbers; by Chan they merge without the

@@ -66,6 +66,13 @@ def extension_status() -> str:
     return f"loaded, instruction set {_C.instruction_set()}"
 
 
+def plain(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The tensor in this dtype, contiguous: itself where it is so already."""
+    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
+
+
 def address(tensor: torch.Tensor | None) -> int:
     """The data pointer that a C++ kernel takes; 0 for an absent tensor."""
     return 0 if tensor is None else tensor.data_ptr()

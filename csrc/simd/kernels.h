@@ -13,7 +13,7 @@ namespace fpg {
 constexpr int64_t kSlice = 4096;
 
 // Losses are summed over blocks of this many tokens, added in block order. A block stays in the cache.
-constexpr int64_t kTokenBlock = 1024;
+constexpr int64_t kTokenBlock = 2048;
 
 template <typename X>
 struct TokenLogprobsKernels {

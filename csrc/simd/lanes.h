@@ -7,28 +7,32 @@
 namespace fpg {
 namespace {
 
-constexpr int64_t kTokenLanes = 16;  // of the loops over tokens: their dozen sums stay in registers
+constexpr int64_t kTokenLanes =
+    16;  // of the loops over tokens; GCC would unroll 16 and not vectorise them
 
-// All fold the lanes as a binary tree.
+// Folds the lanes as a binary tree. Each width is a constant, or GCC would guard it against
+// overlap.
+template <int64_t kLanes, typename T, typename Combine>
+FPG_HD T fold(T* lanes, const Combine& combine) {
+  if constexpr (kLanes == 1) {
+    return lanes[0];
+  } else {
+    for (int64_t i = 0; i < kLanes / 2; ++i) lanes[i] = combine(lanes[i], lanes[i + kLanes / 2]);
+    return fold<kLanes / 2>(lanes, combine);
+  }
+}
+
 template <int64_t kLanes, typename T>
 T fold_sum(T (&lanes)[kLanes]) {
-  for (int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
 }
-
-template <int64_t kLanes, typename T>
-T fold_max(T (&lanes)[kLanes]) {
-  for (int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) lanes[i] = larger(lanes[i], lanes[i + width]);
-  return lanes[0];
-}
-
 template <int64_t kLanes, typename T>
 T fold_min(T (&lanes)[kLanes]) {
-  for (int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) lanes[i] = smaller(lanes[i], lanes[i + width]);
-  return lanes[0];
+  return fold<kLanes>(lanes, [](T a, T b) { return smaller(a, b); });
+}
+template <int64_t kLanes, typename T>
+T fold_max(T (&lanes)[kLanes]) {
+  return fold<kLanes>(lanes, [](T a, T b) { return larger(a, b); });
 }
 
 // Copies n values, and zeros up to whole lanes: tokens of weight 0. Null stays null.

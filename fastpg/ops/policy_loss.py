@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, compute_dtype, cpu_kernel, define
+from .._library import _C, DTYPE_CODE, address, compute_dtype, cpu_kernel, define, plain
 from ._checks import check_beside, check_float
 from ._stats import PolicyStats
 
@@ -119,11 +119,12 @@ def _policy_loss_cpu(
     low, high, surrogate, kl, kl_coef, entropy_coef,
 ):  # fmt: skip
     dtype = compute_dtype(logp.dtype)
-    tensors = [
-        None if x is None else x.to(dtype).contiguous()
-        for x in (logp, advantages, weight, old_logp, ref_logp, entropy)
-    ]
-    loss, coefficient, stats = _fake(logp)
+    tensors = [plain(x, dtype) for x in (logp, advantages, weight, old_logp, ref_logp, entropy)]
+    loss, stats = (
+        logp.new_empty((), dtype=dtype),
+        logp.new_empty(len(PolicyStats.FIELDS), dtype=torch.float64),
+    )
+    coefficient = torch.empty_like(tensors[0])
     _C.policy_loss(
         DTYPE_CODE[dtype], logp.numel(), *map(address, tensors), low, high, SURROGATES[surrogate],
         KLS[kl], kl_coef, entropy_coef, loss.data_ptr(), coefficient.data_ptr(), stats.data_ptr(),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, compute_dtype, cpu_kernel, define
+from .._library import _C, DTYPE_CODE, address, compute_dtype, cpu_kernel, define, plain
 from ._checks import check_beside, check_float
 from ._stats import ValueStats
 
@@ -64,11 +64,12 @@ _value_loss = define(
 @cpu_kernel(_value_loss)
 def _value_loss_cpu(values, returns, weight, old_values, clip):
     dtype = compute_dtype(values.dtype)
-    tensors = [
-        None if x is None else x.to(dtype).contiguous()
-        for x in (values, returns, weight, old_values)
-    ]
-    loss, coefficient, stats = _fake(values)
+    tensors = [plain(x, dtype) for x in (values, returns, weight, old_values)]
+    loss, stats = (
+        values.new_empty((), dtype=dtype),
+        values.new_empty(len(ValueStats.FIELDS), dtype=torch.float64),
+    )
+    coefficient = torch.empty_like(tensors[0])
     _C.value_loss(
         DTYPE_CODE[dtype], values.numel(), *map(address, tensors), clip,
         loss.data_ptr(), coefficient.data_ptr(), stats.data_ptr(),

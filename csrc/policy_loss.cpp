@@ -39,11 +39,8 @@ void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptio
                           out.coefficient + first, &parts[i * kPolicyFields]);
     }
   });
-  for (int i = 0; i < kPolicyFields; ++i) out.stats[i] = 0;
-  out.stats[kRatioMin] = infinity<double>();
-  out.stats[kRatioMax] = -infinity<double>();
-  out.stats[kHasRefKl] = tokens.ref_logp != nullptr;
-  out.stats[kHasEntropy] = tokens.entropy != nullptr;
+  for (int i = 0; i < kPolicyFields; ++i)
+    out.stats[i] = i < kPolicySums ? 0 : i < kPolicyMinima ? infinity<double>() : -infinity<double>();
   for (int64_t i = 0; i < blocks; ++i) add(out.stats, &parts[i * kPolicyFields]);
   *out.loss = T(out.stats[kLoss]);
 }

@@ -114,16 +114,13 @@ _policy_loss = define(
 
 
 @cpu_kernel(_policy_loss)
-def _policy_loss_cpu(
-    logp, advantages, weight, old_logp, ref_logp, entropy,
-    low, high, surrogate, kl, kl_coef, entropy_coef,
-):  # fmt: skip
+def _policy_loss_cpu(*args):
+    logp, (low, high, surrogate, kl, kl_coef, entropy_coef) = args[0], args[6:]
+    if logp.numel() == 0:  # an empty tensor has no address
+        return reference(*args)
     dtype = compute_dtype(logp.dtype)
-    tensors = [plain(x, dtype) for x in (logp, advantages, weight, old_logp, ref_logp, entropy)]
-    loss, stats = (
-        logp.new_empty((), dtype=dtype),
-        logp.new_empty(len(PolicyStats.FIELDS), dtype=torch.float64),
-    )
+    tensors = [plain(x, dtype) for x in args[:6]]
+    loss, stats = logp.new_empty((), dtype=dtype), logp.new_empty(16, dtype=torch.float64)
     coefficient = torch.empty_like(tensors[0])
     _C.policy_loss(
         DTYPE_CODE[dtype], logp.numel(), *map(address, tensors), low, high, SURROGATES[surrogate],

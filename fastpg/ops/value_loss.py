@@ -65,10 +65,7 @@ _value_loss = define(
 def _value_loss_cpu(values, returns, weight, old_values, clip):
     dtype = compute_dtype(values.dtype)
     tensors = [plain(x, dtype) for x in (values, returns, weight, old_values)]
-    loss, stats = (
-        values.new_empty((), dtype=dtype),
-        values.new_empty(len(ValueStats.FIELDS), dtype=torch.float64),
-    )
+    loss, stats = values.new_empty((), dtype=dtype), values.new_empty(8, dtype=torch.float64)
     coefficient = torch.empty_like(tensors[0])
     _C.value_loss(
         DTYPE_CODE[dtype], values.numel(), *map(address, tensors), clip,

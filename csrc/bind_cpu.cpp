@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "dtype.h"
 #include "gae.h"
 #include "parallel.h"
 #include "simd/kernels.h"
@@ -69,6 +70,29 @@ GaeInputs gae_inputs(int64_t count, int64_t length, Address cu_seqlens, int dtyp
           gamma, lam, at<bool>(mask), at<bool>(terminated), at<bool>(truncated), at(bootstrap)};
 }
 
+void bind_policy_loss(int dtype, int64_t count, Address logp, Address advantages, Address weight,
+                      Address old_logp, Address ref_logp, Address entropy, double low, double high,
+                      int surrogate, int kl, double kl_coef, double entropy_coef, Address loss,
+                      Address coefficient, Address stats) {
+  with_compute_dtype(dtype, [&](auto x) {
+    using T = decltype(x);
+    policy_loss<T>({at<T>(logp), at<T>(advantages), at<T>(weight), at<T>(old_logp),
+                    at<T>(ref_logp), at<T>(entropy)}, count,
+                   {low, high, Surrogate(surrogate), PolicyKl(kl), kl_coef, entropy_coef},
+                   {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+  });
+}
+
+void bind_value_loss(int dtype, int64_t count, Address values, Address returns, Address weight,
+                     Address old_values, double clip, Address loss, Address coefficient,
+                     Address stats) {
+  with_compute_dtype(dtype, [&](auto x) {
+    using T = decltype(x);
+    value_loss<T>({at<T>(values), at<T>(returns), at<T>(weight), at<T>(old_values)}, count,
+                  T(clip), {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+  });
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (auto table = supported_kernels(); *table; ++table) names.emplace_back((*table)->name);
@@ -129,6 +153,8 @@ PYBIND11_MODULE(_C, m) {
     whiten_backward(n, dtype, at(grad), at(x), at<bool>(mask), *at<Moments>(moments), center, eps,
                     at(out));
   }, unlocked);
+  m.def("policy_loss", bind_policy_loss, unlocked);
+  m.def("value_loss", bind_value_loss, unlocked);
 }
 
 }  // namespace fpg

@@ -1,23 +1,13 @@
-// Mean and spread from parts that merge, and the whitened element.
+// Floor 1: the whitened element, its gradient, and what the page fastpg/ops/whiten.py hands over.
 #pragma once
 
-#include "common.h"
+#include "moments.h"
 
 namespace fpg {
 
-struct Moments {
-  double count, mean, squares;  // squares: sum of (x - mean)^2
-};
-
-FPG_HD Moments merge(Moments a, Moments b) {
-  if (b.count == 0) return a;
-  const double count = a.count + b.count, d = b.mean - a.mean, share = b.count / count;
-  return {count, a.mean + d * share, a.squares + b.squares + d * d * a.count * share};
-}
-
 // 1 / sqrt(var + eps); 1 for a single value, which has no variance.
 FPG_HD double whiten_scale(const Moments& all, double eps) {
-  return all.count > 1 ? 1 / __builtin_sqrt(all.squares / (all.count - 1) + eps) : 1.0;
+  return all.count > 1 ? 1 / __builtin_sqrt(all.m2 / (all.count - 1) + eps) : 1.0;
 }
 
 // `shift` is what is added after scaling: 0, or the mean where it is kept.

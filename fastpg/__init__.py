@@ -1,19 +1,30 @@
 """fastpg: fused kernels for policy-gradient training of language models."""
 
 from ._library import extension_status, kernels_of
+from .ops._stats import PolicyStats, ValueStats
 from .ops.gae import gae
+from .ops.kl_estimate import kl_estimate
+from .ops.merge_stats import merge_stats
+from .ops.policy_loss import policy_loss
 from .ops.token_logprobs import token_logprobs
 from .ops.token_rewards import token_rewards
 from .ops.token_weights import token_weights
+from .ops.value_loss import value_loss
 from .ops.whiten import whiten
 
 __version__ = "0.1.0"
 __all__ = [
+    "PolicyStats",
+    "ValueStats",
     "extension_status",
     "gae",
     "kernels_of",
+    "kl_estimate",
+    "merge_stats",
+    "policy_loss",
     "token_logprobs",
     "token_rewards",
     "token_weights",
+    "value_loss",
     "whiten",
 ]

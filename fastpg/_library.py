@@ -24,6 +24,11 @@ _kernels: dict[str, dict[str, str]] = {}  # op -> device -> what serves it
 DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 is computed in fp64, everything else in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def define(schema: str, *, fake: Callable, reference: Callable) -> torch._ops.OpOverload:
     """Declares `fastpg::<schema>`. The reference serves every device without a kernel of its own."""
     name = schema.partition("(")[0]
@@ -59,6 +64,13 @@ def extension_status() -> str:
     if _C is None:
         return f"not loaded ({_why_not}); every op runs on its PyTorch reference"
     return f"loaded, instruction set {_C.instruction_set()}"
+
+
+def plain(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The tensor in this dtype, contiguous: itself where it is so already."""
+    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "online_softmax.h"
+#include "policy_loss.h"
+#include "value_loss.h"
 
 namespace fpg {
 
@@ -11,6 +13,9 @@ namespace fpg {
 // which its second reading hits.
 constexpr int64_t kSlice = 8192;
 
+// Losses are summed over blocks of this many tokens, added in block order. A block stays in the cache.
+constexpr int64_t kTokenBlock = 2048;
+
 template <typename X>
 struct TokenLogprobsKernels {
   using T = compute_t<X>;
@@ -18,10 +23,26 @@ struct TokenLogprobsKernels {
   void (*slice_gradient)(const X* x, X* dx, int64_t n, const RowGradient<T>& row);
 };
 
+template <typename T>
+struct PolicyLossKernels {
+  void (*policy_block)(const PolicyTokens<T>& tokens, int64_t n, const PolicyOptions& options,
+                       T* coefficient, double* part);
+};
+
+template <typename T>
+struct ValueLossKernels {
+  void (*value_block)(const ValueTokens<T>& tokens, int64_t n, T clip, T* coefficient,
+                      double* part);
+};
+
 struct Kernels : TokenLogprobsKernels<bf16>,
                  TokenLogprobsKernels<fp16>,
                  TokenLogprobsKernels<float>,
-                 TokenLogprobsKernels<double> {
+                 TokenLogprobsKernels<double>,
+                 PolicyLossKernels<float>,
+                 PolicyLossKernels<double>,
+                 ValueLossKernels<float>,
+                 ValueLossKernels<double> {
   const char* name;
 };
 

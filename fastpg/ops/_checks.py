@@ -95,3 +95,21 @@ def is_last(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         beyond = torch.nn.functional.pad(left, (0, 1))[cu_seqlens[1:].long()]
         left = left - to_tokens(beyond, mask, cu_seqlens)
     return mask & (left == 1)
+
+
+def check_float(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+
+
+def check_beside(op: str, name: str, tensor: Tensor, beside: str, first: Tensor) -> None:
+    """`tensor` must be floating point, of the shape and on the device of `first`."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+    if tensor.shape != first.shape:
+        raise ValueError(
+            f"{op}: {name} {tuple(tensor.shape)} must have the shape of {beside} "
+            f"{tuple(first.shape)}"
+        )
+    if tensor.device != first.device:
+        raise ValueError(f"{op}: {name} on {tensor.device}, {beside} on {first.device}")

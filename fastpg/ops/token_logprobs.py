@@ -18,13 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, cpu_kernel, define, scalar
+from .._library import _C, DTYPE_CODE, address, compute_dtype, cpu_kernel, define, scalar
 from ._checks import check_device
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 is computed in fp64, everything else in fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _scaled(logits, labels, temperature, softcap, ignore_index):

@@ -1,0 +1,98 @@
+"""The statistics of the losses: sums, counts, minima, maxima and moments in one fp64 tensor each.
+
+They merge exactly over micro-batches and ranks; no mean is taken before `summary`. Both kinds live
+here, a floor below the pages, because the loss that fills one and merge_stats both need it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PolicyStats(NamedTuple):
+    """What policy_loss counted over its unmasked tokens: values [16] in the order of FIELDS.
+
+    count, weight          the tokens; Σ w
+    loss, surrogate        Σ w·l; the part of it that is the surrogate
+    ratio, ratio_sq        Σ r, Σ r²
+    k1, k3                 Σ −d, Σ (r − 1 − d), d = logp − old_logp: two estimates of KL(old ‖ new)
+    clipped_low            tokens with A < 0 and r < 1 − low
+    clipped_high           tokens with A > 0 and r > 1 + high
+    ref_kl, entropy        Σ of the KL to the reference as `kl` estimates it; Σ H
+    ratio_min, has_ref_kl, has_entropy   minima; the flags are 1 where the sum above was computed
+    ratio_max              a maximum
+    """
+
+    values: Tensor
+
+    FIELDS = (
+        *("count", "weight", "loss", "surrogate", "ratio", "ratio_sq", "k1", "k3"),
+        *("clipped_low", "clipped_high", "ref_kl", "entropy"),
+        *("ratio_min", "has_ref_kl", "has_entropy"),
+        "ratio_max",
+    )
+
+    @staticmethod
+    def merge(rows: Tensor) -> Tensor:
+        """[M, 16] -> [16]"""
+        return torch.cat([rows[:, :12].sum(0), rows[:, 12:15].amin(0), rows[:, 15:].amax(0)])
+
+    @staticmethod
+    def summary(row: list[float]) -> dict[str, float]:
+        s = dict(zip(PolicyStats.FIELDS, row, strict=True))
+        n = max(s["count"], 1.0)
+        out = {
+            "loss": s["loss"],
+            "clip_frac_low": s["clipped_low"] / n,
+            "clip_frac_high": s["clipped_high"] / n,
+            "approx_kl": s["k3"] / n,
+            "kl": s["k1"] / n,
+            "ratio_mean": s["ratio"] / n,
+            "ratio_min": s["ratio_min"] if s["count"] else 1.0,
+            "ratio_max": s["ratio_max"] if s["count"] else 1.0,
+            "ess": s["ratio"] ** 2 / (n * s["ratio_sq"]) if s["count"] else 0.0,
+            "count": s["count"],
+        }
+        means = {name: s[name] / n for name in ("ref_kl", "entropy") if s[f"has_{name}"]}
+        return out | means
+
+
+class ValueStats(NamedTuple):
+    """What value_loss counted over its unmasked tokens: values [8] in the order of FIELDS.
+
+    count, weight, loss    the tokens; Σ w; Σ w·l
+    clipped                tokens where the clipped error is the larger one
+    return_mean, return_m2        mean of the returns R, Σ (R − mean)²
+    residual_mean, residual_m2    the same of R − V
+    """
+
+    values: Tensor
+
+    FIELDS = (
+        *("count", "weight", "loss", "clipped"),
+        *("return_mean", "return_m2", "residual_mean", "residual_m2"),
+    )
+
+    @staticmethod
+    def merge(rows: Tensor) -> Tensor:
+        """[M, 8] -> [8]; the moments by Chan: M2 = Σ M2ᵢ + Σ nᵢ (meanᵢ − mean)²."""
+        count, means, m2 = rows[:, :1], rows[:, 4::2], rows[:, 5::2]
+        mean = (count * means).sum(0) / count.sum(0).clamp(min=1)
+        spread = (m2 + count * (means - mean) ** 2).sum(0)
+        return torch.cat([rows[:, :4].sum(0), torch.stack([mean, spread], 1).flatten()])
+
+    @staticmethod
+    def summary(row: list[float]) -> dict[str, float]:
+        s = dict(zip(ValueStats.FIELDS, row, strict=True))
+        explained = 1 - s["residual_m2"] / s["return_m2"] if s["return_m2"] else 0.0
+        return {
+            "loss": s["loss"],
+            "clip_frac": s["clipped"] / max(s["count"], 1.0),
+            "mean": s["return_mean"] - s["residual_mean"],
+            "return_mean": s["return_mean"],
+            "explained_variance": explained,
+            "count": s["count"],
+        }

@@ -1,0 +1,84 @@
+"""Estimates of KL(policy ‖ reference) at each token sampled from the policy. d = logp − ref_logp.
+
+    kind   value              dkl/dlogp = −dkl/dref_logp
+    k1     d                  1                 unbiased; its expected gradient by logp is 0
+    k2     d² / 2             d                 biased; its gradient is that of the KL
+    k3     e^{−d} − 1 + d     1 − e^{−d}        unbiased, never negative
+
+In k3 the log-ratio is clamped to ±20 before the exponential.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._library import compute_dtype, define
+from ._checks import check_beside, check_float
+
+KINDS = ("k1", "k2", "k3")
+
+
+def _difference(logp, ref_logp):
+    dtype = compute_dtype(logp.dtype)
+    return (logp.to(dtype) - ref_logp.to(dtype)).contiguous()
+
+
+def reference(logp, ref_logp, kind):
+    """kl, of the shape of logp."""
+    d = _difference(logp, ref_logp)
+    if kind == "k1":
+        return d
+    return d * d / 2 if kind == "k2" else torch.expm1(-d.clamp(-20.0, 20.0)) + d
+
+
+def reference_backward(grad, logp, ref_logp, kind):
+    """dL/dlogp; dL/dref_logp is its negative."""
+    if kind == "k1":
+        return grad.clone(memory_format=torch.contiguous_format)
+    d = _difference(logp, ref_logp)
+    return grad * (d if kind == "k2" else -torch.expm1(-d.clamp(-20.0, 20.0)))
+
+
+def _fake(logp, *_):
+    return logp.new_empty(logp.shape, dtype=compute_dtype(logp.dtype))
+
+
+_kl = define(
+    "kl_estimate(Tensor logp, Tensor ref_logp, str kind) -> Tensor", fake=_fake, reference=reference
+)
+_backward = define(
+    "kl_estimate_backward(Tensor grad, Tensor logp, Tensor ref_logp, str kind) -> Tensor",
+    fake=_fake,
+    reference=reference_backward,
+)
+
+
+class _KlEstimate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logp, ref_logp, kind):
+        ctx.save_for_backward(logp, ref_logp)
+        ctx.kind = kind
+        return _kl(logp, ref_logp, kind)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        logp, ref_logp = ctx.saved_tensors
+        grad = _backward(grad, logp, ref_logp, ctx.kind)
+        by_logp, by_ref, _ = ctx.needs_input_grad
+        return grad.to(logp.dtype) if by_logp else None, -grad.to(ref_logp.dtype) if by_ref else None, None  # fmt: skip
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: str = "k1") -> Tensor:
+    """The KL of the policy from a reference policy, estimated at each sampled token.
+
+    logp, ref_logp: tensors of one shape and any float dtype; both differentiable.
+    Returns kl of the same shape, fp32 (fp64 for fp64 logp). Padding is yours to mask.
+    """
+    check_float("kl_estimate", "logp", logp)
+    check_beside("kl_estimate", "ref_logp", ref_logp, "logp", logp)
+    if kind not in KINDS:
+        raise ValueError(f"kl_estimate: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return _KlEstimate.apply(logp, ref_logp, kind)

@@ -1,0 +1,58 @@
+"""The statistics of an optimiser step, from those of its micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from ._stats import PolicyStats, ValueStats
+
+
+def merge_stats(
+    stats: PolicyStats | ValueStats | Sequence[PolicyStats] | Sequence[ValueStats],
+    *,
+    process_group: dist.ProcessGroup | None = None,
+) -> dict[str, float]:
+    """Merges what the losses counted, in the order given and then over ranks, into plain floats.
+
+    stats: one PolicyStats or ValueStats, or a non-empty list of one kind.
+    process_group: every rank of it must call, and gets the same numbers.
+
+    From PolicyStats, d = logp − old_logp and r = e^d:
+      loss                    sum of the losses, KL and entropy terms included
+      clip_frac_low, _high    fraction of tokens that the bound 1 − low, 1 + high deprives of gradient
+      approx_kl, kl           KL(old ‖ new): mean of k3 = r − 1 − d, and of k1 = −d
+      ratio_mean, _min, _max  of r
+      ess                     effective sample size (Σ r)² / (n Σ r²), a fraction
+      ref_kl, entropy         means; absent unless every part had ref_logp, entropy
+      count                   unmasked tokens
+    From ValueStats:
+      loss, count             as above
+      clip_frac               fraction of tokens whose clipped error is the larger one
+      mean, return_mean       of V and of R
+      explained_variance      1 − Var(R − V) / Var(R); 0 where R does not vary
+    With no unmasked token: zeros, ratio_min and ratio_max 1. Synchronises the device once.
+    """
+    parts = [stats] if isinstance(stats, (PolicyStats, ValueStats)) else list(stats)
+    kind = _kind(parts)
+    row = kind.merge(torch.stack([part.values for part in parts]))
+    if process_group is not None:
+        rows = row.new_empty(dist.get_world_size(process_group), row.numel())
+        dist.all_gather(list(rows), row, group=process_group)
+        row = kind.merge(rows)
+    return kind.summary(row.tolist())
+
+
+def _kind(parts: list) -> type[PolicyStats] | type[ValueStats]:
+    if not parts:
+        raise ValueError("merge_stats: stats is empty, nothing to merge")
+    for part in parts:
+        if not isinstance(part, (PolicyStats, ValueStats)):
+            raise TypeError(
+                f"merge_stats: stats holds {type(part).__name__}, must be PolicyStats or ValueStats"
+            )
+        if type(part) is not type(parts[0]):
+            raise TypeError("merge_stats: stats mixes PolicyStats and ValueStats")
+    return type(parts[0])

@@ -1,0 +1,262 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from accuracy import TOLERANCE, assert_no_worse, leaves
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastpg import PolicyStats, merge_stats, policy_loss
+from fastpg.ops import policy_loss as page
+
+# A few roundings; of bf16, one.
+GRADIENT_RTOL = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 8e-3}
+NAMES = ("logp", "advantages", "weight", "old_logp", "ref_logp", "entropy")
+KL = {"kl_coef": 0.13}
+CASES = {  # the options, and which optional tensors are given
+    "ppo": ({}, "old_logp"),
+    "ppo_on_policy": ({}, ""),
+    "ppo_one_sided": ({"clip": (None, 0.28)}, "old_logp"),
+    "reinforce": ({"surrogate": "reinforce"}, ""),
+    "reinforce_off_policy": ({"surrogate": "reinforce"}, "old_logp"),
+    "k3": (KL, "old_logp ref_logp"),
+    "k3_naive": ({**KL, "kl": "k3_naive"}, "old_logp ref_logp"),
+    "k2": ({**KL, "kl": "k2"}, "old_logp ref_logp"),
+    "entropy": ({"entropy_coef": 0.07}, "old_logp entropy"),
+    "all": ({**KL, "entropy_coef": -0.07, "clip": (0.1, None)}, "old_logp ref_logp entropy"),
+}
+
+
+def sample(shape, dtype=torch.float32):
+    """Tensors by name; a third of the tokens is masked, ratios lie well beyond the clip bounds."""
+    x = {name: torch.randn(shape, dtype=torch.float64) for name in NAMES}
+    x["logp"] = -x["logp"].abs()
+    x["old_logp"] = x["logp"] + 0.3 * x["old_logp"]
+    x["ref_logp"] = x["logp"] + 0.2 * x["ref_logp"]
+    x["weight"] = torch.where(x["weight"] > -0.4, 0.5 + torch.rand(shape), 0.0) / (
+        math.prod(shape) + 1
+    )
+    return {name: tensor.to(dtype) for name, tensor in x.items()}
+
+
+def run(tensors, case):
+    """(loss, stats, gradient of logp, gradient of entropy or None)"""
+    options, given = CASES[case]
+    x = {name: tensors[name] for name in (*NAMES[:3], *given.split())}
+    x["logp"] = x["logp"].detach().requires_grad_()
+    if "entropy" in x:
+        x["entropy"] = x["entropy"].detach().requires_grad_()
+    loss, stats = policy_loss(**x, **options)
+    loss.backward()
+    return (
+        loss.detach(),
+        stats.values,
+        x["logp"].grad,
+        x["entropy"].grad if "entropy" in x else None,
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_matches_reference(kernel, case, dtype, monkeypatch):
+    shapes = [(1,), (16,), (3, 7), (2, 2048), (4321,), ()]  # below, at and beyond lanes and blocks
+    for x in (sample(shape, dtype) for shape in shapes):
+        ours = run(x, case)
+        with monkeypatch.context() as patch:
+            patch.setattr(page, "_policy_loss", page.reference)
+            torchs = run(x, case)
+            oracle = run({name: tensor.double() for name, tensor in x.items()}, case)
+        for a, b, c in zip(ours[:2], torchs[:2], oracle[:2], strict=True):
+            finite = c.isfinite()
+            assert_no_worse(a[finite], b[finite], c[finite], TOLERANCE[dtype])
+        for a, c in zip(ours[2:], oracle[2:], strict=True):
+            assert a is c is None or a.dtype == dtype
+            if a is not None:
+                torch.testing.assert_close(a.double(), c, rtol=GRADIENT_RTOL[dtype], atol=1e-7)
+
+
+def test_a_million_tokens_keep_six_digits():
+    x = sample((1 << 20,))
+    ours, oracle = run(x, "all"), run({k: t.double() for k, t in x.items()}, "all")
+    for a, b in zip(ours[:3], oracle[:3], strict=True):
+        assert (a.double() - b).abs().max() <= 1e-6 * b.abs().max()
+    scale = oracle[1].abs().clamp(min=1)  # each field against the absolute sum it cannot exceed
+    assert ((ours[1] - oracle[1]).abs() / scale).max() < 1e-5
+
+
+# The others hold the ratio constant: their loss is not the integral of their gradient.
+@pytest.mark.parametrize("case", ["ppo", "reinforce", "k3", "k3_naive", "k2", "entropy", "all"])
+def test_gradients(kernel, case):
+    options, given = CASES[case]
+    x = {
+        k: t for k, t in sample((3, 5), torch.float64).items() if k in (*NAMES[:3], *given.split())
+    }
+    for names in (["logp"], ["entropy"], ["logp", "entropy"]):
+        inputs = leaves(*(x[name] for name in names if name in x))
+
+        def loss(*tensors, names=names):
+            return 3 * policy_loss(**{**x, **dict(zip(names, tensors, strict=False))}, **options)[0]
+
+        assert not inputs or torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "empty"])
+@pytest.mark.parametrize("case", ["ppo_on_policy", "all"])
+def test_registration(layout, case):
+    x = sample((4, 6))
+    change = {
+        "contiguous": lambda t: t,
+        "transposed": lambda t: t.t(),
+        "expanded": lambda t: t[:, :1].expand(4, 6),
+        "empty": lambda t: t[:0],
+    }[layout]
+    given = CASES[case][1].split()
+    args = [change(x[n]) if n in (*NAMES[:3], *given) else None for n in NAMES]
+    options = (0.8, 1.27, "ppo", "k3", 0.13, 0.07)
+    torch.library.opcheck(page._policy_loss, (*args, *options))
+
+
+def test_compile():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(policy_loss, backend=counter, fullgraph=True, dynamic=True)
+    for n in (50, 77):
+        x = sample((2, n))
+        logp, entropy = leaves(x["logp"], x["entropy"])
+        rest = {k: v for k, v in x.items() if k not in ("logp", "entropy")}
+        options = {**KL, "clip": (0.1, None), "entropy_coef": 0.07}
+        loss, stats = compiled(logp, entropy=entropy, **rest, **options)
+        loss.backward()
+        eager = policy_loss(logp, entropy=entropy, **rest, **options)
+        assert isinstance(stats, PolicyStats)
+        torch.testing.assert_close((loss, stats.values), (eager[0], eager[1].values))
+        grads = torch.autograd.grad(eager[0], (logp, entropy))
+        torch.testing.assert_close((logp.grad, entropy.grad), grads)
+    assert counter.frame_count == 1
+
+
+X = torch.zeros(4)
+BAD = [
+    ({"logp": X.long()}, TypeError, "logp must be floating point, got torch.int64"),
+    ({"weight": X.bool()}, TypeError, "weight must be floating point, got torch.bool"),
+    ({"advantages": X[:3]}, ValueError, r"advantages \(3,\) must have the shape of logp \(4,\)"),
+    ({"old_logp": X[None]}, ValueError, r"old_logp \(1, 4\) must have the shape"),
+    ({"entropy": X.to("meta")}, ValueError, "entropy on meta, logp on cpu"),
+    ({"clip": 0.2}, ValueError, r"clip must be a pair \(low, high\), got 0.2"),
+    ({"clip": (-0.1, 0.2)}, ValueError, r"clip must be >= 0 or None on each side, got \(-0.1"),
+    ({"clip": (0.1, math.nan)}, ValueError, "clip must be >= 0"),
+    ({"surrogate": "cispo"}, ValueError, "surrogate must be one of ppo, reinforce, got 'cispo'"),
+    ({"kl": "k1"}, ValueError, "kl='k1' has expected gradient 0"),
+    ({"kl": "k4"}, ValueError, "kl must be one of k3, k3_naive, k2, got 'k4'"),
+    ({"kl_coef": 0.1}, ValueError, "kl_coef=0.1 needs ref_logp"),
+    ({"ref_logp": X}, ValueError, "ref_logp needs kl_coef > 0"),
+    ({"ref_logp": X, "kl_coef": -1.0}, ValueError, "kl_coef must be finite and >= 0, got -1.0"),
+    ({"entropy_coef": 0.1}, ValueError, "entropy_coef=0.1 needs entropy"),
+    ({"entropy": X, "entropy_coef": math.inf}, ValueError, "entropy_coef must be finite, got inf"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD, ids=lambda x: str(x)[:30])
+def test_edges(change, error, message):
+    with pytest.raises(error, match=message):
+        policy_loss(**{"logp": X, "advantages": X, "weight": X, **change})
+
+
+def test_every_layout_gives_the_same_bits(kernel):
+    x = sample((40, 30))
+    plain = run(x, "all")
+    strided = run({k: t.t().contiguous().t() for k, t in x.items()}, "all")
+    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+
+
+def test_old_logp_equal_to_logp_is_reinforce(kernel):
+    x = sample((500,))
+    x["old_logp"] = x["logp"].clone()
+    ppo, on_policy, reinforce = (run(x, c) for c in ("ppo", "ppo_on_policy", "reinforce"))
+    ratios = merge_stats(PolicyStats(ppo[1]))
+    assert ratios["ratio_min"] == ratios["ratio_max"] == ratios["ratio_mean"] == ratios["ess"] == 1
+    assert torch.equal(ppo[2], reinforce[2]) and torch.equal(on_policy[2], reinforce[2])
+    assert torch.equal(reinforce[2], -x["weight"] * x["advantages"])
+
+
+def test_off_policy_reinforce_detaches_the_ratio(kernel):
+    x = sample((300,), torch.float64)
+    r = (x["logp"] - x["old_logp"]).exp()
+    expected = -x["weight"] * r * x["advantages"]
+    torch.testing.assert_close(run(x, "reinforce_off_policy")[2], expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
+def test_masked_slots_change_no_bit(kernel, case, poison):
+    x = sample((1000,))
+    masked = x["weight"] == 0
+    bad = {k: t if k == "weight" else t.masked_fill(masked, poison) for k, t in x.items()}
+    for a, b in zip(run(x, case), run(bad, case), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_masked_is_zero(kernel, case):
+    x = sample((100,))
+    x["weight"] = torch.zeros(100)
+    loss, stats, *grads = run({k: t if k == "weight" else t * math.nan for k, t in x.items()}, case)
+    assert loss == 0 and all(g is None or (g == 0).all() for g in grads)
+    merged = merge_stats(PolicyStats(stats))
+    assert merged.pop("ratio_min") == merged.pop("ratio_max") == 1
+    assert set(merged.values()) == {0.0}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_split_adds_up(kernel, case):
+    x = sample((5000,), torch.float64)
+    whole = run(x, case)
+    ends = [0, 17, 17, 4000, 5000]
+    parts = [run({k: t[i:j] for k, t in x.items()}, case) for i, j in pairwise(ends)]
+    assert torch.equal(torch.cat([p[2] for p in parts]), whole[2])
+    torch.testing.assert_close(sum(p[0] for p in parts), whole[0], rtol=1e-12, atol=1e-12)
+    merged = merge_stats([PolicyStats(p[1]) for p in parts])
+    assert merged == pytest.approx(merge_stats(PolicyStats(whole[1])), rel=1e-11, abs=1e-13)
+
+
+def test_threads_change_no_bit(kernel):
+    x, threads = sample((100_003,)), torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(run(x, "all"))
+    torch.set_num_threads(threads)
+    if kernel != "reference":
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_extreme_log_ratios_are_finite(kernel, case):
+    x = sample((4,))
+    x["logp"] = torch.tensor([-1000.0, -0.5, -1000.0, -0.5])
+    x["old_logp"] = x["ref_logp"] = torch.tensor([-0.5, -1000.0, -0.5, -1000.0])
+    x["advantages"], x["weight"] = torch.tensor([1.0, -1.0, 0.0, 0.0]), torch.ones(4)
+    loss, stats, grad, _ = run(x, case)
+    assert loss.isfinite() and stats.isfinite().all() and grad.isfinite().all()
+    if "kl_coef" not in CASES[case][0]:
+        assert (grad[2:] == 0).all()  # A = 0
+
+
+@pytest.mark.parametrize("kl", ["k2", "k3", "k3_naive"])
+def test_kl_gradient_by_enumeration(kernel, kl):
+    theta, phi = torch.randn(2, 5, dtype=torch.float64)
+    ref, old = phi.log_softmax(0), torch.randn(5, dtype=torch.float64).log_softmax(0)
+    # k3 is exact off policy too; k2 and k3_naive are defined on policy.
+    sampled = old if kl == "k3" else theta.log_softmax(0)
+
+    def gradient(loss_of):
+        t = theta.clone().requires_grad_()
+        return torch.autograd.grad(loss_of(t.log_softmax(0)), t)[0]
+
+    ours = gradient(lambda logp: policy_loss(
+        logp, torch.zeros_like(logp), sampled.exp(), ref_logp=ref, kl_coef=1.0, kl=kl,
+        old_logp=sampled if kl == "k3" else None,
+    )[0])  # fmt: skip
+    reverse = gradient(lambda logp: (logp.exp() * (logp - ref)).sum())
+    forward = gradient(lambda logp: (ref.exp() * (ref - logp)).sum())
+    torch.testing.assert_close(ours, forward if kl == "k3_naive" else reverse)

@@ -116,23 +116,26 @@ def test_registration(layout, case):
     torch.library.opcheck(page._policy_loss, (*args, *options))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch compiles by its own old parts
 def test_compile():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(policy_loss, backend=counter, fullgraph=True, dynamic=True)
+    compilations = []
     for n in (50, 77):
         x = sample((2, n))
         logp, entropy = leaves(x["logp"], x["entropy"])
         rest = {k: v for k, v in x.items() if k not in ("logp", "entropy")}
         options = {**KL, "clip": (0.1, None), "entropy_coef": 0.07}
         loss, stats = compiled(logp, entropy=entropy, **rest, **options)
+        compilations.append(counter.frame_count)
         loss.backward()
         eager = policy_loss(logp, entropy=entropy, **rest, **options)
         assert isinstance(stats, PolicyStats)
         torch.testing.assert_close((loss, stats.values), (eager[0], eager[1].values))
         grads = torch.autograd.grad(eager[0], (logp, entropy))
         torch.testing.assert_close((logp.grad, entropy.grad), grads)
-    assert counter.frame_count == 1
+    assert len(set(compilations)) == 1
 
 
 X = torch.zeros(4)

@@ -211,7 +211,7 @@ def policy_loss(
         check_beside("policy_loss", "entropy", entropy, "logp", logp)
     elif entropy_coef != 0:
         raise ValueError(f"policy_loss: entropy_coef={entropy_coef} needs entropy")
-    if not math.isfinite(entropy_coef):
+    if not -math.inf < entropy_coef < math.inf:
         raise ValueError(f"policy_loss: entropy_coef must be finite, got {entropy_coef}")
     if surrogate not in SURROGATES:
         names = ", ".join(SURROGATES)

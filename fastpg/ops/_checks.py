@@ -40,17 +40,19 @@ def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(f"{op}: {name} on {tensor.device}, expected {like.device}")
 
 
-def check_shape(op: str, name: str, tensor: Tensor, like: Tensor, *shapes: tuple) -> None:
-    """One of the shapes, and the device of `like`."""
+def check_shape(op: str, name: str, tensor: Tensor | None, like: Tensor, *shapes: tuple) -> None:
+    """One of the shapes, and the device of `like`; or no tensor at all."""
+    if tensor is None:
+        return
     if tensor.shape not in shapes:
         allowed = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must be {allowed}")
     check_device(op, name, tensor, like)
 
 
-def as_bool(mask: Tensor) -> Tensor:
+def as_bool(mask: Tensor | None) -> Tensor | None:
     """A 0/1 tensor of any dtype as bool."""
-    return mask if mask.dtype is torch.bool else mask != 0
+    return mask if mask is None or mask.dtype is torch.bool else mask != 0
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, tokens: Tensor) -> None:

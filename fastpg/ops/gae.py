@@ -94,8 +94,7 @@ def reference_backward(
     )
     grads = (_grid(x, 0.0, rewards, cu_seqlens) for x in (grad_advantages, grad_returns))
     ga, gr = (torch.where(kept, x, 0.0) for x in grads)
-    grad = _scan(_before(trace).flip(1), (ga + gr).flip(1)).flip(1)
-    grad = torch.where(kept, grad, 0.0)
+    grad = torch.where(kept, _scan(_before(trace).flip(1), (ga + gr).flip(1)).flip(1), 0.0)
     hands_on = (~(kept | _before(ends))).double()
     sent = torch.where(done, 0.0, gamma * grad)
     sent = _scan(hands_on.flip(1), sent.flip(1)).flip(1)  # to the value that follows
@@ -194,17 +193,13 @@ def _discount(name, x, rewards, count, dtype):
 
 def _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count):
     """bootstrap, 0 where it is not read; terminated and truncated per token, or None."""
-    for name, flag in ("truncated", truncated), ("terminated", terminated):
-        if flag is not None:
-            _checks.check_shape("gae", name, flag, rewards, (count,), rewards.shape)
-    if bootstrap is not None:
-        shape = (count,) if truncated is None else truncated.shape
-        _checks.check_shape("gae", "bootstrap", bootstrap, rewards, shape)
-    elif truncated is not None:
+    _checks.check_shape("gae", "terminated", terminated, rewards, (count,), rewards.shape)
+    _checks.check_shape("gae", "truncated", truncated, rewards, (count,), rewards.shape)
+    follows = (count,) if truncated is None else truncated.shape
+    _checks.check_shape("gae", "bootstrap", bootstrap, rewards, follows)
+    if truncated is not None and bootstrap is None:
         raise ValueError("gae: truncated needs bootstrap, the value that follows")
-    terminated, truncated = (
-        x if x is None else _checks.as_bool(x) for x in (terminated, truncated)
-    )
+    terminated, truncated = _checks.as_bool(terminated), _checks.as_bool(truncated)
     if truncated is not None and truncated.shape != rewards.shape:
         terminated, truncated = ~truncated if terminated is None else terminated, None
     if terminated is None or terminated.shape == rewards.shape:
@@ -241,24 +236,20 @@ def gae(
     terminated; or, with truncated like rewards, the value after each truncated token.
     Returns (advantages, returns) like rewards, fp32 (fp64 if an input is fp64), scanned in double.
 
-    Where N = B, a packed tensor of that length is read per token, a bootstrap without `truncated`
-    per sequence.
+    Where N = B, a packed tensor is read per token, a bootstrap without `truncated` per sequence.
     """
     dtype = _checks.common_dtype("gae", rewards=rewards, values=values, bootstrap=bootstrap)
     count = _checks.sequence_count("gae", "rewards", rewards, cu_seqlens)
-    if values is not None:
-        _checks.check_shape("gae", "values", values, rewards, rewards.shape)
-        values = values.to(dtype)
-    if mask is not None:
-        _checks.check_shape("gae", "mask", mask, rewards, rewards.shape)
-        mask = _checks.as_bool(mask)
+    _checks.check_shape("gae", "values", values, rewards, rewards.shape)
+    _checks.check_shape("gae", "mask", mask, rewards, rewards.shape)
+    mask = _checks.as_bool(mask)
     gammas, gamma = _discount("gamma", gamma, rewards, count, dtype)
     lams, lam = _discount("lam", lam, rewards, count, dtype)
     if not (terminated is None and truncated is None and bootstrap is None):
-        flags = _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count)
-        bootstrap, terminated, truncated = flags
-        bootstrap = None if bootstrap is None else bootstrap.to(dtype)
-    inputs = rewards.to(dtype), values, bootstrap
+        bootstrap, terminated, truncated = _endings(
+            rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count
+        )
+    inputs = [x if x is None else x.to(dtype) for x in (rewards, values, bootstrap)]
     options = mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
     if any(x is not None and x.requires_grad for x in inputs):
         return _Gae.apply(*inputs, *options)

@@ -19,6 +19,11 @@ def common_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """tensor.to(dtype), without the microsecond that torch takes to do nothing."""
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
+
+
 def sequence_count(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> int:
     """B, from tokens [B, T], or from cu_seqlens [B + 1] if tokens are packed [N]."""
     if tokens.dim() != (2 if cu_seqlens is None else 1):

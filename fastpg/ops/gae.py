@@ -151,9 +151,9 @@ def _inputs(*args):
 @cpu_kernel(_gae)
 def _gae_cpu(*args):
     inputs, (rewards, *_alive) = _inputs(*args)
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    _C.gae(inputs, advantages.data_ptr(), returns.data_ptr())
-    return advantages, returns
+    out = torch.empty_like(rewards), torch.empty_like(rewards)
+    _C.gae(inputs, *map(address, out))
+    return out
 
 
 @cpu_kernel(_backward)
@@ -188,7 +188,7 @@ def _discount(name, x, rewards, count, dtype):
         return None, float(x)
     x = x.expand(count) if x.dim() == 0 else x
     _checks.check_shape("gae", name, x, rewards, (count,), rewards.shape)
-    return x.detach().to(dtype), 0.0
+    return _checks.cast(x.detach(), dtype), 0.0
 
 
 def _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count):
@@ -234,9 +234,8 @@ def gae(
     truncated: the same shapes; needs a bootstrap of its shape. A token that is both is terminated.
     bootstrap: the value after each sequence's last unmasked token [B], read where that is not
     terminated; or, with truncated like rewards, the value after each truncated token.
-    Returns (advantages, returns) like rewards, fp32 (fp64 if an input is fp64), scanned in double.
-
     Where N = B, a packed tensor is read per token, a bootstrap without `truncated` per sequence.
+    Returns (advantages, returns) like rewards, fp32 (fp64 if an input is fp64), scanned in double.
     """
     dtype = _checks.common_dtype("gae", rewards=rewards, values=values, bootstrap=bootstrap)
     count = _checks.sequence_count("gae", "rewards", rewards, cu_seqlens)
@@ -249,7 +248,7 @@ def gae(
         bootstrap, terminated, truncated = _endings(
             rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count
         )
-    inputs = [x if x is None else x.to(dtype) for x in (rewards, values, bootstrap)]
+    inputs = [_checks.cast(x, dtype) for x in (rewards, values, bootstrap)]
     options = mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
     if any(x is not None and x.requires_grad for x in inputs):
         return _Gae.apply(*inputs, *options)

@@ -109,6 +109,5 @@ def token_rewards(
     _checks.check_shape(op, "kl", kl, mask, mask.shape)
     if kl is None and kl_coef != 0:
         raise ValueError(f"token_rewards: kl_coef={kl_coef} needs kl")
-    kl = kl if kl is None else kl.to(dtype)
-    mask = _checks.as_bool(mask)
-    return _TokenRewards.apply(scores.to(dtype), kl, mask, cu_seqlens, float(kl_coef))
+    scores, kl, mask = _checks.cast(scores, dtype), _checks.cast(kl, dtype), _checks.as_bool(mask)
+    return _TokenRewards.apply(scores, kl, mask, cu_seqlens, float(kl_coef))

@@ -5,7 +5,7 @@ import torch
 from accuracy import TOLERANCE, assert_no_worse, leaves
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 from torch.library import opcheck
 
 import fastpg.ops.gae as page
@@ -175,6 +175,18 @@ def test_compile():
         (out[0] * out[1].cos()).sum().backward()
         for ours, eager in zip((rewards, values, bootstrap), again, strict=True):
             torch.testing.assert_close(ours.grad, eager.grad)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own decompositions
+@pytest.mark.parametrize("wanted", [False, True])
+def test_other_derivatives_raise(wanted):
+    rewards = torch.ones(2, 3, requires_grad=wanted)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|functorch"):
+        torch.func.jvp(lambda r: gae(r)[0], (rewards,), (torch.ones(2, 3),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        gae(forward_ad.make_dual(rewards, torch.ones(2, 3)))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda r: gae(r)[0].sum())(rewards)
 
 
 ONES, FLAGS = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)

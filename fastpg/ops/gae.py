@@ -20,7 +20,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from .._library import _C, DTYPE_CODE, address, cpu_kernel, define
 from . import _checks
@@ -59,11 +58,6 @@ def _scan(a, b):
     return out
 
 
-def _before(x):
-    """x_{t-1} at t, 0 at the first."""
-    return pad(x, (1, 0))[:, :-1]
-
-
 def reference(
     rewards, values, bootstrap, mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
 ):
@@ -78,7 +72,7 @@ def reference(
     v, follows = torch.where(kept, v, 0.0), torch.where(reads, follows, 0.0)
     hands_on = (~(kept | ends)).double()
     value_from = _scan(hands_on, torch.where(kept, v, follows))
-    next_value = torch.where(ends | done, follows, pad(value_from, (0, 1))[:, 1:])
+    next_value = torch.where(ends | done, follows, value_from.roll(-1, 1))
     delta = torch.where(kept, r + gamma * next_value - v, 0.0)
     advantages = torch.where(kept, _scan(trace, delta), 0.0)
     return tuple(x.reshape(rewards.shape).to(rewards.dtype) for x in (advantages, advantages + v))
@@ -94,21 +88,19 @@ def reference_backward(
     )
     grads = (_grid(x, 0.0, rewards, cu_seqlens) for x in (grad_advantages, grad_returns))
     ga, gr = (torch.where(kept, x, 0.0) for x in grads)
-    grad = torch.where(kept, _scan(_before(trace).flip(1), (ga + gr).flip(1)).flip(1), 0.0)
-    hands_on = (~(kept | _before(ends))).double()
+    grad = torch.where(kept, _scan(trace.roll(1, 1).flip(1), (ga + gr).flip(1)).flip(1), 0.0)
+    hands_on = (~(kept | ends.roll(1, 1))).double()
     sent = torch.where(done, 0.0, gamma * grad)
     sent = _scan(hands_on.flip(1), sent.flip(1)).flip(1)  # to the value that follows
-    received = _before(torch.where(ends, 0.0, sent))
+    received = torch.where(ends, 0.0, sent).roll(1, 1)  # nothing wraps: the last token is an end
     grad_values = torch.where(kept, gr - grad + received, 0.0)
     if truncated is not None:
         grad_bootstrap = torch.where(reads, gamma * grad, 0.0)
     else:
         final = torch.where(ends, sent, 0.0).reshape(rewards.shape)
         grad_bootstrap = _checks.to_sequences(final, cu_seqlens)
-    outs = (rewards, grad), (values, grad_values), (bootstrap, grad_bootstrap)
-    return tuple(
-        rewards.new_empty(0) if x is None else g.reshape(x.shape).to(x.dtype) for x, g in outs
-    )
+    outs = zip((rewards, values, bootstrap), (grad, grad_values, grad_bootstrap), strict=True)
+    return tuple(rewards.new_empty(0) if x is None else g.reshape(x.shape).to(x) for x, g in outs)
 
 
 _INPUTS = (
@@ -250,6 +242,6 @@ def gae(
         )
     inputs = [_checks.cast(x, dtype) for x in (rewards, values, bootstrap)]
     options = mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
-    if any(x is not None and x.requires_grad for x in inputs):
-        return _Gae.apply(*inputs, *options)
-    return _gae(*inputs, *options)  # the usual case: a third faster than with a tape
+    if _checks.constant(*inputs):
+        return _gae(*inputs, *options)
+    return _Gae.apply(*inputs, *options)

@@ -233,6 +233,22 @@ def test_cu_seqlens_is_checked(kernel, message, cu_seqlens):
         gae(torch.ones(6), cu_seqlens=torch.tensor(cu_seqlens).long())
 
 
+def test_any_strides(kernel):
+    rewards, values, mask = inputs((5, 8))
+    views = rewards.t()[1:], values[:, :1].expand(5, 8).t()[1:], mask.t()[1:]
+    gamma = torch.tensor([0.9], dtype=torch.float64).expand(7)
+    ours = gae(*views, gamma=gamma, lam=torch.tensor(0.8))
+    expected = gae(*(x.clone() for x in views), gamma=0.9, lam=torch.full((7, 5), 0.8))
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_as_many_tokens_as_sequences_is_per_token(kernel):
+    cu, gamma = torch.tensor([0, 0, 2], dtype=torch.int32), torch.tensor([0.25, 0.5])
+    assert gae(torch.ones(2), gamma=gamma, cu_seqlens=cu)[0].tolist() == [1.25, 1.0]
+    after = gae(torch.ones(2), gamma=gamma, bootstrap=torch.tensor([8.0, 4.0]), cu_seqlens=cu)[0]
+    assert after.tolist() == [1.75, 3.0]
+
+
 def test_published_vectors(kernel):
     """rlax, truncated_generalized_advantage_estimation; a discount of 0 ends an episode."""
     rewards = torch.tensor([[0, 0, 1, 0, -0.5], [0, 0, 0, 0, 1]])

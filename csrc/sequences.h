@@ -1,5 +1,4 @@
-// Which tokens make a sequence: rows of a padded [B, T], or the slices that cu_seqlens cuts out of
-// [N].
+// Which tokens make a sequence: the rows of a padded [B, T], or what cu_seqlens cuts out of [N].
 #pragma once
 
 #include <stdint.h>

@@ -13,8 +13,7 @@ namespace {
 constexpr int64_t kBlock = 4096;  // elements; a block stays in the first cache while read twice
 constexpr int64_t kGrain = 8;     // blocks a thread should have at least
 
-// The sum of term(i) over [begin, end), in eight interleaved sums: the order never depends on
-// threads.
+// The sum of term(i) over [begin, end), as eight interleaved sums that are added in a fixed order.
 template <typename Term>
 double sum(int64_t begin, int64_t end, const Term& term) {
   constexpr int kLanes = 8;

@@ -1,10 +1,7 @@
 // Advantages and returns, and their gradient: several sequences at a time in each thread.
 #include "gae.h"
 
-#include <algorithm>
-
 #include "dtype.h"
-#include "parallel.h"
 
 namespace fpg {
 namespace {
@@ -12,24 +9,28 @@ namespace {
 constexpr int kLanes = 4;          // sequences in flight: each hides the latency of the others
 constexpr int64_t kGrain = 16384;  // tokens a thread should have at least
 
-// The tokens of a batch. Plain: no mask, no flag, one gamma and one lam for all.
-template <typename X, bool kPlain>
+// What a loop must look up for each token, so that the usual batches look up nothing else.
+enum class Look { kNothing, kMask, kEverything };
+
+template <typename X, Look kLook>
 struct Tokens {
-  const GaeInputs& in;
+  const GaeInputs in;
   const X *rewards = static_cast<const X*>(in.rewards), *values = static_cast<const X*>(in.values),
           *gammas = static_cast<const X*>(in.gammas), *lams = static_cast<const X*>(in.lams),
           *bootstrap = static_cast<const X*>(in.bootstrap);
 
-  bool kept(int64_t i) const { return kPlain || !in.mask || in.mask[i]; }
-  bool terminated(int64_t i) const { return !kPlain && in.terminated && in.terminated[i]; }
-  bool truncated(int64_t i) const { return !kPlain && in.truncated && in.truncated[i]; }
+  static constexpr bool kAll = kLook == Look::kEverything;
+
+  bool kept(int64_t i) const { return kLook == Look::kNothing || !in.mask || in.mask[i]; }
+  bool terminated(int64_t i) const { return kAll && in.terminated && in.terminated[i]; }
+  bool truncated(int64_t i) const { return kAll && in.truncated && in.truncated[i]; }
   bool cut(int64_t i) const { return terminated(i) || truncated(i); }
   double value(int64_t i) const { return values ? values[i] : 0.0; }
   double gamma(int64_t sequence, int64_t i) const {
-    return kPlain || !gammas ? in.gamma : gammas[in.gamma_per_token ? i : sequence];
+    return kAll && gammas ? gammas[in.gamma_per_token ? i : sequence] : in.gamma;
   }
   double lam(int64_t sequence, int64_t i) const {
-    return kPlain || !lams ? in.lam : lams[in.lam_per_token ? i : sequence];
+    return kAll && lams ? lams[in.lam_per_token ? i : sequence] : in.lam;
   }
 };
 
@@ -66,17 +67,17 @@ void interleave(const Walk& walk, int64_t begin, int64_t end) {
 
 template <typename Walk>
 void run(const Walk& walk, const Sequences& sequences) {
-  parallel_for(sequences.count, sequences.holding(kGrain),
+  parallel_for(sequences, kGrain,
                [&](int64_t begin, int64_t end) { interleave(walk, begin, end); });
 }
 
 // From the last token to the first.
-template <typename X, bool kPlain>
-struct Forward : Tokens<X, kPlain> {
+template <typename X, Look kLook>
+struct Forward : Tokens<X, kLook> {
   X *advantages, *returns;
 
   Forward(const GaeInputs& in, void* advantages, void* returns)
-      : Tokens<X, kPlain>{in},
+      : Tokens<X, kLook>{in},
         advantages(static_cast<X*>(advantages)),
         returns(static_cast<X*>(returns)) {}
 
@@ -108,14 +109,14 @@ struct Forward : Tokens<X, kPlain> {
 };
 
 // From the first token to the last; the carry is what the token before sends.
-template <typename X, bool kPlain>
-struct Backward : Tokens<X, kPlain> {
+template <typename X, Look kLook>
+struct Backward : Tokens<X, kLook> {
   const X *grad_advantages, *grad_returns;
   X *grad_rewards, *grad_values, *grad_bootstrap;
 
   Backward(const GaeInputs& in, const void* grad_advantages, const void* grad_returns,
            void* grad_rewards, void* grad_values, void* grad_bootstrap)
-      : Tokens<X, kPlain>{in},
+      : Tokens<X, kLook>{in},
         grad_advantages(static_cast<const X*>(grad_advantages)),
         grad_returns(static_cast<const X*>(grad_returns)),
         grad_rewards(static_cast<X*>(grad_rewards)),
@@ -150,14 +151,15 @@ struct Backward : Tokens<X, kPlain> {
   }
 };
 
-template <template <typename, bool> class Walk, typename... Pointers>
+template <template <typename, Look> class Walk, typename... Pointers>
 void dispatch(const GaeInputs& in, Pointers... pointers) {
   in.sequences.check("gae");
-  const bool plain = !in.mask && !in.terminated && !in.truncated && !in.gammas && !in.lams;
+  const bool everything = in.terminated || in.truncated || in.gammas || in.lams;
   with_compute_dtype(in.dtype, [&](auto x) {
     using X = decltype(x);
-    plain ? run(Walk<X, true>(in, pointers...), in.sequences)
-          : run(Walk<X, false>(in, pointers...), in.sequences);
+    if (everything) return run(Walk<X, Look::kEverything>(in, pointers...), in.sequences);
+    if (in.mask) return run(Walk<X, Look::kMask>(in, pointers...), in.sequences);
+    run(Walk<X, Look::kNothing>(in, pointers...), in.sequences);
   });
 }
 

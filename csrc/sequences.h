@@ -1,11 +1,12 @@
-// Which tokens make a sequence: rows of a padded [B, T], or the slices that cu_seqlens cuts out of
-// [N].
+// Which tokens make a sequence: the rows of a padded [B, T], or what cu_seqlens cuts out of [N].
 #pragma once
 
 #include <stdint.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "parallel.h"
 
 namespace fpg {
 
@@ -22,9 +23,6 @@ struct Sequences {
   }
   int64_t tokens() const { return cu_seqlens ? length : count * length; }
 
-  // Sequences that hold about `tokens` tokens: the grain of a parallel loop over them.
-  int64_t holding(int64_t tokens) const { return tokens * count / (this->tokens() + 1); }
-
   void check(const std::string& op) const {
     for (int64_t i = 0; cu_seqlens && i <= count; ++i) {
       const int64_t low = i == 0 ? 0 : cu_seqlens[i - 1];
@@ -36,5 +34,11 @@ struct Sequences {
     }
   }
 };
+
+// Calls body(begin, end) on ranges of sequences that have about `grain` tokens or more.
+template <typename Body>
+void parallel_for(const Sequences& sequences, int64_t grain, const Body& body) {
+  parallel_for(sequences.count, grain * sequences.count / (sequences.tokens() + 1), body);
+}
 
 }  // namespace fpg

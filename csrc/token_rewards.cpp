@@ -2,7 +2,6 @@
 #include "token_rewards.h"
 
 #include "dtype.h"
-#include "parallel.h"
 
 namespace fpg {
 namespace {
@@ -16,9 +15,10 @@ int64_t last_token(const bool* mask, int64_t begin, int64_t end) {
   return -1;
 }
 
+// body(sequence, first token, end)
 template <typename Body>
 void for_each_sequence(const Sequences& sequences, const Body& body) {
-  parallel_for(sequences.count, sequences.holding(kGrain), [&](int64_t first, int64_t last) {
+  parallel_for(sequences, kGrain, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) body(s, sequences.begin(s), sequences.end(s));
   });
 }
@@ -50,7 +50,8 @@ void token_rewards_backward(const Sequences& sequences, int dtype, const void* g
     X *grad_scores = static_cast<X*>(grad_scores_), *grad_kl = static_cast<X*>(grad_kl_);
     const X coef = X(kl_coef);
     for_each_sequence(sequences, [=](int64_t sequence, int64_t begin, int64_t end) {
-      for (int64_t i = begin; grad_kl && i < end; ++i) grad_kl[i] = mask[i] ? -coef * grad[i] : X(0);
+      for (int64_t i = begin; grad_kl && i < end; ++i)
+        grad_kl[i] = mask[i] ? -coef * grad[i] : X(0);
       const int64_t last = last_token(mask, begin, end);
       grad_scores[sequence] = last >= 0 ? grad[last] : X(0);
     });

@@ -1,4 +1,5 @@
-// Rewards per token: a KL penalty at every token, and the score at the sequence's last unmasked one.
+// Rewards per token: a KL penalty at every token, and the score at the sequence's last unmasked
+// one.
 #pragma once
 
 #include "common.h"

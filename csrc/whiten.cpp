@@ -1,6 +1,7 @@
 // Masked whitening: blocks of a fixed size in parallel, merged from left to right.
 #include "whiten.h"
 
+#include <numeric>
 #include <vector>
 
 #include "dtype.h"
@@ -12,7 +13,7 @@ namespace {
 constexpr int64_t kBlock = 4096;  // elements; a block stays in the first cache while read twice
 constexpr int64_t kGrain = 8;     // blocks a thread should have at least
 
-// The sum of term(i) over [begin, end), in eight interleaved sums: the order never depends on threads.
+// The sum of term(i) over [begin, end), as eight interleaved sums that are added in a fixed order.
 template <typename Term>
 double sum(int64_t begin, int64_t end, const Term& term) {
   constexpr int kLanes = 8;
@@ -40,7 +41,7 @@ std::vector<Part> by_blocks(int64_t n, const Block& block) {
 template <typename X>
 Moments moments(int64_t n, const X* x, const bool* mask) {
   const auto block = [&](int64_t begin, int64_t end) -> Moments {
-    const double count = sum(begin, end, [&](int64_t i) { return mask[i] ? 1.0 : 0.0; });
+    const auto count = double(std::accumulate(mask + begin, mask + end, int64_t{0}));
     if (count == 0) return {0, 0, 0};
     const double mean =
         sum(begin, end, [&](int64_t i) { return mask[i] ? double(x[i]) : 0.0; }) / count;

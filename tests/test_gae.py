@@ -5,7 +5,7 @@ import torch
 from accuracy import TOLERANCE, assert_no_worse, leaves
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 from torch.library import opcheck
 
 import fastpg.ops.gae as page
@@ -177,6 +177,18 @@ def test_compile():
             torch.testing.assert_close(ours.grad, eager.grad)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own decompositions
+@pytest.mark.parametrize("wanted", [False, True])
+def test_other_derivatives_raise(wanted):
+    rewards = torch.ones(2, 3, requires_grad=wanted)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|functorch"):
+        torch.func.jvp(lambda r: gae(r)[0], (rewards,), (torch.ones(2, 3),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        gae(forward_ad.make_dual(rewards, torch.ones(2, 3)))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda r: gae(r)[0].sum())(rewards)
+
+
 ONES, FLAGS = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
 
 
@@ -219,6 +231,22 @@ def test_cu_seqlens_is_checked(kernel, message, cu_seqlens):
         gae(torch.ones(6), cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32))
     with pytest.raises(TypeError, match=r"cu_seqlens must be int32, got torch\.int64"):
         gae(torch.ones(6), cu_seqlens=torch.tensor(cu_seqlens).long())
+
+
+def test_any_strides(kernel):
+    rewards, values, mask = inputs((5, 8))
+    views = rewards.t()[1:], values[:, :1].expand(5, 8).t()[1:], mask.t()[1:]
+    gamma = torch.tensor([0.9], dtype=torch.float64).expand(7)
+    ours = gae(*views, gamma=gamma, lam=torch.tensor(0.8))
+    expected = gae(*(x.clone() for x in views), gamma=0.9, lam=torch.full((7, 5), 0.8))
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_as_many_tokens_as_sequences_is_per_token(kernel):
+    cu, gamma = torch.tensor([0, 0, 2], dtype=torch.int32), torch.tensor([0.25, 0.5])
+    assert gae(torch.ones(2), gamma=gamma, cu_seqlens=cu)[0].tolist() == [1.25, 1.0]
+    after = gae(torch.ones(2), gamma=gamma, bootstrap=torch.tensor([8.0, 4.0]), cu_seqlens=cu)[0]
+    assert after.tolist() == [1.75, 3.0]
 
 
 def test_published_vectors(kernel):

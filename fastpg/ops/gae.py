@@ -20,7 +20,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from .._library import _C, DTYPE_CODE, address, cpu_kernel, define
 from . import _checks
@@ -59,11 +58,6 @@ def _scan(a, b):
     return out
 
 
-def _before(x):
-    """x_{t-1} at t, 0 at the first."""
-    return pad(x, (1, 0))[:, :-1]
-
-
 def reference(
     rewards, values, bootstrap, mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
 ):
@@ -78,7 +72,7 @@ def reference(
     v, follows = torch.where(kept, v, 0.0), torch.where(reads, follows, 0.0)
     hands_on = (~(kept | ends)).double()
     value_from = _scan(hands_on, torch.where(kept, v, follows))
-    next_value = torch.where(ends | done, follows, pad(value_from, (0, 1))[:, 1:])
+    next_value = torch.where(ends | done, follows, value_from.roll(-1, 1))
     delta = torch.where(kept, r + gamma * next_value - v, 0.0)
     advantages = torch.where(kept, _scan(trace, delta), 0.0)
     return tuple(x.reshape(rewards.shape).to(rewards.dtype) for x in (advantages, advantages + v))
@@ -94,22 +88,19 @@ def reference_backward(
     )
     grads = (_grid(x, 0.0, rewards, cu_seqlens) for x in (grad_advantages, grad_returns))
     ga, gr = (torch.where(kept, x, 0.0) for x in grads)
-    grad = _scan(_before(trace).flip(1), (ga + gr).flip(1)).flip(1)
-    grad = torch.where(kept, grad, 0.0)
-    hands_on = (~(kept | _before(ends))).double()
+    grad = torch.where(kept, _scan(trace.roll(1, 1).flip(1), (ga + gr).flip(1)).flip(1), 0.0)
+    hands_on = (~(kept | ends.roll(1, 1))).double()
     sent = torch.where(done, 0.0, gamma * grad)
     sent = _scan(hands_on.flip(1), sent.flip(1)).flip(1)  # to the value that follows
-    received = _before(torch.where(ends, 0.0, sent))
+    received = torch.where(ends, 0.0, sent).roll(1, 1)  # nothing wraps: the last token is an end
     grad_values = torch.where(kept, gr - grad + received, 0.0)
     if truncated is not None:
         grad_bootstrap = torch.where(reads, gamma * grad, 0.0)
     else:
         final = torch.where(ends, sent, 0.0).reshape(rewards.shape)
         grad_bootstrap = _checks.to_sequences(final, cu_seqlens)
-    outs = (rewards, grad), (values, grad_values), (bootstrap, grad_bootstrap)
-    return tuple(
-        rewards.new_empty(0) if x is None else g.reshape(x.shape).to(x.dtype) for x, g in outs
-    )
+    outs = zip((rewards, values, bootstrap), (grad, grad_values, grad_bootstrap), strict=True)
+    return tuple(rewards.new_empty(0) if x is None else g.reshape(x.shape).to(x) for x, g in outs)
 
 
 _INPUTS = (
@@ -152,9 +143,9 @@ def _inputs(*args):
 @cpu_kernel(_gae)
 def _gae_cpu(*args):
     inputs, (rewards, *_alive) = _inputs(*args)
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    _C.gae(inputs, advantages.data_ptr(), returns.data_ptr())
-    return advantages, returns
+    out = torch.empty_like(rewards), torch.empty_like(rewards)
+    _C.gae(inputs, *map(address, out))
+    return out
 
 
 @cpu_kernel(_backward)
@@ -189,28 +180,25 @@ def _discount(name, x, rewards, count, dtype):
         return None, float(x)
     x = x.expand(count) if x.dim() == 0 else x
     _checks.check_shape("gae", name, x, rewards, (count,), rewards.shape)
-    return x.detach().to(dtype), 0.0
+    return _checks.cast(x.detach(), dtype), 0.0
 
 
 def _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count):
     """bootstrap, 0 where it is not read; terminated and truncated per token, or None."""
-    for name, flag in ("truncated", truncated), ("terminated", terminated):
-        if flag is not None:
-            _checks.check_shape("gae", name, flag, rewards, (count,), rewards.shape)
-    if bootstrap is not None:
-        shape = (count,) if truncated is None else truncated.shape
-        _checks.check_shape("gae", "bootstrap", bootstrap, rewards, shape)
-    elif truncated is not None:
+    _checks.check_shape("gae", "terminated", terminated, rewards, (count,), rewards.shape)
+    _checks.check_shape("gae", "truncated", truncated, rewards, (count,), rewards.shape)
+    follows = (count,) if truncated is None else truncated.shape
+    _checks.check_shape("gae", "bootstrap", bootstrap, rewards, follows)
+    if truncated is not None and bootstrap is None:
         raise ValueError("gae: truncated needs bootstrap, the value that follows")
-    terminated, truncated = (
-        x if x is None else _checks.as_bool(x) for x in (terminated, truncated)
-    )
+    terminated, truncated = _checks.as_bool(terminated), _checks.as_bool(truncated)
     if truncated is not None and truncated.shape != rewards.shape:
         terminated, truncated = ~truncated if terminated is None else terminated, None
     if terminated is None or terminated.shape == rewards.shape:
         return bootstrap, terminated, truncated
     if truncated is None:
         return None if bootstrap is None else bootstrap.masked_fill(terminated, 0.0), None, None
+    _checks.check_cu_seqlens("gae", cu_seqlens, rewards)
     last = _checks.is_last(torch.ones_like(truncated) if mask is None else mask, cu_seqlens)
     return bootstrap, last & _checks.to_tokens(terminated, rewards, cu_seqlens), truncated
 
@@ -239,27 +227,22 @@ def gae(
     truncated: the same shapes; needs a bootstrap of its shape. A token that is both is terminated.
     bootstrap: the value after each sequence's last unmasked token [B], read where that is not
     terminated; or, with truncated like rewards, the value after each truncated token.
+    Where N = B, a packed tensor is read per token, a bootstrap without `truncated` per sequence.
     Returns (advantages, returns) like rewards, fp32 (fp64 if an input is fp64), scanned in double.
-
-    Where N = B, a packed tensor of that length is read per token, a bootstrap without `truncated`
-    per sequence.
     """
     dtype = _checks.common_dtype("gae", rewards=rewards, values=values, bootstrap=bootstrap)
     count = _checks.sequence_count("gae", "rewards", rewards, cu_seqlens)
-    if values is not None:
-        _checks.check_shape("gae", "values", values, rewards, rewards.shape)
-        values = values.to(dtype)
-    if mask is not None:
-        _checks.check_shape("gae", "mask", mask, rewards, rewards.shape)
-        mask = _checks.as_bool(mask)
+    _checks.check_shape("gae", "values", values, rewards, rewards.shape)
+    _checks.check_shape("gae", "mask", mask, rewards, rewards.shape)
+    mask = _checks.as_bool(mask)
     gammas, gamma = _discount("gamma", gamma, rewards, count, dtype)
     lams, lam = _discount("lam", lam, rewards, count, dtype)
     if not (terminated is None and truncated is None and bootstrap is None):
-        flags = _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count)
-        bootstrap, terminated, truncated = flags
-        bootstrap = None if bootstrap is None else bootstrap.to(dtype)
-    inputs = rewards.to(dtype), values, bootstrap
+        bootstrap, terminated, truncated = _endings(
+            rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count
+        )
+    inputs = [_checks.cast(x, dtype) for x in (rewards, values, bootstrap)]
     options = mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
-    if any(x is not None and x.requires_grad for x in inputs):
-        return _Gae.apply(*inputs, *options)
-    return _gae(*inputs, *options)  # the usual case: a third faster than with a tape
+    if _checks.constant(*inputs):
+        return _gae(*inputs, *options)
+    return _Gae.apply(*inputs, *options)

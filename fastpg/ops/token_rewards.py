@@ -106,10 +106,8 @@ def token_rewards(
     dtype = _checks.common_dtype(op, scores=scores, kl=kl)
     count = _checks.sequence_count(op, "mask", mask, cu_seqlens)
     _checks.check_shape(op, "scores", scores, mask, (count,))
-    if kl is not None:
-        _checks.check_shape(op, "kl", kl, mask, mask.shape)
-        kl = kl.to(dtype)
-    elif kl_coef != 0:
+    _checks.check_shape(op, "kl", kl, mask, mask.shape)
+    if kl is None and kl_coef != 0:
         raise ValueError(f"token_rewards: kl_coef={kl_coef} needs kl")
-    mask = _checks.as_bool(mask)
-    return _TokenRewards.apply(scores.to(dtype), kl, mask, cu_seqlens, float(kl_coef))
+    scores, kl, mask = _checks.cast(scores, dtype), _checks.cast(kl, dtype), _checks.as_bool(mask)
+    return _TokenRewards.apply(scores, kl, mask, cu_seqlens, float(kl_coef))

@@ -147,7 +147,7 @@ def whiten(
     _checks.check_shape("whiten", "mask", mask, x, x.shape)
     if not 0 < eps < math.inf:
         raise ValueError(f"whiten: eps must be finite and > 0, got {eps}")
-    x, mask = x.to(dtype), _checks.as_bool(mask)
+    x, mask = _checks.cast(x, dtype), _checks.as_bool(mask)
     if process_group is None:
         return _Whiten.apply(x, mask, center, float(eps))
     if x.requires_grad:

@@ -15,8 +15,12 @@ INSTRUCTION_SETS = _C.instruction_sets() if _C is not None else []
 
 @pytest.fixture(autouse=True)
 def deterministic():
-    """Fills every `empty` with NaN, inside the kernels too: an unwritten output shows."""
+    """Fills every `empty` with NaN, inside the kernels too: an unwritten output shows.
+
+    One thread, unless a test asks for more: on a busy machine torch's threads spin.
+    """
     torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

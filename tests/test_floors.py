@@ -69,4 +69,5 @@ def test_files_and_functions_stay_small(path):
     assert len(path.read_text().splitlines()) <= (250 if page else 400)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 40, f"{node.name} is too long"
+            code = node.body[1:] if ast.get_docstring(node) else node.body
+            assert not code or node.end_lineno - code[0].lineno < 40, f"{node.name} is too long"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._library import _C, DTYPE_CODE, address, compute_dtype, cpu_kernel, define, scalar
-from ._checks import check_device
+from ._checks import check_device, constant
 
 
 def _scaled(logits, labels, temperature, softcap, ignore_index):
@@ -241,6 +241,6 @@ def token_logprobs(
     softcap = 0.0 if softcap is None else _positive("softcap", softcap)
     t = _temperature(temperature, logits, labels)
     args = logits, labels.long(), t, softcap, ignore_index
-    if logits.requires_grad and torch.is_grad_enabled():
+    if not constant(logits):
         return _TokenLogprobs.apply(return_entropy, *args)
     return _logp_entropy(*args)[:2] if return_entropy else _logp(*args)[0]

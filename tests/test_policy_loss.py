@@ -263,3 +263,27 @@ def test_kl_gradient_by_enumeration(kernel, kl):
     reverse = gradient(lambda logp: (logp.exp() * (logp - ref)).sum())
     forward = gradient(lambda logp: (ref.exp() * (ref - logp)).sum())
     torch.testing.assert_close(ours, forward if kl == "k3_naive" else reverse)
+
+
+def test_approx_kl_keeps_its_digits_near_the_old_policy(kernel):
+    logp = torch.full((1000,), -0.5)
+    old = logp + torch.linspace(-1e-3, 1e-3, 1000)
+    stats = policy_loss(logp, logp, torch.ones(1000), old_logp=old)[1]
+    d = logp.double() - old.double()
+    expected = (torch.expm1(d) - d).mean().item()
+    # The reference subtracts d from expm1(d): 1e-7 d against d² / 2.
+    rel = 1e-3 if kernel == "reference" else 1e-6
+    assert merge_stats(stats)["approx_kl"] == pytest.approx(expected, rel=rel)
+
+
+def test_double_backward_raises_and_single_repeats():
+    x = sample((20,))
+    (logp,) = leaves(x["logp"])
+    loss = policy_loss(logp, x["advantages"], x["weight"])[0]
+    once = torch.autograd.grad(loss, logp, retain_graph=True)[0]
+    assert torch.equal(once, torch.autograd.grad(loss, logp, retain_graph=True)[0])
+    grad = torch.autograd.grad(loss, logp, torch.ones((), requires_grad=True), create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    with torch.inference_mode(), torch.autocast("cpu"):
+        assert policy_loss(**{k: x[k] for k in NAMES[:3]})[0] == loss

@@ -22,7 +22,7 @@ def merge_stats(
 
     From PolicyStats, d = logp − old_logp and r = e^d:
       loss                    sum of the losses, KL and entropy terms included
-      clip_frac_low, _high    fraction of tokens that the bound 1 − low, 1 + high deprives of gradient
+      clip_frac_low, _high    fraction of tokens without gradient because r < 1 − low, r > 1 + high
       approx_kl, kl           KL(old ‖ new): mean of k3 = r − 1 − d, and of k1 = −d
       ratio_mean, _min, _max  of r
       ess                     effective sample size (Σ r)² / (n Σ r²), a fraction

@@ -1,0 +1,5 @@
+"""`python -m fastpg` is the `fastpg` command."""
+
+from fastpg.cli import main
+
+raise SystemExit(main())

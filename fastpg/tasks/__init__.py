@@ -1,0 +1,1 @@
+"""Small tasks that need no download."""

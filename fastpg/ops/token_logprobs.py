@@ -168,12 +168,15 @@ class _TokenLogprobs(torch.autograd.Function):
         logp, *entropy, stats = (_logp_entropy if return_entropy else _logp)(*args)
         ctx.save_for_backward(stats, *args[:3], *entropy)
         ctx.options = args[3:]
+        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs nothing
         return (logp, *entropy) if return_entropy else logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy=None):
         stats, logits, labels, temperature, *entropy = ctx.saved_tensors
+        if grad_logp is None:
+            grad_logp = torch.zeros_like(stats[0])
         rows = stats, logits, labels, temperature, *ctx.options
         grad = _backward(grad_logp, grad_entropy, entropy[0] if entropy else None, *rows)
         return None, grad, None, None, None, None

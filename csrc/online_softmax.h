@@ -103,11 +103,11 @@ FPG_HD T entropy_part(T log2_p, const RowGradient<T>& row) {
 }
 
 // dL/dx_j = slope * -p_j (g_logp + g_H (log p_j + H)) for every token but the label.
-template <bool kSoftcap, typename T>
+template <bool kSoftcap, bool kEntropy, typename T>
 FPG_HD T logit_gradient(T c, const RowGradient<T>& row) {
   const T log2_p = log2_prob(c, row);
-  return -exp2(log2_p) * (row.grad_logp + entropy_part(log2_p, row)) *
-         logit_slope<kSoftcap>(c, row);
+  const T g = kEntropy ? row.grad_logp + entropy_part(log2_p, row) : row.grad_logp;
+  return exp2(log2_p) * (-g * logit_slope<kSoftcap>(c, row));
 }
 
 // At the label 1 - p_y is -expm1(log p_y), which keeps its digits as p_y -> 1.

@@ -1,5 +1,5 @@
-// Large outputs on huge pages: a fresh gradient of 155 MB costs 38 000 page faults of 4 KiB, which
-// take longer than computing it.
+// Large outputs on huge pages, mapped before they are written: the page faults of a fresh gradient
+// of 155 MB, 38 000 of them at 4 KiB, take longer than computing it.
 #pragma once
 
 #include <stddef.h>
@@ -11,14 +11,15 @@
 
 namespace fpg {
 
-// Asks for huge pages where [begin, begin + bytes) covers whole ones. Only advice: it may be
-// declined.
-inline void advise_huge_pages(void* begin, size_t bytes) {
-#ifdef __linux__
+// For the huge pages that lie wholly in [begin, begin + bytes). Only advice: it may be declined.
+inline void map_huge_pages(void* begin, size_t bytes) {
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) & ~(kHugePage - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (first >= last) return;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
 #else
   (void)begin, (void)bytes;
 #endif

@@ -4,6 +4,7 @@
 
 #include "dtype.h"
 #include "gae.h"
+#include "kl_estimate.h"
 #include "parallel.h"
 #include "simd/kernels.h"
 #include "token_logprobs.h"
@@ -66,8 +67,19 @@ GaeInputs gae_inputs(int64_t count, int64_t length, Address cu_seqlens, int dtyp
                      bool lam_per_token, double gamma, double lam, Address mask, Address terminated,
                      Address truncated, Address bootstrap) {
   return {{count, length, at<int32_t>(cu_seqlens)},
-          dtype, at(rewards), at(values), at(gammas), at(lams), gamma_per_token, lam_per_token,
-          gamma, lam, at<bool>(mask), at<bool>(terminated), at<bool>(truncated), at(bootstrap)};
+          dtype,
+          at(rewards),
+          at(values),
+          at(gammas),
+          at(lams),
+          gamma_per_token,
+          lam_per_token,
+          gamma,
+          lam,
+          at<bool>(mask),
+          at<bool>(terminated),
+          at<bool>(truncated),
+          at(bootstrap)};
 }
 
 void bind_policy_loss(int dtype, int64_t count, Address logp, Address advantages, Address weight,
@@ -76,9 +88,9 @@ void bind_policy_loss(int dtype, int64_t count, Address logp, Address advantages
                       Address coefficient, Address stats) {
   with_compute_dtype(dtype, [&](auto x) {
     using T = decltype(x);
-    policy_loss<T>({at<T>(logp), at<T>(advantages), at<T>(weight), at<T>(old_logp),
-                    at<T>(ref_logp), at<T>(entropy)}, count,
-                   {low, high, Surrogate(surrogate), PolicyKl(kl), kl_coef, entropy_coef},
+    policy_loss<T>({at<T>(logp), at<T>(advantages), at<T>(weight), at<T>(old_logp), at<T>(ref_logp),
+                    at<T>(entropy)},
+                   count, {low, high, Surrogate(surrogate), PolicyKl(kl), kl_coef, entropy_coef},
                    {at<T>(loss), at<T>(coefficient), at<double>(stats)});
   });
 }
@@ -88,8 +100,25 @@ void bind_value_loss(int dtype, int64_t count, Address values, Address returns, 
                      Address stats) {
   with_compute_dtype(dtype, [&](auto x) {
     using T = decltype(x);
-    value_loss<T>({at<T>(values), at<T>(returns), at<T>(weight), at<T>(old_values)}, count,
-                  T(clip), {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+    value_loss<T>({at<T>(values), at<T>(returns), at<T>(weight), at<T>(old_values)}, count, T(clip),
+                  {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+  });
+}
+
+void bind_kl_estimate(int dtype, int64_t count, int kind, Address logp, Address ref_logp,
+                      Address kl) {
+  with_compute_dtype(dtype, [&](auto x) {
+    using T = decltype(x);
+    kl_estimate(at<const T>(logp), at<const T>(ref_logp), count, KlKind(kind), at<T>(kl));
+  });
+}
+
+void bind_kl_estimate_backward(int dtype, int64_t count, int kind, Address grad, Address logp,
+                               Address ref_logp, Address grad_logp) {
+  with_compute_dtype(dtype, [&](auto x) {
+    using T = decltype(x);
+    kl_estimate_backward(at<const T>(grad), at<const T>(logp), at<const T>(ref_logp), count,
+                         KlKind(kind), at<T>(grad_logp));
   });
 }
 
@@ -116,45 +145,69 @@ PYBIND11_MODULE(_C, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   bind_token_logprobs(m);
   py::class_<GaeInputs>(m, "GaeInputs").def(py::init(&gae_inputs));
-  m.def("gae", [](const GaeInputs& in, Address advantages, Address returns) {
-    gae(in, at(advantages), at(returns));
-  }, unlocked);
-  m.def("gae_backward", [](const GaeInputs& in, Address grad_advantages, Address grad_returns,
-                           Address grad_rewards, Address grad_values, Address grad_bootstrap) {
-    gae_backward(in, at(grad_advantages), at(grad_returns), at(grad_rewards), at(grad_values),
-                 at(grad_bootstrap));
-  }, unlocked);
-  m.def("token_rewards", [](int64_t count, int64_t length, Address cu_seqlens, int dtype,
-                            Address scores, Address kl, Address mask, double kl_coef,
-                            Address rewards) {
-    token_rewards({count, length, at<int32_t>(cu_seqlens)}, dtype, at(scores), at(kl),
-                  at<bool>(mask), kl_coef, at(rewards));
-  }, unlocked);
-  m.def("token_rewards_backward", [](int64_t count, int64_t length, Address cu_seqlens, int dtype,
-                                     Address grad, Address mask, double kl_coef,
-                                     Address grad_scores, Address grad_kl) {
-    token_rewards_backward({count, length, at<int32_t>(cu_seqlens)}, dtype, at(grad),
-                           at<bool>(mask), kl_coef, at(grad_scores), at(grad_kl));
-  }, unlocked);
-  m.def("token_weights", [](int64_t count, int64_t length, Address cu_seqlens, Address mask,
-                            Address denom, int reduce, Address weights) {
-    token_weights({count, length, at<int32_t>(cu_seqlens)}, at<bool>(mask), at<double>(denom),
-                  static_cast<Reduce>(reduce), at<float>(weights));
-  }, unlocked);
-  m.def("whiten_moments", [](int64_t n, int dtype, Address x, Address mask, Address out) {
-    whiten_moments(n, dtype, at(x), at<bool>(mask), at<Moments>(out));
-  }, unlocked);
-  m.def("whiten", [](int64_t n, int dtype, Address x, Address mask, Address moments, bool center,
-                     double eps, Address out) {
-    whiten(n, dtype, at(x), at<bool>(mask), *at<Moments>(moments), center, eps, at(out));
-  }, unlocked);
-  m.def("whiten_backward", [](int64_t n, int dtype, Address grad, Address x, Address mask,
-                              Address moments, bool center, double eps, Address out) {
-    whiten_backward(n, dtype, at(grad), at(x), at<bool>(mask), *at<Moments>(moments), center, eps,
-                    at(out));
-  }, unlocked);
+  m.def(
+      "gae",
+      [](const GaeInputs& in, Address advantages, Address returns) {
+        gae(in, at(advantages), at(returns));
+      },
+      unlocked);
+  m.def(
+      "gae_backward",
+      [](const GaeInputs& in, Address grad_advantages, Address grad_returns, Address grad_rewards,
+         Address grad_values, Address grad_bootstrap) {
+        gae_backward(in, at(grad_advantages), at(grad_returns), at(grad_rewards), at(grad_values),
+                     at(grad_bootstrap));
+      },
+      unlocked);
+  m.def(
+      "token_rewards",
+      [](int64_t count, int64_t length, Address cu_seqlens, int dtype, Address scores, Address kl,
+         Address mask, double kl_coef, Address rewards) {
+        token_rewards({count, length, at<int32_t>(cu_seqlens)}, dtype, at(scores), at(kl),
+                      at<bool>(mask), kl_coef, at(rewards));
+      },
+      unlocked);
+  m.def(
+      "token_rewards_backward",
+      [](int64_t count, int64_t length, Address cu_seqlens, int dtype, Address grad, Address mask,
+         double kl_coef, Address grad_scores, Address grad_kl) {
+        token_rewards_backward({count, length, at<int32_t>(cu_seqlens)}, dtype, at(grad),
+                               at<bool>(mask), kl_coef, at(grad_scores), at(grad_kl));
+      },
+      unlocked);
+  m.def(
+      "token_weights",
+      [](int64_t count, int64_t length, Address cu_seqlens, Address mask, Address denom, int reduce,
+         Address weights) {
+        token_weights({count, length, at<int32_t>(cu_seqlens)}, at<bool>(mask), at<double>(denom),
+                      static_cast<Reduce>(reduce), at<float>(weights));
+      },
+      unlocked);
+  m.def(
+      "whiten_moments",
+      [](int64_t n, int dtype, Address x, Address mask, Address out) {
+        whiten_moments(n, dtype, at(x), at<bool>(mask), at<Moments>(out));
+      },
+      unlocked);
+  m.def(
+      "whiten",
+      [](int64_t n, int dtype, Address x, Address mask, Address moments, bool center, double eps,
+         Address out) {
+        whiten(n, dtype, at(x), at<bool>(mask), *at<Moments>(moments), center, eps, at(out));
+      },
+      unlocked);
+  m.def(
+      "whiten_backward",
+      [](int64_t n, int dtype, Address grad, Address x, Address mask, Address moments, bool center,
+         double eps, Address out) {
+        whiten_backward(n, dtype, at(grad), at(x), at<bool>(mask), *at<Moments>(moments), center,
+                        eps, at(out));
+      },
+      unlocked);
   m.def("policy_loss", bind_policy_loss, unlocked);
   m.def("value_loss", bind_value_loss, unlocked);
+  m.def("kl_estimate", bind_kl_estimate, unlocked);
+  m.def("kl_estimate_backward", bind_kl_estimate_backward, unlocked);
 }
 
 }  // namespace fpg

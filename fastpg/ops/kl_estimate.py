@@ -5,7 +5,7 @@
     k2     d² / 2             d                 biased; its gradient is that of the KL
     k3     e^{−d} − 1 + d     1 − e^{−d}        unbiased, never negative
 
-In k3 the log-ratio is clamped to ±20 before the exponential. No device has a kernel of its own.
+In k3 the log-ratio is clamped to ±20 before the exponential.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import compute_dtype, define
-from ._checks import check_beside, check_float
+from .._library import _C, DTYPE_CODE, compute_dtype, cpu_kernel, define, plain
+from ._checks import check_beside, check_float, constant
 
-KINDS = ("k1", "k2", "k3")
+KINDS = {"k1": 0, "k2": 1, "k3": 2}  # the codes of csrc/kl_estimate.h
 
 
 def _difference(logp, ref_logp):
@@ -34,9 +34,7 @@ def reference(logp, ref_logp, kind):
 
 
 def reference_backward(grad, logp, ref_logp, kind):
-    """dL/dlogp; dL/dref_logp is its negative."""
-    if kind == "k1":
-        return grad.clone(memory_format=torch.contiguous_format)
+    """dL/dlogp of k2 or k3; dL/dref_logp is its negative."""
     d = _difference(logp, ref_logp)
     return grad * (d if kind == "k2" else -torch.expm1(-d.clamp(-20.0, 20.0)))
 
@@ -55,6 +53,30 @@ _backward = define(
 )
 
 
+@cpu_kernel(_kl)
+def _kl_cpu(logp, ref_logp, kind):
+    dtype = compute_dtype(logp.dtype)
+    logp, ref_logp = plain(logp, dtype), plain(ref_logp, dtype)
+    kl = torch.empty_like(logp)
+    _C.kl_estimate(
+        DTYPE_CODE[dtype], logp.numel(), KINDS[kind], logp.data_ptr(), ref_logp.data_ptr(),
+        kl.data_ptr(),
+    )  # fmt: skip
+    return kl
+
+
+@cpu_kernel(_backward)
+def _backward_cpu(grad, logp, ref_logp, kind):
+    dtype = compute_dtype(logp.dtype)
+    grad, logp, ref_logp = plain(grad, dtype), plain(logp, dtype), plain(ref_logp, dtype)
+    grad_logp = torch.empty_like(logp)
+    _C.kl_estimate_backward(
+        DTYPE_CODE[dtype], logp.numel(), KINDS[kind], grad.data_ptr(), logp.data_ptr(),
+        ref_logp.data_ptr(), grad_logp.data_ptr(),
+    )  # fmt: skip
+    return grad_logp
+
+
 class _KlEstimate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, ref_logp, kind):
@@ -67,7 +89,8 @@ class _KlEstimate(torch.autograd.Function):
     def backward(ctx, grad):
         logp, ref_logp = ctx.saved_tensors
         by_logp, by_ref, _ = ctx.needs_input_grad
-        grad = _backward(grad, logp, ref_logp, ctx.kind)
+        if ctx.kind != "k1":
+            grad = _backward(grad, logp, ref_logp, ctx.kind)
         grad_logp = grad.to(logp.dtype) if by_logp else None
         return grad_logp, -grad.to(ref_logp.dtype) if by_ref else None, None
 
@@ -82,4 +105,6 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: str = "k1") -> Tensor:
     check_beside("kl_estimate", "ref_logp", ref_logp, "logp", logp)
     if kind not in KINDS:
         raise ValueError(f"kl_estimate: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if constant(logp, ref_logp):
+        return _kl(logp, ref_logp, kind)
     return _KlEstimate.apply(logp, ref_logp, kind)

@@ -76,9 +76,13 @@ class Build(build_ext):
     def write(self, out, ext, folder, target):
         """The whole build: a rule per compiler, an edge per source, one link."""
         cxx, nvcc = os.environ.get("CXX", "c++"), find_nvcc()
-        includes = [f"-I{d}" for d in (*ext.include_dirs, *self.include_dirs, Path("csrc").absolute())]
+        includes = [
+            f"-I{d}" for d in (*ext.include_dirs, *self.include_dirs, Path("csrc").absolute())
+        ]
         gpus = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
-        shared = ["-shared"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
+        shared = (
+            ["-shared"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
+        )
         out.variable("includes", includes)
         out.rule("cxx", f"{cxx} {' '.join(CXXFLAGS)} $isa $includes -MMD -MF $out.d -c $in -o $out",
                  depfile="$out.d", deps="gcc")  # fmt: skip

@@ -230,7 +230,7 @@ def gae(
     Where N = B, a packed tensor is read per token, a bootstrap without `truncated` per sequence.
     Returns (advantages, returns) like rewards, fp32 (fp64 if an input is fp64), scanned in double.
     """
-    dtype = _checks.common_dtype("gae", rewards=rewards, values=values, bootstrap=bootstrap)
+    dtype = _checks.compute_dtype("gae", rewards=rewards, values=values, bootstrap=bootstrap)
     count = _checks.sequence_count("gae", "rewards", rewards, cu_seqlens)
     _checks.check_shape("gae", "values", values, rewards, rewards.shape)
     _checks.check_shape("gae", "mask", mask, rewards, rewards.shape)

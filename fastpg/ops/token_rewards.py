@@ -103,7 +103,7 @@ def token_rewards(
     unmasked token gets nothing.
     """
     op = "token_rewards"
-    dtype = _checks.common_dtype(op, scores=scores, kl=kl)
+    dtype = _checks.compute_dtype(op, scores=scores, kl=kl)
     count = _checks.sequence_count(op, "mask", mask, cu_seqlens)
     _checks.check_shape(op, "scores", scores, mask, (count,))
     _checks.check_shape(op, "kl", kl, mask, mask.shape)

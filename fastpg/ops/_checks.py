@@ -27,17 +27,24 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def alike(op: str, **tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors in the dtype to compute in; each must match the first in shape and device."""
-    dtype = compute_dtype(op, **tensors)
     beside, first = next(iter(tensors.items()))
-    shape, device = first.shape, first.device
-    for name, tensor in tensors.items():
-        if tensor is None or (tensor.shape == shape and tensor.device == device):
-            continue
-        if tensor.device != device:
-            raise ValueError(f"{op}: {name} on {tensor.device}, {beside} on {device}")
-        raise ValueError(
-            f"{op}: {name} {tuple(tensor.shape)} must have the shape of {beside} {tuple(shape)}"
-        )
+    shape, device, dtype = first.shape, first.device, first.dtype
+    others = [
+        name
+        for name, x in tensors.items()
+        if x is not None and not (x.dtype is dtype and x.shape == shape and x.device == device)
+    ]
+    if not others and dtype in (torch.float32, torch.float64):
+        return list(tensors.values())
+    dtype = compute_dtype(op, **tensors)
+    for name in others:
+        if tensors[name].device != device:
+            raise ValueError(f"{op}: {name} on {tensors[name].device}, {beside} on {device}")
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{op}: {name} {tuple(tensors[name].shape)} must have the shape of {beside} "
+                f"{tuple(shape)}"
+            )
     return [cast(tensor, dtype) for tensor in tensors.values()]
 
 

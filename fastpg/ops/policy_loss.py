@@ -129,10 +129,10 @@ def _policy_loss_cpu(*args):
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
-        loss, coefficient, stats = _policy_loss(*args)
-        ctx.save_for_backward(coefficient, args[2])
-        ctx.entropy_coef = args[-1]
+    def forward(ctx, logp, entropy, constants, options):
+        loss, coefficient, stats = _policy_loss(logp, *constants, entropy, *options)
+        ctx.save_for_backward(coefficient, constants[1])
+        ctx.entropy_coef = options[-1]
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
@@ -140,8 +140,8 @@ class _PolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         coefficient, weight = ctx.saved_tensors
-        by_entropy = grad_loss * -ctx.entropy_coef * weight if ctx.needs_input_grad[5] else None
-        return (grad_loss * coefficient, *[None] * 4, by_entropy, *[None] * 6)
+        by_entropy = grad_loss * -ctx.entropy_coef * weight if ctx.needs_input_grad[1] else None
+        return grad_loss * coefficient, by_entropy, None, None
 
 
 def _bounds(clip):
@@ -189,7 +189,7 @@ def policy_loss(
     clip: the ratio is bounded by 1 - low and 1 + high, None on a side: unbounded; for "ppo" only.
     Returns (loss, stats): a scalar, fp32 (fp64 if an input is fp64), and PolicyStats.
     """
-    tensors = alike(
+    logp, *constants, entropy = alike(
         "policy_loss", logp=logp, advantages=advantages, weight=weight, old_logp=old_logp,
         ref_logp=ref_logp, entropy=entropy,
     )  # fmt: skip
@@ -203,8 +203,8 @@ def policy_loss(
     low, high = _bounds(clip)
     _check_kl(kl, kl_coef, ref_logp)
     options = low, high, surrogate, kl, kl_coef, entropy_coef
-    if constant(*tensors):
-        loss, _, stats = _policy_loss(*tensors, *options)
+    if constant(logp, *constants, entropy):
+        loss, _, stats = _policy_loss(logp, *constants, entropy, *options)
     else:
-        loss, stats = _PolicyLoss.apply(*tensors, *options)
+        loss, stats = _PolicyLoss.apply(logp, entropy, constants, options)
     return loss, PolicyStats(stats)

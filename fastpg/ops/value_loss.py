@@ -74,8 +74,8 @@ def _value_loss_cpu(values, returns, weight, old_values, clip):
 
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, returns, weight, old_values, clip):
-        loss, coefficient, stats = _value_loss(values, returns, weight, old_values, clip)
+    def forward(ctx, values, constants, clip):
+        loss, coefficient, stats = _value_loss(values, *constants, clip)
         ctx.save_for_backward(coefficient)
         ctx.mark_non_differentiable(stats)
         return loss, stats
@@ -84,7 +84,7 @@ class _ValueLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         (coefficient,) = ctx.saved_tensors
-        return grad_loss * coefficient, None, None, None, None
+        return grad_loss * coefficient, None, None
 
 
 def value_loss(
@@ -102,7 +102,7 @@ def value_loss(
     old_values, clip: together or not at all; V is held within clip of the old one.
     Returns (loss, stats): a scalar, fp32 (fp64 if an input is fp64), and ValueStats.
     """
-    tensors = alike(
+    values, *constants = alike(
         "value_loss", values=values, returns=returns, weight=weight, old_values=old_values
     )
     if (old_values is None) != (clip is None):
@@ -111,8 +111,8 @@ def value_loss(
     if clip is not None and not 0 < clip < math.inf:
         raise ValueError(f"value_loss: clip must be finite and > 0, got {clip}")
     clip = 0.0 if clip is None else float(clip)
-    if constant(*tensors):
-        loss, _, stats = _value_loss(*tensors, clip)
+    if constant(values, *constants):
+        loss, _, stats = _value_loss(values, *constants, clip)
     else:
-        loss, stats = _ValueLoss.apply(*tensors, clip)
+        loss, stats = _ValueLoss.apply(values, constants, clip)
     return loss, ValueStats(stats)

@@ -148,9 +148,11 @@ def whiten(
     if not 0 < eps < math.inf:
         raise ValueError(f"whiten: eps must be finite and > 0, got {eps}")
     x, mask = _checks.cast(x, dtype), _checks.as_bool(mask)
-    if process_group is None:
+    if process_group is None and not _checks.constant(x):
         return _Whiten.apply(x, mask, center, float(eps))
     if x.requires_grad:
         raise ValueError("whiten: x requires a gradient, which process_group does not support")
-    moments = _merge_ranks(_moments(x, mask), process_group)
+    moments = _moments(x, mask)
+    if process_group is not None:
+        moments = _merge_ranks(moments, process_group)
     return _whiten(x, mask, moments, center, float(eps))

@@ -23,7 +23,7 @@ from ._timing import Case, Timing, measure
 
 HERE = Path(__file__).parent
 OPS = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))]
-COLUMNS = "{:34} {:>10} {:>10} {:>10} {:>8} {:>9} {:>9}"
+COLUMNS = "{:40} {:>10} {:>10} {:>10} {:>8} {:>9} {:>9}"
 
 
 def machine(device: str) -> str:

@@ -1,4 +1,4 @@
-"""Builds fastpg._C (and fastpg._cuda, where there are CUDA sources and an nvcc) with ninja, without torch.
+"""Builds fastpg._C (and fastpg._cuda, given CUDA sources and an nvcc) with ninja, without torch.
 
 FASTPG_CUDA=auto|0|1   use nvcc when found (auto), never (0), or fail without it (1)
 FASTPG_STRICT=1        a failed build stops the installation; else fastpg runs on its references
@@ -17,8 +17,9 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# -fno-trapping-math lets GCC turn the selects of csrc/simd into masks, and -fno-tree-pre keeps it from
-# splitting a loop at a select of a constant: either way such a loop would be scalar, ten times slower.
+# -fno-trapping-math lets GCC turn the selects of csrc/simd into masks, and -fno-tree-pre keeps it
+# from splitting a loop at a select of a constant: without either, such a loop would be scalar, ten
+# times slower.
 CXXFLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-tree-pre"),

@@ -1,4 +1,4 @@
-"""The operator library: how an op is declared, how kernels attach to it, which kernel serves it where.
+"""The operator library: how an op is declared, how kernels attach to it, which one serves where.
 
 The only file that knows whether the C++ extension exists.
 """
@@ -25,7 +25,7 @@ DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float
 
 
 def define(schema: str, *, fake: Callable, reference: Callable) -> torch._ops.OpOverload:
-    """Declares `fastpg::<schema>`. The reference serves every device without a kernel of its own."""
+    """Declares `fastpg::<schema>`. The reference serves every device without its own kernel."""
     name = schema.partition("(")[0]
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIB.impl(name, reference, "CompositeExplicitAutograd")

@@ -20,7 +20,7 @@ def python(code):
     "unit", sorted(Path(ROOT, "csrc/simd").glob("*.cpp")), ids=lambda p: p.stem
 )
 def test_instruction_sets_do_not_leak(unit, tmp_path):
-    """A weak symbol of one unit could be linked in place of another's, and be an illegal instruction."""
+    """A weak symbol of one unit could be linked in place of another's: an illegal instruction."""
     compiler = shutil.which("c++")
     if not compiler or not shutil.which("nm"):
         pytest.skip("no C++ compiler here")

@@ -121,8 +121,9 @@ def _policy_loss_cpu(*args):
     loss, coefficient = logp.new_empty(()), torch.empty_like(tensors[0])
     stats = logp.new_empty(16, dtype=torch.float64)
     _C.policy_loss(
-        DTYPE_CODE[logp.dtype], logp.numel(), *map(address, tensors), low, high, SURROGATES[surrogate],
-        KLS[kl], kl_coef, entropy_coef, loss.data_ptr(), coefficient.data_ptr(), stats.data_ptr(),
+        DTYPE_CODE[logp.dtype], logp.numel(), *map(address, tensors), low, high,
+        SURROGATES[surrogate], KLS[kl], kl_coef, entropy_coef,
+        loss.data_ptr(), coefficient.data_ptr(), stats.data_ptr(),
     )  # fmt: skip
     return loss, coefficient, stats
 

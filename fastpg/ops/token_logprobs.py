@@ -23,7 +23,7 @@ from ._checks import check_device, compute_dtype, constant
 
 
 def _scaled(logits, labels, temperature, softcap, ignore_index):
-    """(kept rows, capped logits, their maximum, d = z - max z); what is ignored is never computed."""
+    """(kept rows, capped logits, their maximum, d = z - max z); ignored rows count as zeros."""
     kept = labels != ignore_index
     x = torch.where(kept[..., None], logits.to(temperature.dtype), 0.0)
     capped = softcap * torch.tanh(x / softcap) if softcap else x
@@ -33,7 +33,7 @@ def _scaled(logits, labels, temperature, softcap, ignore_index):
 
 
 def _check_on_host(labels, vocab, ignore_index, temperature):
-    """The checks of values that the C++ kernel makes too. On other devices they would synchronise."""
+    """The checks of values that the C++ kernel makes too. Elsewhere they would synchronise."""
     if labels.device.type != "cpu":
         return
     kept = labels != ignore_index
@@ -110,7 +110,7 @@ _backward = define(
 
 
 def _addressable(logits, labels, temperature):
-    """The same values with adjacent logits and at most two leading strides: copies only if needed."""
+    """The same values with adjacent logits and at most two leading strides, copied if need be."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     if logits.dim() > 3:
@@ -230,7 +230,7 @@ def token_logprobs(
     """Log-prob of each label under softmax(softcap(logits) / temperature), and the entropy.
 
     logits: [..., V], bf16, fp16, fp32 or fp64, any strides; differentiable.
-    labels: [...] integers in [0, V), or ignore_index: log-prob, entropy and gradient 0, row not read.
+    labels: [...] integers in [0, V), or ignore_index: outputs and gradient 0, row not read.
     temperature: a float, or a tensor that broadcasts to labels (constant: it gets no gradient).
     Returns logp [...], or (logp, entropy) each [...], in nats; fp32 (fp64 for fp64 logits).
 

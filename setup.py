@@ -1,4 +1,4 @@
-"""Builds fastpg._C (and fastpg._cuda, where there are CUDA sources and an nvcc) with ninja, without torch.
+"""Builds fastpg._C (and fastpg._cuda, given CUDA sources and an nvcc) with ninja, without torch.
 
 FASTPG_CUDA=auto|0|1   use nvcc when found (auto), never (0), or fail without it (1)
 FASTPG_STRICT=1        a failed build stops the installation; else fastpg runs on its references
@@ -17,8 +17,9 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# -fno-trapping-math lets GCC turn the selects of csrc/simd into masks, and -fno-tree-pre keeps it from
-# splitting a loop at a select of a constant: either way such a loop would be scalar, ten times slower.
+# -fno-trapping-math lets GCC turn the selects of csrc/simd into masks, and -fno-tree-pre keeps it
+# from splitting a loop at a select of a constant: without either, such a loop would be scalar, ten
+# times slower.
 CXXFLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-tree-pre"),
@@ -76,9 +77,13 @@ class Build(build_ext):
     def write(self, out, ext, folder, target):
         """The whole build: a rule per compiler, an edge per source, one link."""
         cxx, nvcc = os.environ.get("CXX", "c++"), find_nvcc()
-        includes = [f"-I{d}" for d in (*ext.include_dirs, *self.include_dirs, Path("csrc").absolute())]
+        includes = [
+            f"-I{d}" for d in (*ext.include_dirs, *self.include_dirs, Path("csrc").absolute())
+        ]
         gpus = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
-        shared = ["-shared"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
+        shared = (
+            ["-shared"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
+        )
         out.variable("includes", includes)
         out.rule("cxx", f"{cxx} {' '.join(CXXFLAGS)} $isa $includes -MMD -MF $out.d -c $in -o $out",
                  depfile="$out.d", deps="gcc")  # fmt: skip

@@ -23,7 +23,7 @@ from ._timing import Case, Timing, measure
 
 HERE = Path(__file__).parent
 OPS = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))]
-COLUMNS = "{:34} {:>10} {:>10} {:>10} {:>8} {:>9} {:>9}"
+COLUMNS = "{:40} {:>10} {:>10} {:>10} {:>8} {:>9} {:>9}"
 
 
 def machine(device: str) -> str:
@@ -31,7 +31,9 @@ def machine(device: str) -> str:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+        lines = (
+            Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+        )
         models = [line.split(":")[1] for line in lines if line.startswith("model name")]
         name = f"{models[0] if models else platform.machine()} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
@@ -79,7 +81,9 @@ def _row(case: Case, name: str, timing: Timing) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"any of {', '.join(OPS)}; default all")
+    parser.add_argument(
+        "ops", nargs="*", metavar="op", help=f"any of {', '.join(OPS)}; default all"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each case")
     parser.add_argument("--readme", action="store_true", help="rewrite the tables of README.md")

@@ -22,7 +22,10 @@ def functions(device):
     return {
         "token_logprobs": (lambda x: fastpg.token_logprobs(x, labels), tokens),
         "gae": (lambda x: fastpg.gae(x, tokens)[0], tokens),
-        "policy_loss": (lambda x: fastpg.policy_loss(x, tokens, tokens, old_logp=tokens)[0], tokens),
+        "policy_loss": (
+            lambda x: fastpg.policy_loss(x, tokens, tokens, old_logp=tokens)[0],
+            tokens,
+        ),
         "value_loss": (lambda x: fastpg.value_loss(x, tokens, tokens)[0], tokens),
     }
 

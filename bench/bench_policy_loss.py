@@ -1,4 +1,4 @@
-"""policy_loss, forward + backward at a million tokens, against the loss as it is commonly written."""
+"""policy_loss, forward + backward at a million tokens, against the loss as commonly written."""
 
 import torch
 
@@ -13,6 +13,19 @@ def eager(logp, advantages, weight, old_logp):
     ratio = (logp - old_logp).exp()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages
     return -(torch.minimum(unclipped, clipped) * weight).sum()
+
+
+def with_statistics(logp, advantages, weight, old_logp):
+    """The loss, and what PolicyStats counts of it, in plain PyTorch."""
+    d = logp - old_logp
+    ratio = d.exp()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages
+    loss = -(torch.minimum(unclipped, clipped) * weight).sum()
+    with torch.no_grad():
+        sums = [weight != 0, weight, ratio, ratio**2, -d, torch.expm1(d) - d]
+        sums += [(advantages < 0) & (ratio < 1 - CLIP), (advantages > 0) & (ratio > 1 + CLIP)]
+        stats = [*(x.sum() for x in sums), ratio.amin(), ratio.amax()]
+    return loss, torch.stack([x.float() for x in stats])
 
 
 def fused(logp, advantages, weight, old_logp):
@@ -33,6 +46,8 @@ def cases(device):
         logp + 0.2 * torch.randn(TOKENS, device=device),
     )
 
+    compiled = torch.compile(with_statistics)
+
     def gate():
         want = eager(*(t.double() for t in inputs)).item()
         error = abs(fused(*inputs).item() - want)
@@ -46,6 +61,9 @@ def cases(device):
             "fastpg, with its statistics": training(fused, *inputs),
             "eager, loss alone": training(eager, *inputs),
             "torch.compile, loss alone": training(torch.compile(eager), *inputs),
+            "torch.compile, with the same statistics": training(
+                lambda *args: compiled(*args)[0], *inputs
+            ),
         },
         ours="fastpg, with its statistics",
         targets={"eager, loss alone": 5, "torch.compile, loss alone": 2},

@@ -35,35 +35,39 @@ def training(function, logits, labels):
 
 
 def cases(device):
-    compiled = torch.compile(eager)
     for dtype in (torch.float32, torch.bfloat16):
-        logits, labels = (t.to(device) for t in logits_and_labels(ROWS, VOCAB, dtype))
-        fp32, name = logits.float(), str(dtype).removeprefix("torch.")
-        yield Case(
-            "token_logprobs",
-            f"forward, {ROWS} x {VOCAB} {name}",
-            gate(logits, labels),
-            {
-                "fastpg": lambda: token_logprobs(logits, labels),
-                "fastpg with entropy": lambda: token_logprobs(logits, labels, return_entropy=True),
-                "eager": lambda: eager(logits, labels),
-                "torch.compile": lambda: compiled(logits, labels),
-                "summing the fp32 logits": lambda: fp32.sum(),
-            },
-            targets={"fastpg with entropy": 1.4, "eager": 8, "torch.compile": 5,
-                     "summing the fp32 logits": 0.4},
-            device=device,
-        )  # fmt: skip
-        yield Case(
-            "token_logprobs",
-            f"forward + backward, {ROWS} x {VOCAB} {name}",
-            gate(logits, labels),
-            {
-                "fastpg": training(token_logprobs, logits, labels),
-                "eager": training(eager, logits, labels),
-                "torch.compile": training(compiled, logits, labels),
-                "cloning the logits": logits.clone,
-            },
-            targets={"eager": 6},
-            device=device,
-        )
+        yield from of_dtype(dtype, device)
+
+
+def of_dtype(dtype, device):
+    compiled = torch.compile(eager)
+    logits, labels = (t.to(device) for t in logits_and_labels(ROWS, VOCAB, dtype))
+    fp32, name = logits.float(), str(dtype).removeprefix("torch.")
+    yield Case(
+        "token_logprobs",
+        f"forward, {ROWS} x {VOCAB} {name}",
+        gate(logits, labels),
+        {
+            "fastpg": lambda: token_logprobs(logits, labels),
+            "fastpg with entropy": lambda: token_logprobs(logits, labels, return_entropy=True),
+            "eager": lambda: eager(logits, labels),
+            "torch.compile": lambda: compiled(logits, labels),
+            "summing the fp32 logits": lambda: fp32.sum(),
+        },
+        targets={"fastpg with entropy": 1.4, "eager": 8, "torch.compile": 5,
+                 "summing the fp32 logits": 0.4},
+        device=device,
+    )  # fmt: skip
+    yield Case(
+        "token_logprobs",
+        f"forward + backward, {ROWS} x {VOCAB} {name}",
+        gate(logits, labels),
+        {
+            "fastpg": training(token_logprobs, logits, labels),
+            "eager": training(eager, logits, labels),
+            "torch.compile": training(compiled, logits, labels),
+            "cloning the logits": logits.clone,
+        },
+        targets={"eager": 6},
+        device=device,
+    )

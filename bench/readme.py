@@ -8,7 +8,7 @@ BEGIN, END = "<!-- bench -->\n", "<!-- /bench -->"
 
 
 def newest() -> dict[tuple, dict]:
-    """The last row of each machine, op, case and candidate; a candidate no longer run is left out."""
+    """The last row of each machine, op, case and candidate, in the order of the files."""
     rows: dict[tuple, dict] = {}
     for path in sorted((ROOT / "bench/results").glob("*.jsonl")):
         for row in map(json.loads, path.read_text().splitlines()):
@@ -20,7 +20,11 @@ def table(title: str, rows: list[dict]) -> list[str]:
     """One case: a line for each candidate."""
     lines = [f"**{title}**", "", "| | median | time / fastpg's | target |", "|---|---:|---:|---:|"]
     for row in rows:
-        time = f"{row['median_ms']:.3g} ms" if row["median_ms"] >= 0.1 else f"{row['median_ms'] * 1e3:.3g} µs"  # noqa: E501
+        time = (
+            f"{row['median_ms']:.3g} ms"
+            if row["median_ms"] >= 0.1
+            else f"{row['median_ms'] * 1e3:.3g} µs"
+        )
         target = "" if row["target"] is None else _target(row["target"])
         lines.append(f"| {row['candidate']} | {time} | {row['ratio']:.2f} | {target} |")
     return [*lines, ""]

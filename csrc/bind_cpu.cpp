@@ -1,9 +1,12 @@
 // The module fastpg._C: addresses, sizes and strides in, nothing out. The pages have checked them.
+// Each function is a lambda of numbers and addresses; what a forward and its backward share is a
+// tuple.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "dtype.h"
 #include "gae.h"
+#include "kl_estimate.h"
 #include "parallel.h"
 #include "simd/kernels.h"
 #include "token_logprobs.h"
@@ -26,8 +29,13 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// LogitRows, as the tuple that the page makes: logits, dtype, count, inner, outer and inner stride,
-// vocab, labels, temperature, temperature_per_row, softcap, ignore_index.
+// Defines an op without the interpreter's lock.
+template <typename F>
+void def(py::module_& m, const char* name, const F& function) {
+  m.def(name, function, py::call_guard<py::gil_scoped_release>());
+}
+
+// The fields of LogitRows.
 using LogitRowsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t,
                                   Address, Address, bool, double, int64_t>;
 
@@ -43,54 +51,141 @@ LogitRows logit_rows(const LogitRowsTuple& rows) {
 }
 
 void bind_token_logprobs(py::module_& m) {
-  const auto unlocked = py::call_guard<py::gil_scoped_release>();
-  m.def(
-      "token_logprobs",
+  def(m, "token_logprobs",
       [](const LogitRowsTuple& rows, Address logp, Address entropy, Address stats) {
         token_logprobs(logit_rows(rows), {at(logp), at(entropy), at(stats)});
-      },
-      unlocked);
-  m.def(
-      "token_logprobs_backward",
+      });
+  def(m, "token_logprobs_backward",
       [](const LogitRowsTuple& rows, Address grad_logp, Address grad_entropy, Address entropy,
          Address stats, Address grad_logits) {
         token_logprobs_backward(logit_rows(rows),
                                 {at(grad_logp), at(grad_entropy), at(entropy), at(stats)},
                                 at(grad_logits));
-      },
-      unlocked);
+      });
 }
 
-GaeInputs gae_inputs(int64_t count, int64_t length, Address cu_seqlens, int dtype, Address rewards,
-                     Address values, Address gammas, Address lams, bool gamma_per_token,
-                     bool lam_per_token, double gamma, double lam, Address mask, Address terminated,
-                     Address truncated, Address bootstrap) {
+// The fields of GaeInputs.
+using GaeTuple = std::tuple<int64_t, int64_t, Address, int, Address, Address, Address, Address,
+                            bool, bool, double, double, Address, Address, Address, Address>;
+
+GaeInputs gae_inputs(const GaeTuple& in) {
+  const auto [count, length, cu_seqlens, dtype, rewards, values, gammas, lams, gamma_per_token,
+              lam_per_token, gamma, lam, mask, terminated, truncated, bootstrap] = in;
   return {{count, length, at<int32_t>(cu_seqlens)},
-          dtype, at(rewards), at(values), at(gammas), at(lams), gamma_per_token, lam_per_token,
-          gamma, lam, at<bool>(mask), at<bool>(terminated), at<bool>(truncated), at(bootstrap)};
+          dtype,
+          at(rewards),
+          at(values),
+          at(gammas),
+          at(lams),
+          gamma_per_token,
+          lam_per_token,
+          gamma,
+          lam,
+          at<bool>(mask),
+          at<bool>(terminated),
+          at<bool>(truncated),
+          at(bootstrap)};
 }
 
-void bind_policy_loss(int dtype, int64_t count, Address logp, Address advantages, Address weight,
-                      Address old_logp, Address ref_logp, Address entropy, double low, double high,
-                      int surrogate, int kl, double kl_coef, double entropy_coef, Address loss,
-                      Address coefficient, Address stats) {
-  with_compute_dtype(dtype, [&](auto x) {
-    using T = decltype(x);
-    policy_loss<T>({at<T>(logp), at<T>(advantages), at<T>(weight), at<T>(old_logp),
-                    at<T>(ref_logp), at<T>(entropy)}, count,
-                   {low, high, Surrogate(surrogate), PolicyKl(kl), kl_coef, entropy_coef},
-                   {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+void bind_gae(py::module_& m) {
+  def(m, "gae", [](const GaeTuple& in, Address advantages, Address returns) {
+    gae(gae_inputs(in), at(advantages), at(returns));
   });
+  def(m, "gae_backward",
+      [](const GaeTuple& in, Address grad_advantages, Address grad_returns, Address grad_rewards,
+         Address grad_values, Address grad_bootstrap) {
+        gae_backward(gae_inputs(in), at(grad_advantages), at(grad_returns), at(grad_rewards),
+                     at(grad_values), at(grad_bootstrap));
+      });
 }
 
-void bind_value_loss(int dtype, int64_t count, Address values, Address returns, Address weight,
-                     Address old_values, double clip, Address loss, Address coefficient,
-                     Address stats) {
-  with_compute_dtype(dtype, [&](auto x) {
-    using T = decltype(x);
-    value_loss<T>({at<T>(values), at<T>(returns), at<T>(weight), at<T>(old_values)}, count,
-                  T(clip), {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+void bind_token_rewards(py::module_& m) {
+  def(m, "token_rewards",
+      [](int64_t count, int64_t length, Address cu_seqlens, int dtype, Address scores, Address kl,
+         Address mask, double kl_coef, Address rewards) {
+        token_rewards({count, length, at<int32_t>(cu_seqlens)}, dtype, at(scores), at(kl),
+                      at<bool>(mask), kl_coef, at(rewards));
+      });
+  def(m, "token_rewards_backward",
+      [](int64_t count, int64_t length, Address cu_seqlens, int dtype, Address grad, Address mask,
+         double kl_coef, Address grad_scores, Address grad_kl) {
+        token_rewards_backward({count, length, at<int32_t>(cu_seqlens)}, dtype, at(grad),
+                               at<bool>(mask), kl_coef, at(grad_scores), at(grad_kl));
+      });
+}
+
+void bind_token_weights(py::module_& m) {
+  def(m, "token_weights",
+      [](int64_t count, int64_t length, Address cu_seqlens, Address mask, Address denom, int reduce,
+         Address weights) {
+        token_weights({count, length, at<int32_t>(cu_seqlens)}, at<bool>(mask), at<double>(denom),
+                      Reduce(reduce), at<float>(weights));
+      });
+}
+
+void bind_whiten(py::module_& m) {
+  def(m, "whiten_moments", [](int64_t n, int dtype, Address x, Address mask, Address out) {
+    whiten_moments(n, dtype, at(x), at<bool>(mask), at<Moments>(out));
   });
+  def(m, "whiten",
+      [](int64_t n, int dtype, Address x, Address mask, Address moments, bool center, double eps,
+         Address out) {
+        whiten(n, dtype, at(x), at<bool>(mask), *at<Moments>(moments), center, eps, at(out));
+      });
+  def(m, "whiten_backward",
+      [](int64_t n, int dtype, Address grad, Address x, Address mask, Address moments, bool center,
+         double eps, Address out) {
+        whiten_backward(n, dtype, at(grad), at(x), at<bool>(mask), *at<Moments>(moments), center,
+                        eps, at(out));
+      });
+}
+
+void bind_policy_loss(py::module_& m) {
+  def(m, "policy_loss",
+      [](int dtype, int64_t count, Address logp, Address advantages, Address weight,
+         Address old_logp, Address ref_logp, Address entropy, double low, double high,
+         int surrogate, int kl, double kl_coef, double entropy_coef, Address loss,
+         Address coefficient, Address stats) {
+        with_compute_dtype(dtype, [&](auto x) {
+          using T = decltype(x);
+          policy_loss<T>({at<T>(logp), at<T>(advantages), at<T>(weight), at<T>(old_logp),
+                          at<T>(ref_logp), at<T>(entropy)},
+                         count,
+                         {low, high, Surrogate(surrogate), PolicyKl(kl), kl_coef, entropy_coef},
+                         {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+        });
+      });
+}
+
+void bind_value_loss(py::module_& m) {
+  def(m, "value_loss",
+      [](int dtype, int64_t count, Address values, Address returns, Address weight,
+         Address old_values, double clip, Address loss, Address coefficient, Address stats) {
+        with_compute_dtype(dtype, [&](auto x) {
+          using T = decltype(x);
+          value_loss<T>({at<T>(values), at<T>(returns), at<T>(weight), at<T>(old_values)}, count,
+                        T(clip), {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+        });
+      });
+}
+
+void bind_kl_estimate(py::module_& m) {
+  def(m, "kl_estimate",
+      [](int dtype, int64_t count, int kind, Address logp, Address ref_logp, Address kl) {
+        with_compute_dtype(dtype, [&](auto x) {
+          using T = decltype(x);
+          kl_estimate<T>(at<T>(logp), at<T>(ref_logp), count, KlKind(kind), at<T>(kl));
+        });
+      });
+  def(m, "kl_estimate_backward",
+      [](int dtype, int64_t count, int kind, Address grad, Address logp, Address ref_logp,
+         Address grad_logp) {
+        with_compute_dtype(dtype, [&](auto x) {
+          using T = decltype(x);
+          kl_estimate_backward<T>(at<T>(grad), at<T>(logp), at<T>(ref_logp), count, KlKind(kind),
+                                  at<T>(grad_logp));
+        });
+      });
 }
 
 std::vector<std::string> instruction_sets() {
@@ -113,48 +208,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", instruction_sets, "The instruction sets of this machine, best first.");
   m.def("instruction_set", [] { return kernels().name; }, "The one in use.");
   m.def("use_instruction_set", use_instruction_set);
-  const auto unlocked = py::call_guard<py::gil_scoped_release>();
   bind_token_logprobs(m);
-  py::class_<GaeInputs>(m, "GaeInputs").def(py::init(&gae_inputs));
-  m.def("gae", [](const GaeInputs& in, Address advantages, Address returns) {
-    gae(in, at(advantages), at(returns));
-  }, unlocked);
-  m.def("gae_backward", [](const GaeInputs& in, Address grad_advantages, Address grad_returns,
-                           Address grad_rewards, Address grad_values, Address grad_bootstrap) {
-    gae_backward(in, at(grad_advantages), at(grad_returns), at(grad_rewards), at(grad_values),
-                 at(grad_bootstrap));
-  }, unlocked);
-  m.def("token_rewards", [](int64_t count, int64_t length, Address cu_seqlens, int dtype,
-                            Address scores, Address kl, Address mask, double kl_coef,
-                            Address rewards) {
-    token_rewards({count, length, at<int32_t>(cu_seqlens)}, dtype, at(scores), at(kl),
-                  at<bool>(mask), kl_coef, at(rewards));
-  }, unlocked);
-  m.def("token_rewards_backward", [](int64_t count, int64_t length, Address cu_seqlens, int dtype,
-                                     Address grad, Address mask, double kl_coef,
-                                     Address grad_scores, Address grad_kl) {
-    token_rewards_backward({count, length, at<int32_t>(cu_seqlens)}, dtype, at(grad),
-                           at<bool>(mask), kl_coef, at(grad_scores), at(grad_kl));
-  }, unlocked);
-  m.def("token_weights", [](int64_t count, int64_t length, Address cu_seqlens, Address mask,
-                            Address denom, int reduce, Address weights) {
-    token_weights({count, length, at<int32_t>(cu_seqlens)}, at<bool>(mask), at<double>(denom),
-                  static_cast<Reduce>(reduce), at<float>(weights));
-  }, unlocked);
-  m.def("whiten_moments", [](int64_t n, int dtype, Address x, Address mask, Address out) {
-    whiten_moments(n, dtype, at(x), at<bool>(mask), at<Moments>(out));
-  }, unlocked);
-  m.def("whiten", [](int64_t n, int dtype, Address x, Address mask, Address moments, bool center,
-                     double eps, Address out) {
-    whiten(n, dtype, at(x), at<bool>(mask), *at<Moments>(moments), center, eps, at(out));
-  }, unlocked);
-  m.def("whiten_backward", [](int64_t n, int dtype, Address grad, Address x, Address mask,
-                              Address moments, bool center, double eps, Address out) {
-    whiten_backward(n, dtype, at(grad), at(x), at<bool>(mask), *at<Moments>(moments), center, eps,
-                    at(out));
-  }, unlocked);
-  m.def("policy_loss", bind_policy_loss, unlocked);
-  m.def("value_loss", bind_value_loss, unlocked);
+  bind_gae(m);
+  bind_token_rewards(m);
+  bind_token_weights(m);
+  bind_whiten(m);
+  bind_policy_loss(m);
+  bind_value_loss(m);
+  bind_kl_estimate(m);
 }
 
 }  // namespace fpg

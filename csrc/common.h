@@ -84,13 +84,13 @@ FPG_HD T larger(T a, T b) {
 // a if `first`, else b; with bits, because GCC turns `sum += first ? a : 0` into a branch.
 FPG_HD float select(bool first, float a, float b) {
   const uint32_t mask = -uint32_t(first);
-  return __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, a) & mask) |
-                                       (__builtin_bit_cast(uint32_t, b) & ~mask));
+  return __builtin_bit_cast(
+      float, (__builtin_bit_cast(uint32_t, a) & mask) | (__builtin_bit_cast(uint32_t, b) & ~mask));
 }
 FPG_HD double select(bool first, double a, double b) {
   const uint64_t mask = -uint64_t(first);
-  return __builtin_bit_cast(double, (__builtin_bit_cast(uint64_t, a) & mask) |
-                                        (__builtin_bit_cast(uint64_t, b) & ~mask));
+  return __builtin_bit_cast(
+      double, (__builtin_bit_cast(uint64_t, a) & mask) | (__builtin_bit_cast(uint64_t, b) & ~mask));
 }
 template <typename T>
 FPG_HD T clamp(T x, T low, T high) {  // NaN passes through

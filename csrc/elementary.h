@@ -1,6 +1,6 @@
-// Floor 0: exp, expm1, tanh and log. The float ones are branch-free polynomials, so that a plain
-// loop over them is vectorised for every instruction set, with the same error (below 2 ulp) on
-// each.
+// Floor 0: exp, e^x - 1 - x, tanh, expm1 and log. The float ones of the first three are branch-free
+// polynomials, so that a plain loop over them is vectorised for every instruction set, with the
+// same error (below 2 ulp) on each.
 #pragma once
 
 #include "common.h"
@@ -16,24 +16,37 @@ FPG_HD double tanh(double x) { return __builtin_tanh(x); }
 FPG_HD float log(float x) { return __builtin_logf(x); }
 FPG_HD float expm1(float x) { return __builtin_expm1f(x); }
 
-// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2 and a minimax polynomial for e^r (Cephes).
-// Below -87.33 the result would be subnormal: it is 0. NaN stays NaN.
-FPG_HD float exp(float x) {
+template <typename T>
+struct ExpExcess {
+  T exp, excess;
+};
+
+// e^x and e^x - 1 - x for |x| <= 87: e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2 and a
+// minimax polynomial for e^r (Cephes). Where n = 0 the excess is the tail of the polynomial, which
+// keeps its digits as x -> 0; elsewhere the subtraction loses less than a digit.
+FPG_HD ExpExcess<float> exp_excess(float x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  const float bounded = clamp(x, -87.33654f, 88.72283f);
-  const float shifted = bounded * 1.44269504f + kRound;
+  const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
-  const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
+  const float tail = p * (r * r);
   const uint32_t exponent = __builtin_bit_cast(uint32_t, shifted) << 23;
-  const float scaled = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, p) + exponent);
-  const float not_below = x < -87.33654f ? 0.f : scaled;
+  const uint32_t mantissa = __builtin_bit_cast(uint32_t, tail + r + 1.f);
+  const float e = __builtin_bit_cast(float, mantissa + exponent);
+  return {e, select(n == 0.f, tail, (e - 1.f) - x)};
+}
+FPG_HD ExpExcess<double> exp_excess(double x) { return {exp(x), expm1(x) - x}; }
+
+// Below -87.33 the result would be subnormal: it is 0. NaN stays NaN.
+FPG_HD float exp(float x) {
+  const float bounded = exp_excess(clamp(x, -87.33654f, 88.72283f)).exp;
+  const float not_below = x < -87.33654f ? 0.f : bounded;
   const float not_above = x > 88.72283f ? infinity<float>() : not_below;
   return x == x ? not_above : x;
 }

@@ -1,4 +1,5 @@
-// Floor 0: mean and spread from parts that merge, without the cancellation of E[x^2] - E[x]^2 (Chan).
+// Floor 0: mean and spread from parts that merge, without the cancellation of E[x^2] - E[x]^2
+// (Chan).
 #pragma once
 
 #include "common.h"

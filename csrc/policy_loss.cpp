@@ -40,7 +40,9 @@ void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptio
     }
   });
   for (int i = 0; i < kPolicyFields; ++i)
-    out.stats[i] = i < kPolicySums ? 0 : i < kPolicyMinima ? infinity<double>() : -infinity<double>();
+    out.stats[i] = i < kPolicySums     ? 0
+                   : i < kPolicyMinima ? infinity<double>()
+                                       : -infinity<double>();
   for (int64_t i = 0; i < blocks; ++i) add(out.stats, &parts[i * kPolicyFields]);
   *out.loss = T(out.stats[kLoss]);
 }

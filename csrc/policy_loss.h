@@ -1,7 +1,7 @@
 // Floor 1: the policy loss of one token, and what the page fastpg/ops/policy_loss.py hands over.
 #pragma once
 
-#include "exp_excess.h"
+#include "elementary.h"
 
 namespace fpg {
 

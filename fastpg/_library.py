@@ -1,4 +1,4 @@
-"""The operator library: how an op is declared, how kernels attach to it, which kernel serves it where.
+"""The operator library: how an op is declared, how kernels attach to it, which one serves where.
 
 The only file that knows whether the C++ extension exists.
 """
@@ -24,13 +24,8 @@ _kernels: dict[str, dict[str, str]] = {}  # op -> device -> what serves it
 DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 is computed in fp64, everything else in fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def define(schema: str, *, fake: Callable, reference: Callable) -> torch._ops.OpOverload:
-    """Declares `fastpg::<schema>`. The reference serves every device without a kernel of its own."""
+    """Declares `fastpg::<schema>`. The reference serves every device without its own kernel."""
     name = schema.partition("(")[0]
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIB.impl(name, reference, "CompositeExplicitAutograd")
@@ -66,15 +61,13 @@ def extension_status() -> str:
     return f"loaded, instruction set {_C.instruction_set()}"
 
 
-def plain(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """The tensor in this dtype, contiguous: itself where it is so already."""
-    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
-        return tensor
-    return tensor.to(dtype).contiguous()
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors as a C++ kernel takes them, by address; the caller keeps them alive."""
+    return [x if x is None else x.contiguous() for x in tensors]
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    """The data pointer that a C++ kernel takes; 0 for an absent tensor."""
+    """The data pointer of a tensor; 0 for an absent one."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

@@ -9,7 +9,8 @@ import torch
 import fastpg.ops
 from fastpg._library import _C, REFERENCES
 
-PAGES = [importlib.import_module(f"fastpg.ops.{m.name}") for m in pkgutil.iter_modules(fastpg.ops.__path__)]  # fmt: skip
+_MODULES = pkgutil.iter_modules(fastpg.ops.__path__)
+PAGES = [importlib.import_module(f"fastpg.ops.{module.name}") for module in _MODULES]
 INSTRUCTION_SETS = _C.instruction_sets() if _C is not None else []
 
 

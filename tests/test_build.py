@@ -16,15 +16,28 @@ def python(code):
     return done.stdout
 
 
-@pytest.mark.parametrize("unit", sorted(Path(ROOT, "csrc/simd").glob("*.cpp")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "unit", sorted(Path(ROOT, "csrc/simd").glob("*.cpp")), ids=lambda p: p.stem
+)
 def test_instruction_sets_do_not_leak(unit, tmp_path):
-    """A weak symbol of one unit could be linked in place of another's, and be an illegal instruction."""
+    """A weak symbol of one unit could be linked in place of another's: an illegal instruction."""
     compiler = shutil.which("c++")
     if not compiler or not shutil.which("nm"):
         pytest.skip("no C++ compiler here")
-    command = [compiler, "-std=c++17", "-O0", f"-I{ROOT}/csrc", "-c", unit, "-o", tmp_path / "unit.o"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O0",
+        f"-I{ROOT}/csrc",
+        "-c",
+        unit,
+        "-o",
+        tmp_path / "unit.o",
+    ]
     subprocess.run(command, check=True)
-    symbols = subprocess.run(["nm", tmp_path / "unit.o"], capture_output=True, text=True, check=True)
+    symbols = subprocess.run(
+        ["nm", tmp_path / "unit.o"], capture_output=True, text=True, check=True
+    )
     assert not [line for line in symbols.stdout.splitlines() if line[17:18] in "WVu"]
 
 

@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def floor(module: str) -> int:
-    """0 plumbing, 1 kernels in Triton and helpers of the pages, 2 pages, 3 stats, 4 users of them."""
+    """0 plumbing, 1 Triton kernels and helpers of the pages, 2 pages, 3 stats, 4 users of them."""
     parts = module.split(".")
     if parts[:2] == ["fastpg", "_library"]:
         return 0

@@ -38,10 +38,11 @@ def test_matches_reference(kernel, shape, vocab, dtype, temperature, softcap):
     ours = token_logprobs(x, labels, return_entropy=True, **options)
     oracle, torchs = by_torch(x64, labels, **options), by_torch(native, labels, **options)
     for got, want, baseline in zip(ours, oracle, torchs, strict=True):
-        assert got.dtype == page.compute_dtype(dtype)
+        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_no_worse(got, baseline, want, TOLERANCE[dtype])
     for outputs in (ours, oracle, torchs):
-        sum((o.double() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in outputs).backward()  # fmt: skip
+        weights = (torch.linspace(-1, 1, o.numel()).view(o.shape) for o in outputs)
+        sum((o.double() * w).sum() for o, w in zip(outputs, weights, strict=True)).backward()
     assert x.grad.dtype == dtype
     assert_no_worse(x.grad, native.grad, x64.grad, GRADIENT_TOLERANCE[dtype])
 
@@ -119,10 +120,10 @@ LABELS = torch.tensor([1, 2])
         (TypeError, "logits must be floating point, got torch.int64", LOGITS.long(), LABELS, {}),
         (ValueError, r"must be \[..., V\], got \(2, 0\)", torch.zeros(2, 0), LABELS, {}),
         (ValueError, "labels on cpu, expected meta", LOGITS.to("meta"), LABELS, {}),
-        (ValueError, "temperature must be finite and > 0, got 0", LOGITS, LABELS, {"temperature": 0}),
+        (ValueError, "temperature must be .* > 0, got 0", LOGITS, LABELS, {"temperature": 0}),
         (ValueError, "temperature must .* got nan", LOGITS, LABELS, {"temperature": math.nan}),
-        (ValueError, "temperature holds -1.0", LOGITS, LABELS, {"temperature": torch.tensor([1.0, -1.0])}),
-        (ValueError, r"temperature \(3,\) does not", LOGITS, LABELS, {"temperature": torch.ones(3)}),
+        (ValueError, "temperature holds -1.0", LOGITS, LABELS, {"temperature": -LABELS}),
+        (ValueError, r"temperature \(3,\) does", LOGITS, LABELS, {"temperature": torch.ones(3)}),
         (ValueError, "softcap must be finite and > 0, got -1", LOGITS, LABELS, {"softcap": -1.0}),
     ],
 )  # fmt: skip
@@ -193,7 +194,7 @@ def test_a_row_depends_on_itself_alone(kernel, vocab):
     (x,) = leaves(logits)
     for other in (
         torch.cat([token_logprobs(logits[i : i + 1], labels[i : i + 1]) for i in range(70)]),
-        torch.cat([token_logprobs(logits[:33], labels[:33]), token_logprobs(logits[33:], labels[33:])]),
+        torch.cat([token_logprobs(logits[i], labels[i]) for i in (slice(33), slice(33, None))]),
         token_logprobs(strided, labels),
         token_logprobs(logits, labels, temperature=torch.ones(70)),
         token_logprobs(x, labels),
@@ -216,7 +217,6 @@ def test_any_strides_are_accepted(kernel, layout):
     }[layout]()
     before = logits.clone()
     labels = torch.arange(logits[..., 0].numel()).view(logits.shape[:-1]) % logits.shape[-1]
-    (x,) = leaves(base)
     base.requires_grad_()
     got = token_logprobs(logits.detach().requires_grad_(), labels.int())
     want, _ = by_torch(before.double(), labels)

@@ -2,6 +2,7 @@
 // chosen once, at load; everything else is compiled for the baseline.
 #pragma once
 
+#include "kl_estimate.h"
 #include "online_softmax.h"
 #include "policy_loss.h"
 #include "value_loss.h"
@@ -13,7 +14,8 @@ namespace fpg {
 // which its second reading hits.
 constexpr int64_t kSlice = 8192;
 
-// Losses are summed over blocks of this many tokens, added in block order. A block stays in the cache.
+// Losses are summed over blocks of this many tokens, added in block order. A block stays in the
+// cache.
 constexpr int64_t kTokenBlock = 2048;
 
 template <typename X>
@@ -35,6 +37,13 @@ struct ValueLossKernels {
                       double* part);
 };
 
+template <typename T>
+struct KlEstimateKernels {
+  void (*kl_values)(const T* logp, const T* ref_logp, int64_t n, KlKind kind, T* kl);
+  void (*kl_gradient)(const T* grad, const T* logp, const T* ref_logp, int64_t n, KlKind kind,
+                      T* grad_logp);
+};
+
 struct Kernels : TokenLogprobsKernels<bf16>,
                  TokenLogprobsKernels<fp16>,
                  TokenLogprobsKernels<float>,
@@ -42,7 +51,9 @@ struct Kernels : TokenLogprobsKernels<bf16>,
                  PolicyLossKernels<float>,
                  PolicyLossKernels<double>,
                  ValueLossKernels<float>,
-                 ValueLossKernels<double> {
+                 ValueLossKernels<double>,
+                 KlEstimateKernels<float>,
+                 KlEstimateKernels<double> {
   const char* name;
 };
 

@@ -1,1 +1,1 @@
-"""One page per op: the formula, the reference, the schema, the autograd function, the public call."""
+"""One page per op: the formula, the reference, the schema, the autograd function, the call."""

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def common_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
-    """The dtype to compute in: fp64 if any tensor is fp64, else fp32."""
+def compute_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any tensor is fp64, else fp32."""
     dtype = torch.float32
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or tensor.dtype is torch.float32:
             continue
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
@@ -23,6 +23,29 @@ def common_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """tensor.to(dtype), without the microsecond that torch takes to do nothing."""
     return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
+
+
+def alike(op: str, **tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype to compute in; each must match the first in shape and device."""
+    beside, first = next(iter(tensors.items()))
+    shape, device, dtype = first.shape, first.device, first.dtype
+    others = [
+        name
+        for name, x in tensors.items()
+        if x is not None and not (x.dtype is dtype and x.shape == shape and x.device == device)
+    ]
+    if not others and dtype in (torch.float32, torch.float64):
+        return list(tensors.values())
+    dtype = compute_dtype(op, **tensors)
+    for name in others:
+        if tensors[name].device != device:
+            raise ValueError(f"{op}: {name} on {tensors[name].device}, {beside} on {device}")
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{op}: {name} {tuple(tensors[name].shape)} must have the shape of {beside} "
+                f"{tuple(shape)}"
+            )
+    return [cast(tensor, dtype) for tensor in tensors.values()]
 
 
 def constant(*tensors: Tensor | None) -> bool:
@@ -110,21 +133,3 @@ def is_last(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         beyond = torch.nn.functional.pad(left, (0, 1))[cu_seqlens[1:].long()]
         left = left - to_tokens(beyond, mask, cu_seqlens)
     return mask & (left == 1)
-
-
-def check_float(op: str, name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
-
-
-def check_beside(op: str, name: str, tensor: Tensor, beside: str, first: Tensor) -> None:
-    """`tensor` must be floating point, of the shape and on the device of `first`."""
-    if not tensor.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
-    if tensor.shape != first.shape:
-        raise ValueError(
-            f"{op}: {name} {tuple(tensor.shape)} must have the shape of {beside} "
-            f"{tuple(first.shape)}"
-        )
-    if tensor.device != first.device:
-        raise ValueError(f"{op}: {name} on {tensor.device}, {beside} on {first.device}")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, cpu_kernel, define
+from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define
 from . import _checks
 
 
@@ -127,10 +127,10 @@ _backward = define(
 
 
 def _inputs(*args):
-    """The tokens as the C++ kernels take them, and the tensors that must outlive the call."""
-    tensors = [x if x is None else x.contiguous() for x in args[:9]]
+    """GaeInputs of csrc/gae.h, and the tensors that must outlive the call."""
+    tensors = contiguous(*args[:9])
     rewards, values, bootstrap, mask, gammas, lams, terminated, truncated, cu_seqlens = tensors
-    inputs = _C.GaeInputs(
+    inputs = (
         len(rewards) if cu_seqlens is None else len(cu_seqlens) - 1, rewards.shape[-1],
         address(cu_seqlens), DTYPE_CODE[rewards.dtype], rewards.data_ptr(), address(values),
         address(gammas), address(lams), gammas is not None and gammas.shape == rewards.shape,
@@ -230,7 +230,7 @@ def gae(
     Where N = B, a packed tensor is read per token, a bootstrap without `truncated` per sequence.
     Returns (advantages, returns) like rewards, fp32 (fp64 if an input is fp64), scanned in double.
     """
-    dtype = _checks.common_dtype("gae", rewards=rewards, values=values, bootstrap=bootstrap)
+    dtype = _checks.compute_dtype("gae", rewards=rewards, values=values, bootstrap=bootstrap)
     count = _checks.sequence_count("gae", "rewards", rewards, cu_seqlens)
     _checks.check_shape("gae", "values", values, rewards, rewards.shape)
     _checks.check_shape("gae", "mask", mask, rewards, rewards.shape)

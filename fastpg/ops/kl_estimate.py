@@ -5,7 +5,7 @@
     k2     d² / 2             d                 biased; its gradient is that of the KL
     k3     e^{−d} − 1 + d     1 − e^{−d}        unbiased, never negative
 
-In k3 the log-ratio is clamped to ±20 before the exponential. No device has a kernel of its own.
+In k3 the log-ratio is clamped to ±20 before the exponential.
 """
 
 from __future__ import annotations
@@ -14,35 +14,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import compute_dtype, define
-from ._checks import check_beside, check_float
+from .._library import _C, DTYPE_CODE, cpu_kernel, define
+from ._checks import alike, constant
 
-KINDS = ("k1", "k2", "k3")
-
-
-def _difference(logp, ref_logp):
-    dtype = compute_dtype(logp.dtype)
-    return (logp.to(dtype) - ref_logp.to(dtype)).contiguous()
+KINDS = {"k1": 0, "k2": 1, "k3": 2}  # the codes of csrc/kl_estimate.h
 
 
 def reference(logp, ref_logp, kind):
     """kl, of the shape of logp."""
-    d = _difference(logp, ref_logp)
+    d = (logp - ref_logp).contiguous()
     if kind == "k1":
         return d
     return d * d / 2 if kind == "k2" else torch.expm1(-d.clamp(-20.0, 20.0)) + d
 
 
 def reference_backward(grad, logp, ref_logp, kind):
-    """dL/dlogp; dL/dref_logp is its negative."""
-    if kind == "k1":
-        return grad.clone(memory_format=torch.contiguous_format)
-    d = _difference(logp, ref_logp)
+    """dL/dlogp of k2 or k3; dL/dref_logp is its negative."""
+    d = (logp - ref_logp).contiguous()
     return grad * (d if kind == "k2" else -torch.expm1(-d.clamp(-20.0, 20.0)))
 
 
-def _fake(logp, *_):
-    return logp.new_empty(logp.shape, dtype=compute_dtype(logp.dtype))
+def _fake(*args):
+    return args[-2].new_empty(args[-2].shape)  # of ref_logp
 
 
 _kl = define(
@@ -55,6 +48,28 @@ _backward = define(
 )
 
 
+@cpu_kernel(_kl)
+def _kl_cpu(logp, ref_logp, kind):
+    logp, ref_logp = logp.contiguous(), ref_logp.contiguous()
+    kl = torch.empty_like(logp)
+    _C.kl_estimate(
+        DTYPE_CODE[kl.dtype], logp.numel(), KINDS[kind], logp.data_ptr(), ref_logp.data_ptr(),
+        kl.data_ptr(),
+    )  # fmt: skip
+    return kl
+
+
+@cpu_kernel(_backward)
+def _backward_cpu(grad, logp, ref_logp, kind):
+    grad, logp, ref_logp = grad.contiguous(), logp.contiguous(), ref_logp.contiguous()
+    grad_logp = torch.empty_like(logp)
+    _C.kl_estimate_backward(
+        DTYPE_CODE[logp.dtype], logp.numel(), KINDS[kind], grad.data_ptr(), logp.data_ptr(),
+        ref_logp.data_ptr(), grad_logp.data_ptr(),
+    )  # fmt: skip
+    return grad_logp
+
+
 class _KlEstimate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, ref_logp, kind):
@@ -65,21 +80,20 @@ class _KlEstimate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        logp, ref_logp = ctx.saved_tensors
-        by_logp, by_ref, _ = ctx.needs_input_grad
-        grad = _backward(grad, logp, ref_logp, ctx.kind)
-        grad_logp = grad.to(logp.dtype) if by_logp else None
-        return grad_logp, -grad.to(ref_logp.dtype) if by_ref else None, None
+        if ctx.kind != "k1":
+            grad = _backward(grad, *ctx.saved_tensors, ctx.kind)
+        return grad, -grad if ctx.needs_input_grad[1] else None, None
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: str = "k1") -> Tensor:
     """The KL of the policy from a reference policy, estimated at each sampled token.
 
     logp, ref_logp: tensors of one shape and any float dtype; both differentiable.
-    Returns kl of the same shape, fp32 (fp64 for fp64 logp). Padding is yours to mask.
+    Returns kl of the same shape, fp32 (fp64 if an input is fp64). Padding is yours to mask.
     """
-    check_float("kl_estimate", "logp", logp)
-    check_beside("kl_estimate", "ref_logp", ref_logp, "logp", logp)
+    logp, ref_logp = alike("kl_estimate", logp=logp, ref_logp=ref_logp)
     if kind not in KINDS:
         raise ValueError(f"kl_estimate: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if constant(logp, ref_logp):
+        return _kl(logp, ref_logp, kind)
     return _KlEstimate.apply(logp, ref_logp, kind)

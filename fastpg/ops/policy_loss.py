@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, compute_dtype, cpu_kernel, define, plain
-from ._checks import check_beside, check_float
+from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define
+from ._checks import alike, constant
 from ._stats import PolicyStats
 
 SURROGATES = {"ppo": 0, "reinforce": 1}  # the codes of csrc/policy_loss.h
@@ -77,9 +77,9 @@ def reference(
     low, high, surrogate, kl, kl_coef, entropy_coef,
 ):  # fmt: skip
     """-> loss [], coefficient (dL/dlogp, of the shape of logp), stats [16]. low, high bound r."""
-    dtype, kept = compute_dtype(logp.dtype), weight != 0
+    kept = weight != 0
     logp, advantages, weight, old_logp, ref_logp, entropy = (
-        None if x is None else torch.where(kept, x.to(dtype), 0.0).contiguous()
+        None if x is None else torch.where(kept, x, 0.0).contiguous()
         for x in (logp, advantages, weight, old_logp, ref_logp, entropy)
     )
     d = torch.zeros_like(logp) if old_logp is None else _log_ratio(logp, old_logp)
@@ -95,13 +95,12 @@ def reference(
     stats = _stats(
         kept, weight, loss, surrogate_loss, ratio, d, too_low, too_high, ref_kl, entropy
     )  # fmt: skip
-    return stats[2].to(dtype), weight * slope, stats
+    return stats[2].to(logp.dtype), weight * slope, stats
 
 
 def _fake(logp, *_):
-    dtype = compute_dtype(logp.dtype)
-    loss, stats = logp.new_empty((), dtype=dtype), logp.new_empty(16, dtype=torch.float64)
-    return loss, logp.new_empty(logp.shape, dtype=dtype), stats
+    stats = logp.new_empty(16, dtype=torch.float64)
+    return logp.new_empty(()), logp.new_empty(logp.shape), stats
 
 
 _policy_loss = define(
@@ -118,27 +117,23 @@ def _policy_loss_cpu(*args):
     logp, (low, high, surrogate, kl, kl_coef, entropy_coef) = args[0], args[6:]
     if logp.numel() == 0:  # an empty tensor has no address
         return reference(*args)
-    dtype = compute_dtype(logp.dtype)
-    tensors = [plain(x, dtype) for x in args[:6]]
-    loss, stats = logp.new_empty((), dtype=dtype), logp.new_empty(16, dtype=torch.float64)
-    coefficient = torch.empty_like(tensors[0])
+    tensors = contiguous(*args[:6])
+    loss, coefficient = logp.new_empty(()), torch.empty_like(tensors[0])
+    stats = logp.new_empty(16, dtype=torch.float64)
     _C.policy_loss(
-        DTYPE_CODE[dtype], logp.numel(), *map(address, tensors), low, high, SURROGATES[surrogate],
-        KLS[kl], kl_coef, entropy_coef, loss.data_ptr(), coefficient.data_ptr(), stats.data_ptr(),
+        DTYPE_CODE[logp.dtype], logp.numel(), *map(address, tensors), low, high,
+        SURROGATES[surrogate], KLS[kl], kl_coef, entropy_coef,
+        loss.data_ptr(), coefficient.data_ptr(), stats.data_ptr(),
     )  # fmt: skip
     return loss, coefficient, stats
 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logp, entropy, advantages, weight, old_logp, ref_logp, *options):
-        loss, coefficient, stats = _policy_loss(
-            logp, advantages, weight, old_logp, ref_logp, entropy, *options
-        )
-        ctx.save_for_backward(coefficient, None if entropy is None else weight)
-        ctx.dtypes = logp.dtype, None if entropy is None else entropy.dtype
+    def forward(ctx, logp, entropy, constants, options):
+        loss, coefficient, stats = _policy_loss(logp, *constants, entropy, *options)
+        ctx.save_for_backward(coefficient, constants[1])
         ctx.entropy_coef = options[-1]
-        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
@@ -146,13 +141,8 @@ class _PolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         coefficient, weight = ctx.saved_tensors
-        grad = grad_entropy = None
-        if grad_loss is not None and ctx.needs_input_grad[0]:
-            grad = (grad_loss * coefficient).to(ctx.dtypes[0])
-        if grad_loss is not None and ctx.needs_input_grad[1]:
-            scale = grad_loss * -ctx.entropy_coef
-            grad_entropy = (scale * weight.to(scale.dtype)).to(ctx.dtypes[1])
-        return (grad, grad_entropy, *[None] * 10)
+        by_entropy = grad_loss * -ctx.entropy_coef * weight if ctx.needs_input_grad[1] else None
+        return grad_loss * coefficient, by_entropy, None, None
 
 
 def _bounds(clip):
@@ -198,18 +188,13 @@ def policy_loss(
     others are constants. Weight 0 masks a token: not read, no gradient, not counted.
     old_logp: None means that logp was sampled from: the ratio is exactly 1.
     clip: the ratio is bounded by 1 - low and 1 + high, None on a side: unbounded; for "ppo" only.
-    Returns (loss, stats): a scalar, fp32 (fp64 for fp64 logp), and PolicyStats.
+    Returns (loss, stats): a scalar, fp32 (fp64 if an input is fp64), and PolicyStats.
     """
-    check_float("policy_loss", "logp", logp)
-    check_beside("policy_loss", "advantages", advantages, "logp", logp)
-    check_beside("policy_loss", "weight", weight, "logp", logp)
-    if old_logp is not None:
-        check_beside("policy_loss", "old_logp", old_logp, "logp", logp)
-    if ref_logp is not None:
-        check_beside("policy_loss", "ref_logp", ref_logp, "logp", logp)
-    if entropy is not None:
-        check_beside("policy_loss", "entropy", entropy, "logp", logp)
-    elif entropy_coef != 0:
+    logp, *constants, entropy = alike(
+        "policy_loss", logp=logp, advantages=advantages, weight=weight, old_logp=old_logp,
+        ref_logp=ref_logp, entropy=entropy,
+    )  # fmt: skip
+    if entropy is None and entropy_coef != 0:
         raise ValueError(f"policy_loss: entropy_coef={entropy_coef} needs entropy")
     if not -math.inf < entropy_coef < math.inf:
         raise ValueError(f"policy_loss: entropy_coef must be finite, got {entropy_coef}")
@@ -218,8 +203,9 @@ def policy_loss(
         raise ValueError(f"policy_loss: surrogate must be one of {names}, got {surrogate!r}")
     low, high = _bounds(clip)
     _check_kl(kl, kl_coef, ref_logp)
-    loss, stats = _PolicyLoss.apply(
-        logp, entropy, advantages, weight, old_logp, ref_logp,
-        low, high, surrogate, kl, kl_coef, entropy_coef,
-    )  # fmt: skip
+    options = low, high, surrogate, kl, kl_coef, entropy_coef
+    if constant(logp, *constants, entropy):
+        loss, _, stats = _policy_loss(logp, *constants, entropy, *options)
+    else:
+        loss, stats = _PolicyLoss.apply(logp, entropy, constants, options)
     return loss, PolicyStats(stats)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, compute_dtype, cpu_kernel, define, scalar
-from ._checks import check_device, constant
+from .._library import _C, DTYPE_CODE, address, cpu_kernel, define, scalar
+from ._checks import check_device, compute_dtype, constant
 
 
 def _scaled(logits, labels, temperature, softcap, ignore_index):
-    """(kept rows, capped logits, their maximum, d = z - max z); what is ignored is never computed."""
+    """(kept rows, capped logits, their maximum, d = z - max z); ignored rows count as zeros."""
     kept = labels != ignore_index
     x = torch.where(kept[..., None], logits.to(temperature.dtype), 0.0)
     capped = softcap * torch.tanh(x / softcap) if softcap else x
@@ -33,7 +33,7 @@ def _scaled(logits, labels, temperature, softcap, ignore_index):
 
 
 def _check_on_host(labels, vocab, ignore_index, temperature):
-    """The checks of values that the C++ kernel makes too. On other devices they would synchronise."""
+    """The checks of values that the C++ kernel makes too. Elsewhere they would synchronise."""
     if labels.device.type != "cpu":
         return
     kept = labels != ignore_index
@@ -110,7 +110,7 @@ _backward = define(
 
 
 def _addressable(logits, labels, temperature):
-    """The same values with adjacent logits and at most two leading strides: copies only if needed."""
+    """The same values with adjacent logits and at most two leading strides, copied if need be."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     if logits.dim() > 3:
@@ -186,8 +186,6 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
-    if not logits.is_floating_point():
-        raise TypeError(f"token_logprobs: logits must be floating point, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"token_logprobs: logits must be [..., V], got {tuple(logits.shape)}")
     if labels.dtype not in _INTEGERS:
@@ -206,12 +204,11 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
-def _temperature(temperature: float | Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+def _temperature(temperature: float | Tensor, dtype: torch.dtype, labels: Tensor) -> Tensor:
     """0-d, or one per label. Always a tensor, so that a new value compiles nothing anew."""
-    dtype = compute_dtype(logits.dtype)
     if not isinstance(temperature, Tensor):
-        return scalar(_positive("temperature", temperature), dtype, logits.device)
-    check_device("token_logprobs", "temperature", temperature, logits)
+        return scalar(_positive("temperature", temperature), dtype, labels.device)
+    check_device("token_logprobs", "temperature", temperature, labels)
     try:
         return temperature.detach().to(dtype).expand(labels.shape)
     except RuntimeError:
@@ -233,16 +230,17 @@ def token_logprobs(
     """Log-prob of each label under softmax(softcap(logits) / temperature), and the entropy.
 
     logits: [..., V], bf16, fp16, fp32 or fp64, any strides; differentiable.
-    labels: [...] integers in [0, V), or ignore_index: log-prob, entropy and gradient 0, row not read.
+    labels: [...] integers in [0, V), or ignore_index: outputs and gradient 0, row not read.
     temperature: a float, or a tensor that broadcasts to labels (constant: it gets no gradient).
     Returns logp [...], or (logp, entropy) each [...], in nats; fp32 (fp64 for fp64 logits).
 
     A -inf logit has probability 0. A NaN or +inf makes its own row NaN. A label outside [0, V)
     raises IndexError on the CPU and gives NaN on other devices.
     """
+    dtype = compute_dtype("token_logprobs", logits=logits)
     _check(logits, labels)
     softcap = 0.0 if softcap is None else _positive("softcap", softcap)
-    t = _temperature(temperature, logits, labels)
+    t = _temperature(temperature, dtype, labels)
     args = logits, labels.long(), t, softcap, ignore_index
     if not constant(logits):
         return _TokenLogprobs.apply(return_entropy, *args)

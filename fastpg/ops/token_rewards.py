@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, cpu_kernel, define
+from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define
 from . import _checks
 
 
@@ -48,8 +48,7 @@ _backward = define(
 
 @cpu_kernel(_rewards)
 def _rewards_cpu(scores, kl, mask, cu_seqlens, kl_coef):
-    scores, mask = scores.contiguous(), mask.contiguous()
-    kl, cu_seqlens = (x if x is None else x.contiguous() for x in (kl, cu_seqlens))
+    scores, kl, mask, cu_seqlens = contiguous(scores, kl, mask, cu_seqlens)
     out = scores.new_empty(mask.shape)
     _C.token_rewards(
         len(scores), mask.shape[-1], address(cu_seqlens), DTYPE_CODE[scores.dtype],
@@ -60,8 +59,7 @@ def _rewards_cpu(scores, kl, mask, cu_seqlens, kl_coef):
 
 @cpu_kernel(_backward)
 def _backward_cpu(grad, scores, kl, mask, cu_seqlens, kl_coef):
-    grad, mask = grad.contiguous(), mask.contiguous()
-    cu_seqlens = cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
+    grad, mask, cu_seqlens = contiguous(grad, mask, cu_seqlens)
     grad_scores = scores.new_empty(scores.shape)
     grad_kl = scores.new_empty(0 if kl is None else kl.shape)
     _C.token_rewards_backward(
@@ -103,11 +101,12 @@ def token_rewards(
     unmasked token gets nothing.
     """
     op = "token_rewards"
-    dtype = _checks.common_dtype(op, scores=scores, kl=kl)
+    dtype = _checks.compute_dtype(op, scores=scores, kl=kl)
     count = _checks.sequence_count(op, "mask", mask, cu_seqlens)
     _checks.check_shape(op, "scores", scores, mask, (count,))
     _checks.check_shape(op, "kl", kl, mask, mask.shape)
     if kl is None and kl_coef != 0:
         raise ValueError(f"token_rewards: kl_coef={kl_coef} needs kl")
     scores, kl, mask = _checks.cast(scores, dtype), _checks.cast(kl, dtype), _checks.as_bool(mask)
-    return _TokenRewards.apply(scores, kl, mask, cu_seqlens, float(kl_coef))
+    args = scores, kl, mask, cu_seqlens, float(kl_coef)
+    return _rewards(*args) if _checks.constant(scores, kl) else _TokenRewards.apply(*args)

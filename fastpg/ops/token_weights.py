@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._library import _C, address, cpu_kernel, define
+from .._library import _C, address, contiguous, cpu_kernel, define
 from . import _checks
 
 _REDUCTIONS = {"token": 0, "sequence": 1, "sequence_sum": 2}
@@ -40,8 +40,7 @@ _weights = define(
 
 @cpu_kernel(_weights)
 def _weights_cpu(mask, denom, cu_seqlens, reduce):
-    mask = mask.contiguous()
-    cu_seqlens = cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
+    mask, cu_seqlens = contiguous(mask, cu_seqlens)
     out = mask.new_empty(mask.shape, dtype=torch.float32)
     count = len(mask) if cu_seqlens is None else len(cu_seqlens) - 1
     _C.token_weights(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, compute_dtype, cpu_kernel, define, plain
-from ._checks import check_beside, check_float
+from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define
+from ._checks import alike, constant
 from ._stats import ValueStats
 
 
@@ -30,9 +30,9 @@ def _moments(x, kept):
 
 def reference(values, returns, weight, old_values, clip):
     """-> loss [], coefficient (dL/dV, of the shape of values), stats [8]."""
-    dtype, kept = compute_dtype(values.dtype), weight != 0
+    kept = weight != 0
     values, returns, weight, old_values = (
-        None if x is None else torch.where(kept, x.to(dtype), 0.0).contiguous()
+        None if x is None else torch.where(kept, x, 0.0).contiguous()
         for x in (values, returns, weight, old_values)
     )
     error = values - returns
@@ -44,13 +44,12 @@ def reference(values, returns, weight, old_values, clip):
     sums = [kept.sum(), weight.sum(dtype=torch.float64), loss, clipped.sum()]
     fields = [*sums, *_moments(returns, kept), *_moments(-error, kept)]
     stats = torch.stack([field.double() for field in fields])
-    return loss.to(dtype), weight * torch.where(clipped, 0.0, error), stats
+    return loss.to(values.dtype), weight * torch.where(clipped, 0.0, error), stats
 
 
 def _fake(values, *_):
-    dtype = compute_dtype(values.dtype)
-    loss, stats = values.new_empty((), dtype=dtype), values.new_empty(8, dtype=torch.float64)
-    return loss, values.new_empty(values.shape, dtype=dtype), stats
+    stats = values.new_empty(8, dtype=torch.float64)
+    return values.new_empty(()), values.new_empty(values.shape), stats
 
 
 _value_loss = define(
@@ -63,12 +62,11 @@ _value_loss = define(
 
 @cpu_kernel(_value_loss)
 def _value_loss_cpu(values, returns, weight, old_values, clip):
-    dtype = compute_dtype(values.dtype)
-    tensors = [plain(x, dtype) for x in (values, returns, weight, old_values)]
-    loss, stats = values.new_empty((), dtype=dtype), values.new_empty(8, dtype=torch.float64)
-    coefficient = torch.empty_like(tensors[0])
+    tensors = contiguous(values, returns, weight, old_values)
+    loss, coefficient = values.new_empty(()), torch.empty_like(tensors[0])
+    stats = values.new_empty(8, dtype=torch.float64)
     _C.value_loss(
-        DTYPE_CODE[dtype], values.numel(), *map(address, tensors), clip,
+        DTYPE_CODE[values.dtype], values.numel(), *map(address, tensors), clip,
         loss.data_ptr(), coefficient.data_ptr(), stats.data_ptr(),
     )  # fmt: skip
     return loss, coefficient, stats
@@ -76,11 +74,9 @@ def _value_loss_cpu(values, returns, weight, old_values, clip):
 
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, returns, weight, old_values, clip):
-        loss, coefficient, stats = _value_loss(values, returns, weight, old_values, clip)
+    def forward(ctx, values, constants, clip):
+        loss, coefficient, stats = _value_loss(values, *constants, clip)
         ctx.save_for_backward(coefficient)
-        ctx.dtype = values.dtype
-        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
@@ -88,8 +84,7 @@ class _ValueLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         (coefficient,) = ctx.saved_tensors
-        grad = None if grad_loss is None else (grad_loss * coefficient).to(ctx.dtype)
-        return grad, None, None, None, None
+        return grad_loss * coefficient, None, None
 
 
 def value_loss(
@@ -105,18 +100,19 @@ def value_loss(
     All tensors have the shape of values and any float dtype. values is differentiable, the others
     are constants. Weight 0 masks a token: not read, no gradient, not counted.
     old_values, clip: together or not at all; V is held within clip of the old one.
-    Returns (loss, stats): a scalar, fp32 (fp64 for fp64 values), and ValueStats.
+    Returns (loss, stats): a scalar, fp32 (fp64 if an input is fp64), and ValueStats.
     """
-    check_float("value_loss", "values", values)
-    check_beside("value_loss", "returns", returns, "values", values)
-    check_beside("value_loss", "weight", weight, "values", values)
+    values, *constants = alike(
+        "value_loss", values=values, returns=returns, weight=weight, old_values=old_values
+    )
     if (old_values is None) != (clip is None):
         missing = "old_values" if old_values is None else "clip"
         raise ValueError(f"value_loss: clip and old_values go together, {missing} is None")
-    if old_values is not None:
-        check_beside("value_loss", "old_values", old_values, "values", values)
-        if not 0 < clip < math.inf:
-            raise ValueError(f"value_loss: clip must be finite and > 0, got {clip}")
+    if clip is not None and not 0 < clip < math.inf:
+        raise ValueError(f"value_loss: clip must be finite and > 0, got {clip}")
     clip = 0.0 if clip is None else float(clip)
-    loss, stats = _ValueLoss.apply(values, returns, weight, old_values, clip)
+    if constant(values, *constants):
+        loss, _, stats = _value_loss(values, *constants, clip)
+    else:
+        loss, stats = _ValueLoss.apply(values, constants, clip)
     return loss, ValueStats(stats)

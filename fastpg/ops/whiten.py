@@ -143,14 +143,16 @@ def whiten(
     x must not require a gradient.
     Returns y like x, fp32 (fp64 for fp64). One unmasked element is only centred: its scale is 1.
     """
-    dtype = _checks.common_dtype("whiten", x=x)
+    dtype = _checks.compute_dtype("whiten", x=x)
     _checks.check_shape("whiten", "mask", mask, x, x.shape)
     if not 0 < eps < math.inf:
         raise ValueError(f"whiten: eps must be finite and > 0, got {eps}")
     x, mask = _checks.cast(x, dtype), _checks.as_bool(mask)
-    if process_group is None:
+    if process_group is None and not _checks.constant(x):
         return _Whiten.apply(x, mask, center, float(eps))
     if x.requires_grad:
         raise ValueError("whiten: x requires a gradient, which process_group does not support")
-    moments = _merge_ranks(_moments(x, mask), process_group)
+    moments = _moments(x, mask)
+    if process_group is not None:
+        moments = _merge_ranks(moments, process_group)
     return _whiten(x, mask, moments, center, float(eps))

@@ -141,7 +141,9 @@ class _PolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         coefficient, weight = ctx.saved_tensors
-        by_entropy = grad_loss * -ctx.entropy_coef * weight if ctx.needs_input_grad[1] else None
+        by_entropy = None
+        if ctx.needs_input_grad[1] and ctx.entropy_coef != 0:
+            by_entropy = grad_loss * -ctx.entropy_coef * weight
         return grad_loss * coefficient, by_entropy, None, None
 
 

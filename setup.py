@@ -72,7 +72,7 @@ class Build(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(folder / "build.ninja", "w") as file:
             self.write(Writer(file, width=1000), ext, folder.absolute(), target)
-        subprocess.run([f"{ninja.BIN_DIR}/ninja", "-C", str(folder)], check=True)
+        subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)], check=True)
 
     def write(self, out, ext, folder, target):
         """The whole build: a rule per compiler, an edge per source, one link."""
@@ -100,9 +100,18 @@ class Build(build_ext):
 
 
 def extensions():
-    """fastpg._C always; fastpg._cuda where there is something to build it with."""
-    cpu = Pybind11Extension("fastpg._C", sources(".cpp"), extra_link_args=["-lm"])
-    return [cpu]
+    """fastpg._C, and fastpg._cuda where there are CUDA sources and an nvcc."""
+    cuda, nvcc = sources(".cu"), find_nvcc()
+    cpu = [f for f in sources(".cpp") if Path(f).stem != "bind_cuda"]
+    found = [Pybind11Extension("fastpg._C", cpu)]
+    if cuda and nvcc:
+        # The static runtime: no CUDA library is needed to import the module.
+        lib = Path(nvcc).parent.parent / "lib64"
+        link = [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        found.append(
+            Pybind11Extension("fastpg._cuda", [*cuda, "csrc/bind_cuda.cpp"], extra_link_args=link)
+        )
+    return found
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

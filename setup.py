@@ -6,6 +6,7 @@ FASTPG_STRICT=1        a failed build stops the installation; else fastpg runs o
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,8 @@ class Build(build_ext):
         """The whole build: a rule per compiler, an edge per source, one link."""
         cxx, nvcc = os.environ.get("CXX", "c++"), find_nvcc()
         includes = [
-            f"-I{d}" for d in (*ext.include_dirs, *self.include_dirs, Path("csrc").absolute())
+            f"-I{shlex.quote(str(d))}"
+            for d in (*ext.include_dirs, *self.include_dirs, Path("csrc").absolute())
         ]
         gpus = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
         shared = (

@@ -6,6 +6,7 @@ The only file that knows whether the C++ extension exists.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 try:
-    from fastpg import _C
+    _C = importlib.import_module("fastpg._C")
 except ImportError as error:
     _C, _why_not = None, str(error)
 

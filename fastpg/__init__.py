@@ -1,5 +1,6 @@
 """fastpg: fused kernels for policy-gradient training of language models."""
 
+from ._flags import check
 from ._library import extension_status, kernels_of
 from .ops._stats import PolicyStats, ValueStats
 from .ops.gae import gae
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PolicyStats",
     "ValueStats",
+    "check",
     "extension_status",
     "gae",
     "kernels_of",

@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 def floor(module: str) -> int:
     """0 plumbing, 1 Triton kernels and helpers of the pages, 2 pages, 3 stats, 4 users of them."""
     parts = module.split(".")
-    if parts[:2] == ["fastpg", "_library"]:
+    if parts[:2] in (["fastpg", "_library"], ["fastpg", "_flags"]):
         return 0
     if parts[:2] == ["fastpg", "ops"] and len(parts) > 2:
         private = parts[2].startswith("_") or parts[2].endswith("_triton")

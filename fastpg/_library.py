@@ -9,6 +9,9 @@ import ctypes
 import importlib
 import sys
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -37,17 +40,33 @@ def define(schema: str, *, fake: Callable, reference: Callable) -> torch._ops.Op
     return op
 
 
-def cpu_kernel(op: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
-    """Attaches the decorated function, which calls the extension, where there is an extension."""
+def kernel(op: torch._ops.OpOverload, device: str, label: str) -> Callable[[Callable], Callable]:
+    """Attaches the decorated function to a dispatch key; `label` is what kernels_of() says."""
 
-    def attach(kernel: Callable) -> Callable:
-        if _C is not None:
-            name = op._opname
-            LIB.impl(name, kernel, "CPU")
-            _kernels[name]["CPU"] = "C++"
-        return kernel
+    def attach(function: Callable) -> Callable:
+        LIB.impl(op._opname, function, device)
+        _kernels[op._opname][device] = label
+        return function
 
     return attach
+
+
+def cpu_kernel(op: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
+    """Attaches the decorated function, which calls the extension, where there is an extension."""
+    return kernel(op, "CPU", "C++") if _C is not None else lambda function: function
+
+
+def triton_kernels(page: str, *ops: torch._ops.OpOverload) -> None:
+    """Attaches to each op the function of its name in `<page>_triton.py`, where there is Triton.
+
+    That file, and Triton, are imported when the first CUDA tensor arrives.
+    """
+    if find_spec("triton") is None:
+        return
+    launchers = cache(lambda: import_module(f"{page}_triton"))
+    for op in ops:
+        name = op._opname
+        kernel(op, "CUDA", "Triton")(lambda *args, name=name: getattr(launchers(), name)(*args))
 
 
 def kernels_of() -> dict[str, dict[str, str]]:

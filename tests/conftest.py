@@ -1,6 +1,11 @@
-"""Every op's tests run once per implementation: the reference, then C++ on each instruction set."""
+"""Every op's tests run once per implementation: reference, C++ on each instruction set, GPU.
+
+Where there is no GPU, Triton kernels run in Triton's interpreter, on tensors of the CPU.
+"""
 
 import importlib
+import importlib.util
+import os
 import pkgutil
 
 import pytest
@@ -9,9 +14,13 @@ import torch
 import fastpg.ops
 from fastpg._library import _C, REFERENCES
 
-_MODULES = pkgutil.iter_modules(fastpg.ops.__path__)
-PAGES = [importlib.import_module(f"fastpg.ops.{module.name}") for module in _MODULES]
+NAMES = [m.name for m in pkgutil.iter_modules(fastpg.ops.__path__)]
+PAGES = [importlib.import_module(f"fastpg.ops.{n}") for n in NAMES if not n.endswith("_triton")]
 INSTRUCTION_SETS = _C.instruction_sets() if _C is not None else []
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, at its first launch
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +34,44 @@ def deterministic():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", *INSTRUCTION_SETS])
+def pytest_generate_tests(metafunc):
+    """`kernel` is each implementation of the op that the file is named after."""
+    if "kernel" not in metafunc.fixturenames:
+        return
+    op = metafunc.module.__name__.removeprefix("test_")
+    kernels = ["reference", *INSTRUCTION_SETS]
+    if TRITON and not GPU and f"{op}_triton" in NAMES:
+        kernels.append("triton")
+    if GPU and fastpg.kernels_of()[op]["CUDA"] != "reference":
+        kernels.append("cuda")
+    metafunc.parametrize("kernel", kernels, indirect=True)
+
+
+def replace_ops(monkeypatch, page, implementation):
+    """The ops that a page calls, by what `implementation` gives for each; None leaves one alone."""
+    for name, op in list(vars(page).items()):
+        if isinstance(op, torch._ops.OpOverload) and implementation(op) is not None:
+            monkeypatch.setattr(page, name, implementation(op))
+
+
+@pytest.fixture
 def kernel(request, monkeypatch):
     """The implementation under test; the public function is called as a user would."""
     if request.param == "reference":
         for page in PAGES:
-            for name, op in list(vars(page).items()):
-                if isinstance(op, torch._ops.OpOverload):
-                    monkeypatch.setattr(page, name, REFERENCES[op])
+            replace_ops(monkeypatch, page, REFERENCES.get)
         yield request.param
+    elif request.param == "triton":
+        op = request.module.__name__.removeprefix("test_")
+        launchers = vars(importlib.import_module(f"fastpg.ops.{op}_triton"))
+        page = importlib.import_module(f"fastpg.ops.{op}")
+        replace_ops(monkeypatch, page, lambda op: launchers.get(op._opname))
+        with importlib.import_module("numpy").errstate(all="ignore"):  # which interprets, and warns
+            yield request.param
+    elif request.param == "cuda":
+        with torch.device("cuda"):  # where tests make their tensors
+            yield request.param
+        fastpg.check()
     else:
         best = _C.instruction_set()
         _C.use_instruction_set(request.param)

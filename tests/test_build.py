@@ -1,5 +1,6 @@
 """The extension: what it may not leak, what it does not need, and life without it."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,13 @@ def test_without_the_extension_the_references_serve():
         "print(fastpg.extension_status())"
     )
     assert out.startswith("not loaded (")
+
+
+def test_without_triton_the_references_serve_a_gpu():
+    code = "import fastpg; print(fastpg.kernels_of()['token_logprobs']['CUDA'])"
+    assert python(f"import sys; sys.modules['triton'] = None; {code}") == "reference\n"
+    if importlib.util.find_spec("triton"):
+        assert python(code) == "Triton\n"
 
 
 def test_an_unknown_instruction_set_is_refused():

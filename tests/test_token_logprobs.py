@@ -6,9 +6,10 @@ from accuracy import GRADIENT_TOLERANCE, TOLERANCE, assert_no_worse, leaves
 from inputs import logits_and_labels
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastpg import token_logprobs
+from fastpg import check, token_logprobs
 from fastpg.ops import token_logprobs as page
 
+DEVICE = ("triton", "cuda")  # which spoil a row where the CPU raises, and leave raising to check()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [
     ((1,), 1),  # the smallest
@@ -87,6 +88,16 @@ def test_registration(op, layout):
     torch.library.opcheck(page._backward, (torch.randn_like(logp), None, None, stats, *args))
 
 
+def test_the_dispatcher_brings_cuda_tensors_to_triton(kernel):
+    if kernel != "triton":
+        pytest.skip("of the kernel's attachment")
+    logits, labels = logits_and_labels(3, 50)
+    args = logits, labels, torch.tensor(0.7), 0.0, -100
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    dispatched = torch.ops.fastpg.token_logprobs.default.redispatch(cuda, *args)
+    assert all(map(torch.equal, dispatched, page._logp(*args)))
+
+
 def test_compile():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
@@ -119,7 +130,7 @@ LABELS = torch.tensor([1, 2])
         (TypeError, "labels must be integers, got torch.bool", LOGITS, LABELS.bool(), {}),
         (TypeError, "logits must be floating point, got torch.int64", LOGITS.long(), LABELS, {}),
         (ValueError, r"must be \[..., V\], got \(2, 0\)", torch.zeros(2, 0), LABELS, {}),
-        (ValueError, "labels on cpu, expected meta", LOGITS.to("meta"), LABELS, {}),
+        (ValueError, "labels on .*, expected meta", LOGITS.to("meta"), LABELS, {}),
         (ValueError, "temperature must be .* > 0, got 0", LOGITS, LABELS, {"temperature": 0}),
         (ValueError, "temperature must .* got nan", LOGITS, LABELS, {"temperature": math.nan}),
         (ValueError, "temperature holds -1.0", LOGITS, LABELS, {"temperature": -LABELS}),
@@ -128,8 +139,29 @@ LABELS = torch.tensor([1, 2])
     ],
 )  # fmt: skip
 def test_edges(kernel, error, message, logits, labels, options):
+    if kernel in DEVICE and message.startswith("temperature holds"):
+        pytest.skip("test_a_device_spoils_the_row_of_a_bad_value")
+    here = torch.get_default_device()
+    labels, logits = labels.to(here), logits if logits.is_meta else logits.to(here)
+    options = {k: v.to(here) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     with pytest.raises(error, match=message):
         token_logprobs(logits, labels, **options)
+        check()  # raises for the kernels of a device
+
+
+def test_a_device_spoils_the_row_of_a_bad_value(kernel):
+    if kernel not in DEVICE:
+        pytest.skip("the CPU raises")
+    logits, labels = logits_and_labels(5, 33)
+    labels[1], labels[3], temperature = 33, -(2**40), torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0])
+    (x,) = leaves(logits)
+    logp, entropy = token_logprobs(x, labels, temperature=temperature, return_entropy=True)
+    (logp.sum() + entropy.sum()).backward()
+    for rows in (logp[:, None], entropy[:, None], x.grad):
+        assert rows[1:4].isnan().all() and rows[[0, 4]].isfinite().all()
+    with pytest.raises(IndexError, match=r"labels holds .* at row [13], and 1 more"):
+        check()
+    check()  # once
 
 
 @pytest.mark.parametrize("vocab", [40, 20000])
@@ -184,23 +216,26 @@ def test_a_row_depends_on_itself_alone(kernel, vocab):
     """Not on its batch, strides, threads, or on whether a gradient or the entropy is wanted."""
     if kernel == "reference":
         pytest.skip("row purity is a promise of the kernels")
-    logits, labels = logits_and_labels((70,), vocab)
+    rows, few, half = (6, 2, 3) if kernel == "triton" else (70, 7, 33)  # the interpreter is slow
+    logits, labels = logits_and_labels((rows,), vocab)
     whole = token_logprobs(logits, labels)
-    strided = torch.empty(70, 2, vocab)[:, 0].copy_(logits)
+    strided = torch.empty(rows, 2, vocab)[:, 0].copy_(logits)
+    unaligned = torch.empty(rows * vocab + 1)[1:].view(rows, vocab).copy_(logits)
     torch.set_num_threads(3)
     three_threads = token_logprobs(logits, labels)
-    few_rows = token_logprobs(logits[:7], labels[:7])
+    few_rows = token_logprobs(logits[:few], labels[:few])
     torch.set_num_threads(1)
     (x,) = leaves(logits)
     for other in (
-        torch.cat([token_logprobs(logits[i : i + 1], labels[i : i + 1]) for i in range(70)]),
-        torch.cat([token_logprobs(logits[i], labels[i]) for i in (slice(33), slice(33, None))]),
+        torch.cat([token_logprobs(logits[i : i + 1], labels[i : i + 1]) for i in range(rows)]),
+        torch.cat([token_logprobs(logits[i], labels[i]) for i in (slice(half), slice(half, None))]),
         token_logprobs(strided, labels),
-        token_logprobs(logits, labels, temperature=torch.ones(70)),
+        token_logprobs(unaligned, labels),
+        token_logprobs(logits, labels, temperature=torch.ones(rows)),
         token_logprobs(x, labels),
         token_logprobs(x, labels, return_entropy=True)[0],
         three_threads,
-        torch.cat([few_rows, whole[7:]]),
+        torch.cat([few_rows, whole[few:]]),
     ):  # fmt: skip
         assert torch.equal(whole, other)
 
@@ -235,9 +270,53 @@ def test_offsets_beyond_two_to_the_31(kernel):
     assert torch.equal(token_logprobs(far, labels), token_logprobs(logits, labels))
 
 
+def test_more_rows_than_an_axis_of_a_grid(kernel):
+    if kernel == "triton":
+        pytest.skip("the interpreter takes minutes")
+    logits, labels = logits_and_labels(70_000, 8)
+    assert_no_worse(
+        token_logprobs(logits, labels), *[by_torch(logits.double(), labels)[0]] * 2, 2e-6
+    )
+
+
+def test_cuda_graph(kernel):
+    """Nothing synchronises or depends on the values, and replays give the same bits."""
+    if kernel != "cuda":
+        pytest.skip("for a GPU")
+    (x, other), labels = [logits_and_labels(6, 5000, seed=i)[0] for i in (0, 1)], torch.arange(6)
+    x.requires_grad_()
+
+    def step():
+        logp, entropy = token_logprobs(x, labels, return_entropy=True)
+        return logp, entropy, *torch.autograd.grad(logp.sum() + entropy.sum(), x)
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(other)
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_rows_that_no_gradient_reaches_are_not_read_backward(kernel, dtype):
+    if kernel == "reference":
+        pytest.skip("the kernels skip them")
+    logits, labels = logits_and_labels(4, 300, dtype)
+    logits[1, 7] = math.nan
+    (x,) = leaves(logits)
+    logp, entropy = token_logprobs(x, labels, return_entropy=True)
+    (logp + entropy)[[0, 2, 3]].sum().backward()
+    assert (x.grad[1] == 0).all() and (x.grad[[0, 2, 3]] != 0).any(-1).all()
+
+
 def test_probabilities_sum_to_one(kernel):
-    logits, _ = logits_and_labels(1, 500)
-    logp = token_logprobs(logits.expand(500, 500), torch.arange(500))
+    vocab = 100 if kernel == "triton" else 500
+    logits, _ = logits_and_labels(1, vocab)
+    logp = token_logprobs(logits.expand(vocab, vocab), torch.arange(vocab))
     assert abs(logp.double().exp().sum() - 1) < 2e-6
     assert (logp <= 0).all()
 

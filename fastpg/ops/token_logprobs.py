@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, cpu_kernel, define, scalar
+from .._flags import record_labels
+from .._library import _C, DTYPE_CODE, address, cpu_kernel, define, scalar, triton_kernels
 from ._checks import check_device, compute_dtype, constant
 
 
@@ -32,12 +33,11 @@ def _scaled(logits, labels, temperature, softcap, ignore_index):
     return kept, capped, top, (capped - origin[..., None]) / temperature[..., None]
 
 
-def _check_on_host(labels, vocab, ignore_index, temperature):
-    """The checks of values that the C++ kernel makes too. Elsewhere they would synchronise."""
+def _check_values(labels, legal, kept, vocab, ignore_index, temperature):
+    """What the kernels check too. Elsewhere it would synchronise: there bad labels are recorded."""
     if labels.device.type != "cpu":
-        return
-    kept = labels != ignore_index
-    bad = labels[kept & ((labels < 0) | (labels >= vocab))]
+        return record_labels("token_logprobs", labels, kept & ~legal)
+    bad = labels[kept & ~legal]
     if len(bad):
         where = f"outside [0, {vocab}) and not ignore_index={ignore_index}"
         raise IndexError(f"token_logprobs: labels holds {bad[0].item()}, {where}")
@@ -49,15 +49,14 @@ def _check_on_host(labels, vocab, ignore_index, temperature):
 def reference(logits, labels, temperature, softcap, ignore_index):
     """[..., V] logits -> logp [...], entropy [...], stats [2, ...]: (max, log_sum) of each row."""
     vocab = logits.shape[-1]
-    _check_on_host(labels, vocab, ignore_index, temperature)
     kept, _, top, d = _scaled(logits, labels, temperature, softcap, ignore_index)
+    legal = kept & (labels >= 0) & (labels < vocab)
+    _check_values(labels, legal, kept, vocab, ignore_index, temperature)
     e = d.exp()
     total = e.sum(-1)
     log_sum = torch.where(total == 0, 0.0, total.log())
-    legal = kept & (labels >= 0) & (labels < vocab)
-    label = torch.where(legal, labels, 0)[..., None]
-    logp = d.gather(-1, label)[..., 0] - log_sum
-    logp = torch.where(legal, logp, math.nan)  # a device that cannot raise poisons the row
+    log_sum = torch.where(legal, log_sum, math.nan)  # spoils what a device cannot raise about
+    logp = d.gather(-1, torch.where(legal, labels, 0)[..., None])[..., 0] - log_sum
     weighted = (e * torch.where(e == 0, 0.0, d)).sum(-1)
     entropy = torch.where(total == 0, 0.0, log_sum - weighted / total).clamp(min=0.0)
     stats = torch.stack([top, log_sum])
@@ -162,6 +161,9 @@ def _backward_cpu(grad_logp, grad_entropy, entropy, stats, logits, labels, tempe
     return grad
 
 
+triton_kernels(__name__, _logp, _logp_entropy, _backward)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, return_entropy, *args):
@@ -235,7 +237,7 @@ def token_logprobs(
     Returns logp [...], or (logp, entropy) each [...], in nats; fp32 (fp64 for fp64 logits).
 
     A -inf logit has probability 0. A NaN or +inf makes its own row NaN. A label outside [0, V)
-    raises IndexError on the CPU and gives NaN on other devices.
+    raises IndexError on the CPU; elsewhere it makes its row NaN, and fastpg.check() raises.
     """
     dtype = compute_dtype("token_logprobs", logits=logits)
     _check(logits, labels)

@@ -6,7 +6,6 @@ The only file that knows whether the C++ extension exists.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 try:
-    _C = importlib.import_module("fastpg._C")
+    _C = import_module("fastpg._C")
 except ImportError as error:
     _C, _why_not = None, str(error)
 

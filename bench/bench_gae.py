@@ -58,6 +58,5 @@ def cases(device):
         candidates["scipy.signal.lfilter"] = lambda: by_filter(rewards, values)
         candidates["torchrl, vectorised"] = by_torchrl(rewards, values)
         targets = {"scipy.signal.lfilter": 3, "torchrl, vectorised": 50}
-    yield Case(
-        "gae", f"{BATCH} x {LENGTH} float32", gate, candidates, targets=targets, device=device
-    )
+    name = f"{BATCH} x {LENGTH} float32"
+    yield Case("gae", name, gate, candidates, targets=targets, device=device)

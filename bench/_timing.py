@@ -59,7 +59,7 @@ def _time(call: Callable[[], object], case: Case) -> float:
 
 
 def _summary(times: list[float], ours: list[float], extra_mib: float | None) -> Timing:
-    deciles = statistics.quantiles(times, n=10)
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
     ratio = statistics.median(t / o for t, o in zip(times, ours, strict=True))
     return Timing(statistics.median(times), deciles[0], deciles[-1], ratio, extra_mib)
 

@@ -1,62 +1,69 @@
-"""gae at B=8, T=8192, against an IIR filter and torchrl's vectorised form."""
+"""gae at B=8, T=8192, against an IIR filter, torchrl's vectorised form and the usual loop."""
 
 import torch
+from torch.nn.functional import pad
 
 from fastpg import gae
 
 from ._timing import Case
 
-BATCH, LENGTH, GAMMA, LAM = 8, 8192, 0.99, 0.95
+BATCH, LENGTH, GAMMA = 8, 8192, 1.0
 
 
-def by_filter(rewards, values):
+def by_filter(rewards, values, lam):
     """delta in numpy, then scipy's C loop over the reversed sequence."""
     from scipy.signal import lfilter
 
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1)).numpy()
-    delta = rewards.numpy() + GAMMA * following - values.numpy()
-    return lfilter([1.0], [1.0, -GAMMA * LAM], delta[:, ::-1])[:, ::-1]
+    delta = rewards.numpy() + GAMMA * pad(values[:, 1:], (0, 1)).numpy() - values.numpy()
+    return lfilter([1.0], [1.0, -GAMMA * lam], delta[:, ::-1])[:, ::-1]
 
 
-def by_torchrl(rewards, values):
+def by_torchrl(rewards, values, lam):
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
     done = torch.zeros(BATCH, LENGTH, 1, dtype=torch.bool)
     done[:, -1] = True
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))[..., None]
+    following = pad(values[:, 1:], (0, 1))[..., None]
     args = values[..., None], following, rewards[..., None], done, done
-    return lambda: vec_generalized_advantage_estimate(GAMMA, LAM, *args)
+    return lambda: vec_generalized_advantage_estimate(GAMMA, lam, *args)
 
 
-def by_loop(rewards, values):
+def by_loop(rewards, values, lam):
     """As most trainers write it."""
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    delta, last, advantages = rewards + GAMMA * following - values, 0.0, []
+    delta = rewards + GAMMA * pad(values[:, 1:], (0, 1)) - values
+    last, advantages = 0.0, []
     for t in reversed(range(LENGTH)):
-        last = delta[:, t] + GAMMA * LAM * last
+        last = delta[:, t] + GAMMA * lam * last
         advantages.append(last)
     return torch.stack(advantages[::-1], dim=1)
 
 
-def cases(device):
+def case(name, lam, peers, device, **settings):
     rewards, values = torch.randn(2, BATCH, LENGTH, device=device)
 
     def ours():
-        return gae(rewards, values, gamma=GAMMA, lam=LAM)
+        return gae(rewards, values, gamma=GAMMA, lam=lam)
 
     def gate():
-        want = torch.from_numpy(by_filter(rewards.cpu().double(), values.cpu().double()).copy())
+        want = torch.from_numpy(
+            by_filter(rewards.cpu().double(), values.cpu().double(), lam).copy()
+        )
         error = (ours()[0].cpu() - want).abs().max().item()
         assert error < 1e-5 * (1 + want.abs().max()), f"advantages off by {error}"
 
-    candidates = {
-        "fastpg": ours,
-        "PyTorch, a loop over T": lambda: by_loop(rewards, values),
-    }
-    targets = {}
+    candidates = {"fastpg": ours} | {k: peer(rewards, values, lam) for k, peer in peers.items()}
+    return Case("gae", name, gate, candidates, device=device, **settings)
+
+
+def cases(device):
+    peers = {"PyTorch, a loop over T": lambda *args: lambda: by_loop(*args)}
+    size = f"{BATCH} x {LENGTH} float32"
     if device == "cpu":
-        candidates["scipy.signal.lfilter"] = lambda: by_filter(rewards, values)
-        candidates["torchrl, vectorised"] = by_torchrl(rewards, values)
+        fast = {
+            "scipy.signal.lfilter": lambda *args: lambda: by_filter(*args),
+            "torchrl, vectorised": by_torchrl,
+        }
         targets = {"scipy.signal.lfilter": 3, "torchrl, vectorised": 50}
-    name = f"{BATCH} x {LENGTH} float32"
-    yield Case("gae", name, gate, candidates, targets=targets, device=device)
+        yield case(f"lam=0.95, {size}", 0.95, fast, device, targets=targets, calls=10)
+        peers["torchrl, vectorised"] = by_torchrl
+    yield case(f"lam=1, {size}", 1.0, peers, device)

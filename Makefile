@@ -1,7 +1,8 @@
 # `make demo` and `make test` do all the set-up: a .venv with the tested versions, or, where $(PY)
-# already has torch and the build tools, that Python as it is (no download, no isolation).
+# already has all it takes, that Python as it is (no download, no isolation).
 PY ?= python3
-HAVE := $(shell $(PY) -c "import torch, pybind11, ninja, setuptools" 2>/dev/null && echo 1)
+NEEDED := torch, transformers, accelerate, pytest, pybind11, ninja, setuptools
+HAVE := $(shell $(PY) -c "import $(NEEDED)" 2>/dev/null && echo 1)
 RUN := $(if $(HAVE),$(PY),.venv/bin/python)
 CPP := $(shell find csrc -type f)
 
@@ -16,12 +17,12 @@ test: .stamp
 lint: .stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(dir $(RUN))clang-format --dry-run -Werror $(CPP)
+	$(if $(HAVE),,.venv/bin/)clang-format --dry-run -Werror $(CPP)
 
 format: .stamp
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(dir $(RUN))clang-format -i $(CPP)
+	$(if $(HAVE),,.venv/bin/)clang-format -i $(CPP)
 
 bench: .stamp
 	$(RUN) -m bench

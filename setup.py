@@ -40,6 +40,8 @@ GPUS = (80, 90, 100)
 def find_nvcc():
     """The nvcc to use, or None; FASTPG_CUDA decides."""
     wanted = os.environ.get("FASTPG_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"FASTPG_CUDA must be auto, 0 or 1, not {wanted!r}")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     found = next((f"{h}/bin/nvcc" for h in homes if h and Path(h, "bin/nvcc").exists()), None)
     nvcc = found or shutil.which("nvcc")

@@ -12,6 +12,8 @@
 namespace fpg {
 
 // For the huge pages that lie wholly in [begin, begin + bytes). Only advice: it may be declined.
+// To be called by one thread: where memory is fragmented, two that fault at once were seen to wait
+// for each other for a quarter of a second.
 inline void map_huge_pages(void* begin, size_t bytes) {
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;

@@ -173,11 +173,8 @@ struct Backward : Rows<X> {
   void run() const {
     const int64_t slices = ceil_div(this->rows.vocab, kSlice);
     const int64_t grain = kGrain / smaller(kSlice, this->rows.vocab);
-    const auto start = [&](int64_t i) {  // of slice i in the output
-      return out + (i / slices) * this->rows.vocab + (i % slices) * kSlice;
-    };
+    map_huge_pages(out, this->rows.count * this->rows.vocab * sizeof(X));
     parallel_for(this->rows.count * slices, grain, [&](int64_t begin, int64_t end) {
-      map_huge_pages(start(begin), (start(end) - start(begin)) * sizeof(X));
       for (int64_t i = begin; i < end; ++i) slice(i / slices, i % slices);
     });
   }

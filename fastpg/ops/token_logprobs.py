@@ -236,8 +236,8 @@ def token_logprobs(
     temperature: a float, or a tensor that broadcasts to labels (constant: it gets no gradient).
     Returns logp [...], or (logp, entropy) each [...], in nats; fp32 (fp64 for fp64 logits).
 
-    A -inf logit has probability 0. A NaN or +inf makes its own row NaN. A label outside [0, V)
-    raises IndexError on the CPU; elsewhere it makes its row NaN, and fastpg.check() raises.
+    A -inf logit has probability 0 (softcap makes it an ordinary one). NaN makes its own row NaN. A
+    label outside [0, V) raises IndexError on the CPU; elsewhere its row is NaN, and check() raises.
     """
     dtype = compute_dtype("token_logprobs", logits=logits)
     _check(logits, labels)

@@ -31,7 +31,7 @@ bench: .stamp
 gpu: .stamp
 	$(RUN) -c "import torch; torch.cuda.is_available() or exit('make gpu: torch sees no GPU')"
 	timeout 300 $(RUN) -m pytest -x -k "cuda"
-	timeout 240 $(RUN) -m bench --device cuda
+	timeout 240 $(RUN) -m bench --device cuda --seconds 3
 
 ifeq ($(HAVE),1)
 INSTALL = $(PY) -m pip install -q --no-build-isolation --no-deps -e .

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "dtype.h"
-#include "pages.h"
 #include "parallel.h"
 #include "simd/kernels.h"
 
@@ -173,7 +172,6 @@ struct Backward : Rows<X> {
   void run() const {
     const int64_t slices = ceil_div(this->rows.vocab, kSlice);
     const int64_t grain = kGrain / smaller(kSlice, this->rows.vocab);
-    map_huge_pages(out, this->rows.count * this->rows.vocab * sizeof(X));
     parallel_for(this->rows.count * slices, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) slice(i / slices, i % slices);
     });

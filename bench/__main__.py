@@ -67,9 +67,9 @@ def run(case: Case, seconds: float) -> list[dict]:
 
 
 def _row(case: Case, name: str, timing: Timing) -> dict:
-    target = case.targets.get(name)
+    target = case.targets.get(name, "")
     cells = [f"{v:.4g}" for v in (timing.median, timing.p10, timing.p90)]
-    cells += [f"{timing.ratio:.2f}", "" if target is None else f"{target:g}"]
+    cells += [f"{timing.ratio:.2f}", target]
     cells += ["" if timing.extra_mib is None else f"{timing.extra_mib:.1f}"]
     print("  " + COLUMNS.format(name, *cells))
     return {

@@ -22,7 +22,7 @@ class Case:
     gate: Callable[[], None]  # raises AssertionError if ours is wrong on these very inputs
     candidates: dict[str, Callable[[], object]]
     ours: str = "fastpg"
-    targets: dict[str, float] = field(default_factory=dict)  # candidate -> its time over ours
+    targets: dict[str, str] = field(default_factory=dict)  # candidate -> its time over ours
     calls: int = 1  # calls per timing, for what takes microseconds
     device: str = "cpu"
 

@@ -66,6 +66,6 @@ def cases(device):
             ),
         },
         ours="fastpg, with its statistics",
-        targets={"eager, loss alone": 5, "torch.compile, loss alone": 2},
+        targets={"eager, loss alone": ">= 5", "torch.compile, loss alone": ">= 2"},
         device=device,
     )

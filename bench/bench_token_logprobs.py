@@ -80,7 +80,7 @@ def on_cuda(rows, vocab, dtype):
             "summing the logits as fp32 words": words.sum,
         },
         ours="fastpg with entropy",
-        targets={"summing the logits as fp32 words": 0.9 if rows == 8192 else 0.8},
+        targets={"summing the logits as fp32 words": ">= 0.9" if rows == 8192 else ">= 0.8"},
         device="cuda",
     )
     yield Case(
@@ -93,7 +93,7 @@ def on_cuda(rows, vocab, dtype):
             "eager, a quarter of the rows": training(eager, few, few_labels),
             "summing and copying the logits": lambda: (words.sum(), copy.copy_(logits)),
         },
-        targets={"summing and copying the logits": 1 / 1.12},
+        targets={"summing and copying the logits": ">= 0.89"},
         device="cuda",
     )
 
@@ -113,8 +113,8 @@ def of_dtype(dtype, device):
             "torch.compile": lambda: compiled(logits, labels),
             "summing the fp32 logits": lambda: fp32.sum(),
         },
-        targets={"fastpg with entropy": 1.4, "eager": 8, "torch.compile": 5,
-                 "summing the fp32 logits": 0.4},
+        targets={"fastpg with entropy": "<= 1.4", "eager": ">= 8", "torch.compile": ">= 5",
+                 "summing the fp32 logits": ">= 0.4"},
         device=device,
     )  # fmt: skip
     yield Case(
@@ -127,6 +127,6 @@ def of_dtype(dtype, device):
             "torch.compile": training(compiled, logits, labels),
             "cloning the logits": logits.clone,
         },
-        targets={"eager": 6},
+        targets={"eager": ">= 6"},
         device=device,
     )

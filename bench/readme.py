@@ -20,18 +20,10 @@ def table(title: str, rows: list[dict]) -> list[str]:
     """One case: a line for each candidate."""
     lines = [f"**{title}**", "", "| | median | time / fastpg's | target |", "|---|---:|---:|---:|"]
     for row in rows:
-        time = (
-            f"{row['median_ms']:.3g} ms"
-            if row["median_ms"] >= 0.1
-            else f"{row['median_ms'] * 1e3:.3g} µs"
-        )
-        target = "" if row["target"] is None else _target(row["target"])
-        lines.append(f"| {row['candidate']} | {time} | {row['ratio']:.2f} | {target} |")
+        ms = row["median_ms"]
+        time = f"{ms:.3g} ms" if ms >= 0.1 else f"{ms * 1e3:.3g} µs"
+        lines.append(f"| {row['candidate']} | {time} | {row['ratio']:.2f} | {row['target']} |")
     return [*lines, ""]
-
-
-def _target(ratio: float) -> str:
-    return f"≥ {ratio:g}"
 
 
 def write() -> None:

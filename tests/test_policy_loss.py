@@ -285,5 +285,8 @@ def test_double_backward_raises_and_single_repeats():
     grad = torch.autograd.grad(loss, logp, torch.ones((), requires_grad=True), create_graph=True)[0]
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+    with torch.inference_mode():
+        weight = x["weight"].clone()
+    assert policy_loss(logp, x["advantages"], weight)[0] == loss
     with torch.inference_mode(), torch.autocast("cpu"):
         assert policy_loss(**{k: x[k] for k in NAMES[:3]})[0] == loss

@@ -132,8 +132,8 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, entropy, constants, options):
         loss, coefficient, stats = _policy_loss(logp, *constants, entropy, *options)
-        ctx.save_for_backward(coefficient, constants[1])
-        ctx.entropy_coef = options[-1]
+        ctx.entropy_coef = options[-1] if ctx.needs_input_grad[1] else 0.0
+        ctx.save_for_backward(coefficient, constants[1] if ctx.entropy_coef != 0 else None)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
@@ -142,7 +142,7 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         coefficient, weight = ctx.saved_tensors
         by_entropy = None
-        if ctx.needs_input_grad[1] and ctx.entropy_coef != 0:
+        if ctx.entropy_coef != 0:
             by_entropy = grad_loss * -ctx.entropy_coef * weight
         return grad_loss * coefficient, by_entropy, None, None
 

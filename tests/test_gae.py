@@ -177,6 +177,21 @@ def test_compile():
             torch.testing.assert_close(ours.grad, eager.grad)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
+def test_compile_packed():
+    rewards, values, mask = inputs((20,), torch.float32)
+    truncated = torch.rand(20) < 0.3
+    terminated = torch.arange(len(CU) - 1) % 2 == 0
+    options = {"terminated": terminated, "truncated": truncated, "bootstrap": values + 1}
+
+    def run(function):
+        return function(rewards, values, mask, gamma=0.9, cu_seqlens=CU, **options)
+
+    compiled = torch.compile(gae, fullgraph=True, dynamic=True)
+    for ours, eager in zip(run(compiled), run(gae), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own decompositions
 @pytest.mark.parametrize("wanted", [False, True])
 def test_other_derivatives_raise(wanted):

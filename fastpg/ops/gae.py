@@ -198,7 +198,8 @@ def _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count)
         return bootstrap, terminated, truncated
     if truncated is None:
         return None if bootstrap is None else bootstrap.masked_fill(terminated, 0.0), None, None
-    _checks.check_cu_seqlens("gae", cu_seqlens, rewards)
+    if not torch.compiler.is_compiling():  # a graph cannot branch on values; the op checks again
+        _checks.check_cu_seqlens("gae", cu_seqlens, rewards)
     last = _checks.is_last(torch.ones_like(truncated) if mask is None else mask, cu_seqlens)
     return bootstrap, last & _checks.to_tokens(terminated, rewards, cu_seqlens), truncated
 

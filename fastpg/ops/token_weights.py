@@ -62,7 +62,7 @@ def token_weights(
     mask: [B, T], or packed [N] with cu_seqlens (int32 [B + 1]); bool or 0/1.
     reduce: "token" | "sequence" | "sequence_sum", the rows of the table above.
     denom: float or 0-d tensor, the count of the whole optimiser step, so that the losses of any
-    micro-batches or ranks add up; None: the count of this mask. 0 counts nothing: every weight is 0.
+    micro-batches or ranks add up; None: the count of this mask. With 0 every weight is 0.
     Returns weight like mask, fp32, 0 where masked.
     """
     if reduce not in _REDUCTIONS:

@@ -23,6 +23,15 @@ if not GPU:
 TRITON = importlib.util.find_spec("triton") is not None
 
 
+def pytest_configure():
+    """Without the extension the C++ tests would vanish, and the rest pass."""
+    if _C is None and os.environ.get("FASTPG_TEST_REFERENCES") != "1":
+        raise pytest.UsageError(
+            "the C++ extension is missing: build it, or set "
+            "FASTPG_TEST_REFERENCES=1 to test the references alone"
+        )
+
+
 @pytest.fixture(autouse=True)
 def deterministic():
     """Fills every `empty` with NaN, inside the kernels too: an unwritten output shows.

@@ -177,6 +177,21 @@ def test_compile():
             torch.testing.assert_close(ours.grad, eager.grad)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
+def test_compile_packed():
+    rewards, values, mask = inputs((20,), torch.float32)
+    truncated = torch.rand(20) < 0.3
+    terminated = torch.arange(len(CU) - 1) % 2 == 0
+    options = {"terminated": terminated, "truncated": truncated, "bootstrap": values + 1}
+
+    def run(function):
+        return function(rewards, values, mask, gamma=0.9, cu_seqlens=CU, **options)
+
+    compiled = torch.compile(gae, fullgraph=True, dynamic=True)
+    for ours, eager in zip(run(compiled), run(gae), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own decompositions
 @pytest.mark.parametrize("wanted", [False, True])
 def test_other_derivatives_raise(wanted):
@@ -202,6 +217,9 @@ ONES, FLAGS = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
         (ValueError, r"mask \(3,\) must be \(2, 3\)", {"mask": FLAGS[0]}),
         (ValueError, r"gamma must be in \[0, 1\], got 99", {"gamma": 99}),
         (ValueError, r"lam must be in \[0, 1\], got nan", {"lam": float("nan")}),
+        (ValueError, r"gamma must be in \[0, 1\], holds 2.0", {"gamma": 2 * ONES}),
+        (ValueError, r"lam must be in \[0, 1\], holds nan", {"lam": ONES[:, 0] / 0 * 0}),
+        (TypeError, "gamma must be real, got torch.complex64", {"gamma": ONES * 1j}),
         (ValueError, r"lam \(3,\) must be \(2,\) or \(2, 3\)", {"lam": ONES[0]}),
         (ValueError, r"terminated \(3,\) must be \(2,\) or \(2, 3\)", {"terminated": FLAGS[0]}),
         (ValueError, "truncated needs bootstrap", {"truncated": FLAGS}),

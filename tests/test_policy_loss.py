@@ -114,6 +114,8 @@ def test_registration(layout, case):
     args = [change(x[n]) if n in (*NAMES[:3], *given) else None for n in NAMES]
     options = (0.8, 1.27, "ppo", "k3", 0.13, 0.07)
     torch.library.opcheck(page._policy_loss, (*args, *options))
+    coefs = torch.tensor(options[-2:], dtype=torch.float64)
+    torch.library.opcheck(page._policy_loss, (*args, *options, coefs))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch compiles by its own old parts
@@ -122,11 +124,11 @@ def test_compile():
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(policy_loss, backend=counter, fullgraph=True, dynamic=True)
     compilations = []
-    for n in (50, 77):
+    for n, kl_coef, entropy_coef in (50, 0.13, 0.07), (77, 0.3, 0.01), (60, 0.2, 0.05):
         x = sample((2, n))
         logp, entropy = leaves(x["logp"], x["entropy"])
         rest = {k: v for k, v in x.items() if k not in ("logp", "entropy")}
-        options = {**KL, "clip": (0.1, None), "entropy_coef": 0.07}
+        options = {**KL, "clip": (0.1, None), "entropy_coef": entropy_coef, "kl_coef": kl_coef}
         loss, stats = compiled(logp, entropy=entropy, **rest, **options)
         compilations.append(counter.frame_count)
         loss.backward()
@@ -285,5 +287,8 @@ def test_double_backward_raises_and_single_repeats():
     grad = torch.autograd.grad(loss, logp, torch.ones((), requires_grad=True), create_graph=True)[0]
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+    with torch.inference_mode():
+        weight = x["weight"].clone()
+    assert policy_loss(logp, x["advantages"], weight)[0] == loss
     with torch.inference_mode(), torch.autocast("cpu"):
         assert policy_loss(**{k: x[k] for k in NAMES[:3]})[0] == loss

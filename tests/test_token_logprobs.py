@@ -129,13 +129,18 @@ LABELS = torch.tensor([1, 2])
         (TypeError, "labels must be integers, got torch.float32", LOGITS, LABELS.float(), {}),
         (TypeError, "labels must be integers, got torch.bool", LOGITS, LABELS.bool(), {}),
         (TypeError, "logits must be floating point, got torch.int64", LOGITS.long(), LABELS, {}),
+        (TypeError, "logits must be bf16, .* got torch.float8_e4m3fn",
+         LOGITS.to(torch.float8_e4m3fn), LABELS, {}),
         (ValueError, r"must be \[..., V\], got \(2, 0\)", torch.zeros(2, 0), LABELS, {}),
         (ValueError, "labels on .*, expected meta", LOGITS.to("meta"), LABELS, {}),
-        (ValueError, "temperature must be .* > 0, got 0", LOGITS, LABELS, {"temperature": 0}),
-        (ValueError, "temperature must .* got nan", LOGITS, LABELS, {"temperature": math.nan}),
+        (ValueError, "temperature and its inverse .* > 0", LOGITS, LABELS, {"temperature": 0}),
+        (ValueError, "temperature .* in torch.float32, got 1e-39", LOGITS, LABELS,
+         {"temperature": 1e-39}),
+        (ValueError, "temperature .* got 1e[+]39", LOGITS, LABELS, {"temperature": 1e39}),
+        (ValueError, "temperature .* got nan", LOGITS, LABELS, {"temperature": math.nan}),
         (ValueError, "temperature holds -1.0", LOGITS, LABELS, {"temperature": -LABELS}),
         (ValueError, r"temperature \(3,\) does", LOGITS, LABELS, {"temperature": torch.ones(3)}),
-        (ValueError, "softcap must be finite and > 0, got -1", LOGITS, LABELS, {"softcap": -1.0}),
+        (ValueError, "softcap .* finite and > 0 .* got -1", LOGITS, LABELS, {"softcap": -1.0}),
     ],
 )  # fmt: skip
 def test_edges(kernel, error, message, logits, labels, options):
@@ -147,6 +152,13 @@ def test_edges(kernel, error, message, logits, labels, options):
     with pytest.raises(error, match=message):
         token_logprobs(logits, labels, **options)
         check()  # raises for the kernels of a device
+
+
+def test_only_tensors():
+    with pytest.raises(TypeError, match="logits must be a tensor, got list"):
+        token_logprobs([[0.0]], LABELS)
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        token_logprobs(LOGITS, [1, 2])
 
 
 def test_a_device_spoils_the_row_of_a_bad_value(kernel):

@@ -72,15 +72,16 @@ def test_registration():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
 def test_compile():
     @torch.compile(fullgraph=True, dynamic=True)
-    def compiled(scores, kl, mask):
-        return token_rewards(scores, mask, kl=kl, kl_coef=0.3).cos().sum()
+    def compiled(scores, kl, mask, coef):
+        return token_rewards(scores, mask, kl=kl, kl_coef=coef).cos().sum()
 
-    for stance, shape in ("default", (3, 7)), ("fail_on_recompile", (5, 11)):
+    cases = [("default", (3, 7), 0.3), ("fail_on_recompile", (5, 11), 0.1)]
+    for stance, shape, coef in cases:
         scores, kl, mask, _ = inputs(dtype=torch.float32, shape=shape)
         ours, eager = leaves(scores, kl), leaves(scores, kl)
         with torch.compiler.set_stance(stance):
-            compiled(*ours, mask).backward()
-        token_rewards(eager[0], mask, kl=eager[1], kl_coef=0.3).cos().sum().backward()
+            compiled(*ours, mask, coef).backward()
+        token_rewards(eager[0], mask, kl=eager[1], kl_coef=coef).cos().sum().backward()
         for a, b in zip(ours, eager, strict=True):
             torch.testing.assert_close(a.grad, b.grad)
 
@@ -99,7 +100,12 @@ def test_edges(kernel):
         token_rewards(scores, mask, cu_seqlens=CU)
     with pytest.raises(ValueError, match="must rise from 0 to N = 20, got 12 at index 4"):
         token_rewards(scores, mask.view(-1), cu_seqlens=CU[:5])
+    for coef in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"kl_coef must be finite and >= 0, got {coef}"):
+            token_rewards(scores, mask, kl=mask.double(), kl_coef=coef)
     assert token_rewards(scores, torch.zeros(4, 5)).count_nonzero() == 0
+    infinite = torch.full((4, 5), torch.inf)
+    assert torch.equal(token_rewards(scores, mask, kl=infinite), token_rewards(scores, mask))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])

@@ -54,11 +54,13 @@ def test_compile():
     def compiled(mask, losses, denom):
         return (token_weights(mask, reduce="sequence", denom=denom) * losses).sum()
 
-    for stance, shape in ("default", (3, 7)), ("fail_on_recompile", (5, 11)):
+    floats = [("default", (3, 7), 7.5), ("fail_on_recompile", (5, 11), 2.5)]
+    tensors = [(stance, shape, torch.tensor(denom)) for stance, shape, denom in floats]
+    for stance, shape, denom in floats + tensors:
         mask, losses = sample(shape=shape)[0], torch.randn(shape, requires_grad=True)
         with torch.compiler.set_stance(stance):
-            compiled(mask, losses, torch.tensor(7.5)).backward()
-        expected = token_weights(mask, reduce="sequence", denom=7.5)
+            compiled(mask, losses, denom).backward()
+        expected = token_weights(mask, reduce="sequence", denom=denom)
         torch.testing.assert_close(losses.grad, expected)
 
 
@@ -68,6 +70,8 @@ def test_edges(kernel):
         token_weights(mask, reduce="mean")
     with pytest.raises(ValueError, match="denom must be finite and >= 0, got -1"):
         token_weights(mask, denom=-1)
+    with pytest.raises(ValueError, match="denom must be finite and >= 0, got nan"):
+        token_weights(mask, denom=float("nan"))
     with pytest.raises(ValueError, match=r"denom \(2,\) must be \(\)"):
         token_weights(mask, denom=torch.ones(2))
     with pytest.raises(ValueError, match=r"mask must be \[B, T\], or .*, got \(9,\)"):
@@ -81,6 +85,8 @@ def test_edges(kernel):
 def test_all_masked_gives_zeros(kernel, reduce, denom):
     for shape in (3, 4), (0, 4), (3, 0):
         assert token_weights(torch.zeros(shape), reduce=reduce, denom=denom).count_nonzero() == 0
+    for zero in (0, torch.tensor(0.0)):  # a wrong count must not make the weights infinite
+        assert token_weights(torch.ones(3, 4), reduce=reduce, denom=zero).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

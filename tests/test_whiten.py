@@ -83,6 +83,8 @@ def test_edges(kernel):
     x, mask = inputs((2, 3), torch.float32)
     with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64"):
         whiten(x.long(), mask)
+    with pytest.raises(TypeError, match="mask must be a tensor, got NoneType"):
+        whiten(x, None)
     with pytest.raises(ValueError, match=r"mask \(3,\) must be \(2, 3\)"):
         whiten(x, mask[0])
     with pytest.raises(ValueError, match="eps must be finite and > 0, got 0"):

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._library import DTYPE_CODE
+
+
+def check_tensors(op: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
 
 def compute_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32."""
@@ -15,6 +23,8 @@ def compute_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
             continue
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in DTYPE_CODE:
+            raise TypeError(f"{op}: {name} must be bf16, fp16, fp32 or fp64, got {tensor.dtype}")
         if tensor.dtype is torch.float64:
             dtype = torch.float64
     return dtype
@@ -84,6 +94,22 @@ def check_shape(op: str, name: str, tensor: Tensor | None, like: Tensor, *shapes
         allowed = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must be {allowed}")
     check_device(op, name, tensor, like)
+
+
+def fractions(op: str, name: str, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x, a constant in [0, 1] where it is not masked. On other devices that would synchronise."""
+    if x.is_complex():
+        raise TypeError(f"{op}: {name} must be real, got {x.dtype}")
+    x = cast(x.detach(), dtype)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
+        return x
+    least, most = (bound.item() for bound in x.aminmax())  # a third of what a mask costs
+    if not (least >= 0 and most <= 1):
+        bad = ~((x >= 0) & (x <= 1))
+        bad = bad & mask if mask is not None and mask.shape == x.shape else bad
+        if bad.any():
+            raise ValueError(f"{op}: {name} must be in [0, 1], holds {x[bad][0].item()}")
+    return x
 
 
 def as_bool(mask: Tensor | None) -> Tensor | None:

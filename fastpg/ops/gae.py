@@ -172,7 +172,7 @@ class _Gae(torch.autograd.Function):
         return (*(None if x is None else g for x, g in zip(saved, out, strict=False)), *[None] * 8)
 
 
-def _discount(name, x, rewards, count, dtype):
+def _discount(name, x, rewards, mask, count, dtype):
     """gamma or lam as (tensor or None, float)."""
     if not isinstance(x, Tensor):
         if not 0 <= x <= 1:
@@ -180,7 +180,7 @@ def _discount(name, x, rewards, count, dtype):
         return None, float(x)
     x = x.expand(count) if x.dim() == 0 else x
     _checks.check_shape("gae", name, x, rewards, (count,), rewards.shape)
-    return _checks.cast(x.detach(), dtype), 0.0
+    return _checks.fractions("gae", name, x, mask, dtype), 0.0
 
 
 def _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count):
@@ -198,7 +198,8 @@ def _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count)
         return bootstrap, terminated, truncated
     if truncated is None:
         return None if bootstrap is None else bootstrap.masked_fill(terminated, 0.0), None, None
-    _checks.check_cu_seqlens("gae", cu_seqlens, rewards)
+    if not torch.compiler.is_compiling():  # a graph cannot branch on values; the op checks again
+        _checks.check_cu_seqlens("gae", cu_seqlens, rewards)
     last = _checks.is_last(torch.ones_like(truncated) if mask is None else mask, cu_seqlens)
     return bootstrap, last & _checks.to_tokens(terminated, rewards, cu_seqlens), truncated
 
@@ -235,8 +236,8 @@ def gae(
     _checks.check_shape("gae", "values", values, rewards, rewards.shape)
     _checks.check_shape("gae", "mask", mask, rewards, rewards.shape)
     mask = _checks.as_bool(mask)
-    gammas, gamma = _discount("gamma", gamma, rewards, count, dtype)
-    lams, lam = _discount("lam", lam, rewards, count, dtype)
+    gammas, gamma = _discount("gamma", gamma, rewards, mask, count, dtype)
+    lams, lam = _discount("lam", lam, rewards, mask, count, dtype)
     if not (terminated is None and truncated is None and bootstrap is None):
         bootstrap, terminated, truncated = _endings(
             rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count

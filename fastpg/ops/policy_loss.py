@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define
+from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define, scalar
 from ._checks import alike, constant
 from ._stats import PolicyStats
 
@@ -74,9 +74,13 @@ def _stats(kept, weight, loss, surrogate, ratio, d, too_low, too_high, ref_kl, e
 
 def reference(
     logp, advantages, weight, old_logp, ref_logp, entropy,
-    low, high, surrogate, kl, kl_coef, entropy_coef,
+    low, high, surrogate, kl, kl_coef, entropy_coef, coefs=None,
 ):  # fmt: skip
-    """-> loss [], coefficient (dL/dlogp, of the shape of logp), stats [16]. low, high bound r."""
+    """-> loss [], coefficient (dL/dlogp, of the shape of logp), stats [16]. low, high bound r.
+
+    coefs: None, or (kl_coef, entropy_coef) as fp64 [2], in place of the floats.
+    """
+    kl_coef, entropy_coef = (kl_coef, entropy_coef) if coefs is None else coefs.to(logp.dtype)
     kept = weight != 0
     logp, advantages, weight, old_logp, ref_logp, entropy = (
         None if x is None else torch.where(kept, x, 0.0).contiguous()
@@ -106,7 +110,8 @@ def _fake(logp, *_):
 _policy_loss = define(
     "policy_loss(Tensor logp, Tensor advantages, Tensor weight, Tensor? old_logp, "
     "Tensor? ref_logp, Tensor? entropy, float low, float high, str surrogate, str kl, "
-    "float kl_coef, float entropy_coef) -> (Tensor loss, Tensor coefficient, Tensor stats)",
+    "float kl_coef, float entropy_coef, Tensor? coefs=None) -> "
+    "(Tensor loss, Tensor coefficient, Tensor stats)",
     fake=_fake,
     reference=reference,
 )
@@ -114,9 +119,11 @@ _policy_loss = define(
 
 @cpu_kernel(_policy_loss)
 def _policy_loss_cpu(*args):
-    logp, (low, high, surrogate, kl, kl_coef, entropy_coef) = args[0], args[6:]
+    logp, (low, high, surrogate, kl, kl_coef, entropy_coef), coefs = args[0], args[6:12], args[12:]
     if logp.numel() == 0:  # an empty tensor has no address
         return reference(*args)
+    if coefs and coefs[0] is not None:
+        kl_coef, entropy_coef = coefs[0].tolist()
     tensors = contiguous(*args[:6])
     loss, coefficient = logp.new_empty(()), torch.empty_like(tensors[0])
     stats = logp.new_empty(16, dtype=torch.float64)
@@ -132,18 +139,18 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, entropy, constants, options):
         loss, coefficient, stats = _policy_loss(logp, *constants, entropy, *options)
-        ctx.save_for_backward(coefficient, constants[1])
-        ctx.entropy_coef = options[-1]
+        *_, ctx.entropy_coef, coefs = options
+        wanted = ctx.needs_input_grad[1] and (coefs is not None or ctx.entropy_coef != 0)
+        ctx.save_for_backward(coefficient, constants[1] if wanted else None, coefs)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        coefficient, weight = ctx.saved_tensors
-        by_entropy = None
-        if ctx.needs_input_grad[1] and ctx.entropy_coef != 0:
-            by_entropy = grad_loss * -ctx.entropy_coef * weight
+        coefficient, weight, coefs = ctx.saved_tensors
+        entropy_coef = ctx.entropy_coef if coefs is None else coefs[1]
+        by_entropy = None if weight is None else grad_loss * -entropy_coef * weight
         return grad_loss * coefficient, by_entropy, None, None
 
 
@@ -168,6 +175,14 @@ def _check_kl(kl, kl_coef, ref_logp):
         raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logp")
     if ref_logp is not None and kl_coef == 0:
         raise ValueError("policy_loss: ref_logp needs kl_coef > 0, got 0")
+
+
+def _coefficients(kl_coef, entropy_coef, device):
+    """As the op takes them: in a graph as a tensor, since a float compiles anew for each value."""
+    if not torch.compiler.is_compiling():
+        return kl_coef, entropy_coef, None
+    pair = [scalar(coef, torch.float64, device) for coef in (kl_coef, entropy_coef)]
+    return 0.0, 0.0, torch.stack(pair)
 
 
 def policy_loss(
@@ -205,7 +220,7 @@ def policy_loss(
         raise ValueError(f"policy_loss: surrogate must be one of {names}, got {surrogate!r}")
     low, high = _bounds(clip)
     _check_kl(kl, kl_coef, ref_logp)
-    options = low, high, surrogate, kl, kl_coef, entropy_coef
+    options = low, high, surrogate, kl, *_coefficients(kl_coef, entropy_coef, logp.device)
     if constant(logp, *constants, entropy):
         loss, _, stats = _policy_loss(logp, *constants, entropy, *options)
     else:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .._flags import record_labels
 from .._library import _C, DTYPE_CODE, address, cpu_kernel, define, scalar, triton_kernels
-from ._checks import check_device, compute_dtype, constant
+from ._checks import check_device, check_shape, check_tensors, compute_dtype, constant
 
 
 def _scaled(logits, labels, temperature, softcap, ignore_index):
@@ -188,28 +188,27 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
+    check_tensors("token_logprobs", logits=logits, labels=labels)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"token_logprobs: logits must be [..., V], got {tuple(logits.shape)}")
     if labels.dtype not in _INTEGERS:
         raise TypeError(f"token_logprobs: labels must be integers, got {labels.dtype}")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"token_logprobs: labels {tuple(labels.shape)} must have the shape of logits "
-            f"{tuple(logits.shape)} without the last axis"
-        )
-    check_device("token_logprobs", "labels", labels, logits)
+    check_shape("token_logprobs", "labels", labels, logits, logits.shape[:-1])
 
 
-def _positive(name: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ValueError(f"token_logprobs: {name} must be finite and > 0, got {value}")
+def _positive(name: str, value: float, dtype: torch.dtype) -> float:
+    """value, by which the kernels divide, or multiply with its inverse, in dtype."""
+    most = torch.finfo(dtype).max
+    if not 1 / most < value < most:
+        needs = f"and its inverse must be finite and > 0 in {dtype}"
+        raise ValueError(f"token_logprobs: {name} {needs}, got {value}")
     return value
 
 
 def _temperature(temperature: float | Tensor, dtype: torch.dtype, labels: Tensor) -> Tensor:
     """0-d, or one per label. Always a tensor, so that a new value compiles nothing anew."""
     if not isinstance(temperature, Tensor):
-        return scalar(_positive("temperature", temperature), dtype, labels.device)
+        return scalar(_positive("temperature", temperature, dtype), dtype, labels.device)
     check_device("token_logprobs", "temperature", temperature, labels)
     try:
         return temperature.detach().to(dtype).expand(labels.shape)
@@ -239,9 +238,9 @@ def token_logprobs(
     A -inf logit has probability 0 (softcap makes it an ordinary one). NaN makes its own row NaN. A
     label outside [0, V) raises IndexError on the CPU; elsewhere its row is NaN, and check() raises.
     """
-    dtype = compute_dtype("token_logprobs", logits=logits)
     _check(logits, labels)
-    softcap = 0.0 if softcap is None else _positive("softcap", softcap)
+    dtype = compute_dtype("token_logprobs", logits=logits)
+    softcap = 0.0 if softcap is None else _positive("softcap", softcap, dtype)
     t = _temperature(temperature, dtype, labels)
     args = logits, labels.long(), t, softcap, ignore_index
     if not constant(logits):

@@ -5,11 +5,13 @@ r_t = −kl_coef · kl_t + [t is the last unmasked token] · score
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define
+from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define, scalar
 from . import _checks
 
 
@@ -84,6 +86,20 @@ class _TokenRewards(torch.autograd.Function):
         return grad_scores, None if saved[1] is None else grad_kl, None, None, None
 
 
+def _penalty(kl, kl_coef, dtype):
+    """(kl, kl_coef) for the op; no kl at coefficient 0, where an infinite one would make NaN."""
+    if not 0 <= kl_coef < math.inf:
+        raise ValueError(f"token_rewards: kl_coef must be finite and >= 0, got {kl_coef}")
+    if kl is None and kl_coef != 0:
+        raise ValueError(f"token_rewards: kl_coef={kl_coef} needs kl")
+    if kl_coef == 0:
+        return None, 0.0
+    kl = _checks.cast(kl, dtype)
+    if torch.compiler.is_compiling():  # where a float of the op compiles anew for each value
+        return kl * scalar(kl_coef, dtype, kl.device), 1.0
+    return kl, float(kl_coef)
+
+
 def token_rewards(
     scores: Tensor,
     mask: Tensor,
@@ -96,7 +112,9 @@ def token_rewards(
 
     scores: [B], bf16, fp16, fp32 or fp64; differentiable.
     mask: [B, T], or packed [N] with cu_seqlens (int32 [B + 1]); bool or 0/1.
-    kl: like mask; differentiable. Not read where masked.
+    kl: like mask; differentiable. Not read where masked, nor with kl_coef = 0, where it gets no
+    gradient.
+    kl_coef: finite and >= 0.
     Returns rewards like mask, 0 where masked; fp32 (fp64 if an input is fp64). A sequence with no
     unmasked token gets nothing.
     """
@@ -105,8 +123,7 @@ def token_rewards(
     count = _checks.sequence_count(op, "mask", mask, cu_seqlens)
     _checks.check_shape(op, "scores", scores, mask, (count,))
     _checks.check_shape(op, "kl", kl, mask, mask.shape)
-    if kl is None and kl_coef != 0:
-        raise ValueError(f"token_rewards: kl_coef={kl_coef} needs kl")
-    scores, kl, mask = _checks.cast(scores, dtype), _checks.cast(kl, dtype), _checks.as_bool(mask)
-    args = scores, kl, mask, cu_seqlens, float(kl_coef)
+    kl, kl_coef = _penalty(kl, kl_coef, dtype)
+    scores, mask = _checks.cast(scores, dtype), _checks.as_bool(mask)
+    args = scores, kl, mask, cu_seqlens, kl_coef
     return _rewards(*args) if _checks.constant(scores, kl) else _TokenRewards.apply(*args)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._library import _C, address, contiguous, cpu_kernel, define
+from .._library import _C, address, contiguous, cpu_kernel, define, scalar
 from . import _checks
 
 _REDUCTIONS = {"token": 0, "sequence": 1, "sequence_sum": 2}
@@ -27,8 +27,8 @@ def reference(mask, denom, cu_seqlens, reduce):
     if denom is None:
         denom = lengths.sum() if reduce == 0 else (lengths > 0).sum().double()
     lengths = lengths if reduce == 1 else torch.ones_like(lengths)
-    weight = _checks.to_tokens((1 / (denom * lengths)).float(), mask, cu_seqlens)
-    return torch.where(mask, weight, 0.0)
+    weight = torch.where(denom == 0, 0.0, 1 / (denom * lengths)).float()
+    return torch.where(mask, _checks.to_tokens(weight, mask, cu_seqlens), 0.0)
 
 
 _weights = define(
@@ -62,7 +62,7 @@ def token_weights(
     mask: [B, T], or packed [N] with cu_seqlens (int32 [B + 1]); bool or 0/1.
     reduce: "token" | "sequence" | "sequence_sum", the rows of the table above.
     denom: float or 0-d tensor, the count of the whole optimiser step, so that the losses of any
-    micro-batches or ranks add up; None: the count of this mask.
+    micro-batches or ranks add up; None: the count of this mask. With 0 every weight is 0.
     Returns weight like mask, fp32, 0 where masked.
     """
     if reduce not in _REDUCTIONS:
@@ -76,5 +76,5 @@ def token_weights(
     elif denom is not None:
         if not 0 <= denom < math.inf:
             raise ValueError(f"token_weights: denom must be finite and >= 0, got {denom}")
-        denom = torch.full((), denom, dtype=torch.float64, device=mask.device)
+        denom = scalar(denom, torch.float64, mask.device)
     return _weights(_checks.as_bool(mask), denom, cu_seqlens, _REDUCTIONS[reduce])

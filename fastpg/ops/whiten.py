@@ -143,6 +143,7 @@ def whiten(
     x must not require a gradient.
     Returns y like x, fp32 (fp64 for fp64). One unmasked element is only centred: its scale is 1.
     """
+    _checks.check_tensors("whiten", x=x, mask=mask)
     dtype = _checks.compute_dtype("whiten", x=x)
     _checks.check_shape("whiten", "mask", mask, x, x.shape)
     if not 0 < eps < math.inf:

@@ -334,6 +334,26 @@ def test_a_failing_reward_loses_no_finished_step(tmp_path):
     assert [row["step"] for row in metrics_of(tmp_path)] == [1]
 
 
+def test_the_model_is_saved_before_the_last_evaluation(tmp_path):
+    calls = []
+
+    def reward(prompts, completions):
+        calls.append(1)
+        return [0.0] * len(prompts) if len(calls) < 3 else []
+
+    with pytest.raises(InputError, match="returned 0 values"):
+        make_trainer(tmp_path, reward, num_steps=1).train()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused(tmp_path):
+    model = tiny_model()
+    model.generation_config.temperature = 0.5
+    model.generation_config.do_sample = False
+    with pytest.raises(InputError, match="generation_config could not be saved"):
+        make_trainer(tmp_path, model=model)
+
+
 def test_bad_input_is_refused_at_construction(tmp_path):
     with pytest.raises(InputError, match="train dataset is empty"):
         make_trainer(tmp_path, dataset=[])

@@ -32,6 +32,17 @@ from fastpg.trainer.rollout import Rollout, eos_ids, sample
 Dataset = Sequence[dict[str, Any]]
 
 
+def _check_generation_config(policy: PreTrainedModel) -> None:
+    """Refuse now what `save_pretrained` would refuse after the training."""
+    if policy.generation_config is None:
+        return
+    try:
+        policy.generation_config.validate(strict=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"The model's generation_config could not be saved: {reason}") from None
+
+
 class PPOTrainer:
     """Train a causal language model on rewards of its own completions.
 
@@ -61,6 +72,7 @@ class PPOTrainer:
         self.eval_dataset = train_dataset if eval_dataset is None else eval_dataset
         self._check()
         policy = load_policy(model)
+        _check_generation_config(policy)
         self.tokenizer = processing_class or load_tokenizer(policy)
         eos_ids(policy, self.tokenizer)  # refused now rather than after the first rollout
         self.accelerator = Accelerator(
@@ -136,8 +148,8 @@ class PPOTrainer:
                 if self.args.eval_steps and step % self.args.eval_steps == 0:
                     metrics |= self.evaluate()
                 log.step(step, episodes, metrics)
+            self.save_model()  # first: a reward that fails must not lose the model
             after = self._play_evaluation()
-            self.save_model()
         log.report(before, after, self.stopwatch.seconds)
         return after.metrics("eval/")
 

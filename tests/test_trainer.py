@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -51,6 +53,14 @@ def tiny_model(**changes) -> Qwen3ForCausalLM:
         **changes,
     )
     return Qwen3ForCausalLM(config)
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """A model of absolute positions: to it padding is not just masked keys."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=43, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    config.bos_token_id = config.eos_token_id = 1
+    return GPT2LMHeadModel(config)
 
 
 def share_of_praise(prompts, completions):
@@ -94,6 +104,126 @@ def test_learns_a_toy_reward(tmp_path):
     rewards = [row["reward/mean"] for row in metrics_of(tmp_path)]
     assert rewards[0] < 0.4
     assert rewards[-1] > 0.8
+
+
+MATHS = {
+    "kl_coef": 0.3,
+    "gamma": 0.9,
+    "lam": 0.7,
+    "temperature": 1.7,
+    "cliprange": 0.1,
+    "cliprange_value": 0.1,
+    "vf_coef": 0.7,
+    "entropy_coef": 0.3,
+}
+"""Away from the defaults, and none 0 or 1, so that none can be left out."""
+
+
+def perturb(model, scale):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn_like(parameter)
+
+
+def maths_trainer(output_dir, **settings):
+    """A trainer whose policy is not its reference, with values, and a left-padded rollout."""
+    trainer = make_trainer(output_dir, **{**MATHS, **settings})
+    perturb(trainer.model, 0.1)
+    rows = [{"prompt": text} for text in ["the story was", "honestly the story was", "plot"] * 3]
+    rollout = trainer._sample(rows)
+    assert not rollout.attention_mask[:, 0].all()
+    assert 0 < rollout.finished.sum() < len(rows)
+    return trainer, rollout
+
+
+def by_hand(policy, value_head, rollout, temperature):
+    """fp64, unpadded: for each episode log-probs and entropies [L], and values [L]."""
+    policy, episodes = copy.deepcopy(policy).double(), []
+    for ids, kept, mask in zip(
+        rollout.input_ids, rollout.attention_mask, rollout.mask, strict=True
+    ):
+        ids, length = ids[kept.bool()], int(mask.sum())
+        out = policy(ids[None], output_hidden_states=True)
+        logp = (out.logits[0, -length - 1 : -1] / temperature).log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        hidden = out.hidden_states[-1][0, -length - 1 : -1]
+        values = hidden @ value_head.weight[0].double() + value_head.bias.double()
+        episodes.append((logp.gather(-1, ids[-length:, None])[:, 0], entropy, values))
+    return episodes
+
+
+def credit_by_hand(kl, values, score):
+    """Advantages and returns of one episode, by the recursion."""
+    rewards = -MATHS["kl_coef"] * kl
+    rewards[-1] += score
+    advantages, following, next_value = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(len(values))):
+        delta = rewards[t] + MATHS["gamma"] * next_value - values[t]
+        following = delta + MATHS["gamma"] * MATHS["lam"] * following
+        advantages[t], next_value = following, values[t]
+    return advantages, advantages + values
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_model", [tiny_model, tiny_gpt2])
+def test_experience_against_a_computation_by_hand(tmp_path, make_model):
+    trainer, rollout = maths_trainer(tmp_path, model=make_model())
+    scores = torch.linspace(-1, 2, len(rollout.mask))
+    experience, metrics = trainer.learner.experience(rollout, scores)
+    head = trainer.model.value_head
+    own = by_hand(trainer.policy, head, rollout, MATHS["temperature"])
+    other = by_hand(trainer.learner.reference, head, rollout, MATHS["temperature"])
+    kl = [p[0] - q[0] for p, q in zip(own, other, strict=True)]
+    credit = [credit_by_hand(*x) for x in zip(kl, (p[2] for p in own), scores, strict=True)]
+    advantages, returns = (torch.cat(column) for column in zip(*credit, strict=True))
+    whitened = (advantages - advantages.mean()) / advantages.std()
+    logp, _, values = (torch.cat(column) for column in zip(*own, strict=True))
+    assert values.abs().mean() > 0.1
+    for actual, expected in [
+        (experience.logp, logp),  # unpadded by hand: padding on the left changes nothing
+        (experience.values, values),
+        (experience.returns, returns),
+        (experience.advantages, whitened),
+    ]:
+        torch.testing.assert_close(actual[rollout.mask].double(), expected, rtol=1e-4, atol=1e-4)
+    assert metrics["objective/kl"] == pytest.approx(float(sum(x.sum() for x in kl)) / 9, rel=1e-3)
+
+
+@torch.no_grad()
+def test_loss_against_a_computation_by_hand(tmp_path):
+    trainer, rollout = maths_trainer(tmp_path)
+    old, _ = trainer.learner.experience(rollout, torch.linspace(-1, 2, len(rollout.mask)))
+    perturb(trainer.model, 0.02)
+    tokens = 2 * rollout.mask.sum()  # as if these were half of an optimiser step
+    loss, *_ = trainer.learner._loss(old, tokens)
+    own = by_hand(trainer.policy, trainer.model.value_head, rollout, MATHS["temperature"])
+    logp, entropy, values = (torch.cat(column) for column in zip(*own, strict=True))
+    old_logp, old_values, advantages, returns = (
+        x[rollout.mask].double() for x in (old.logp, old.values, old.advantages, old.returns)
+    )
+    ratio = (logp - old_logp).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.1) * advantages)
+    near = old_values + (values - old_values).clamp(-0.1, 0.1)
+    error = 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+    assert (surrogate != ratio * advantages).any()
+    assert (error != 0.5 * (values - returns) ** 2).any()
+    expected = (-surrogate - 0.3 * entropy + 0.7 * error).sum() / tokens
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_gradient_is_clipped(tmp_path):
+    trainer = make_trainer(tmp_path, num_steps=1, max_grad_norm=1e-3)
+    norms = []
+
+    def record(*_):
+        gradients = [p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]
+        norms.append(torch.stack(gradients).norm())
+
+    trainer.learner.optimizer.optimizer.register_step_pre_hook(record)
+    trainer.train()
+    assert metrics_of(tmp_path)[0]["grad_norm"] > 2e-3
+    torch.testing.assert_close(torch.stack(norms), torch.full((8,), 1e-3), rtol=2e-2, atol=0)
 
 
 def test_micro_batches_add_up(tmp_path):

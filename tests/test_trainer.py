@@ -13,12 +13,15 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from fastpg.tasks import reviews
 from fastpg.trainer import InputError, PPOConfig, PPOTrainer
+from fastpg.trainer.models import PolicyWithValue
 from fastpg.trainer.rollout import completion_mask, encode, sample, sampling
 
 PROMPTS = [{"prompt": subject} for subject in reviews.subjects()[:8]]
@@ -58,8 +61,15 @@ def tiny_model(**changes) -> Qwen3ForCausalLM:
 def tiny_gpt2() -> GPT2LMHeadModel:
     """A model of absolute positions: to it padding is not just masked keys."""
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=43, n_positions=64, n_embd=32, n_layer=2, n_head=2)
-    config.bos_token_id = config.eos_token_id = 1
+    config = GPT2Config(
+        vocab_size=43,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -128,7 +138,7 @@ def perturb(model, scale):
 
 def maths_trainer(output_dir, **settings):
     """A trainer whose policy is not its reference, with values, and a left-padded rollout."""
-    trainer = make_trainer(output_dir, **{**MATHS, **settings})
+    trainer = make_trainer(output_dir, max_new_tokens=16, **MATHS, **settings)
     perturb(trainer.model, 0.1)
     rows = [{"prompt": text} for text in ["the story was", "honestly the story was", "plot"] * 3]
     rollout = trainer._sample(rows)
@@ -232,6 +242,44 @@ def test_micro_batches_add_up(tmp_path):
     start = torch.nn.utils.parameters_to_vector(tiny_model().parameters())
     assert (whole[: len(start)] - start).abs().max() > 1e-4
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
+
+
+def tiny_opt(**changes) -> OPTForCausalLM:
+    """A model whose layers call functional dropout, and whose last states are projected."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=43,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+        **changes,
+    )
+    return OPTForCausalLM(config)
+
+
+def test_functional_dropout_is_off_under_gradient_checkpointing(tmp_path):
+    plain = parameters_after_a_step(tmp_path / "plain", model=tiny_opt(dropout=0.0))
+    model = tiny_opt(dropout=0.3)
+    model.activation_checkpointing_enable()
+    checkpointed = parameters_after_a_step(tmp_path / "checkpointed", model=model)
+    assert metrics_of(tmp_path / "checkpointed")[0]["policy/first_ratio_deviation"] == 0.0
+    torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-6)
+
+
+def test_values_are_float32_under_mixed_precision():
+    model = PolicyWithValue(tiny_opt())
+    torch.nn.init.ones_(model.value_head.weight)
+    ids = torch.arange(12).view(2, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, values = model(ids, torch.ones_like(ids), 3)
+    assert logits.shape == (2, 3, 43)
+    assert values.dtype == torch.float32
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
@@ -404,6 +452,17 @@ def test_rewards_get_the_columns_they_name(tmp_path):
         make_trainer(tmp_path, reward).evaluate()
 
 
+def test_a_column_may_be_missing_from_the_first_row(tmp_path):
+    seen = []
+
+    def reward(completions, answer):
+        seen.append(answer)
+        return [0.0] * len(completions)
+
+    make_trainer(tmp_path, reward, dataset=[PROMPTS[0], {**PROMPTS[1], "answer": 1}]).evaluate()
+    assert seen == [[None, 1]]
+
+
 def test_reward_weights(tmp_path):
     rewards = [lambda completions: [1.0] * len(completions), share_of_praise]
     trainer = make_trainer(tmp_path, rewards, reward_weights=[3.0, 0.0])
@@ -430,6 +489,9 @@ def test_unfinished_completions_are_penalised(tmp_path):
         ([1.0, float("nan")], "Reward reward returned nan for completion 1."),
         ([float("inf"), 1.0], "Reward reward returned inf for completion 0."),
         ([1.0, None], "Reward reward must return a list of numbers"),
+        ([1.0, 1e39], "Reward reward returned inf for completion 1."),
+        ([1.0, 10**400], "Reward reward returned inf for completion 1."),
+        ({"1": 0, "2": 0}, "Reward reward must return a list of numbers"),
         (3.0, "Reward reward must return a list of numbers, not 3.0."),
     ],
 )
@@ -487,6 +549,8 @@ def test_a_generation_config_that_cannot_be_saved_is_refused(tmp_path):
 def test_bad_input_is_refused_at_construction(tmp_path):
     with pytest.raises(InputError, match="train dataset is empty"):
         make_trainer(tmp_path, dataset=[])
+    with pytest.raises(InputError, match="no reward function"):
+        make_trainer(tmp_path, [])
     with pytest.raises(InputError, match="must have a 'prompt'"):
         make_trainer(tmp_path, dataset=[{"text": "the"}])
     with pytest.raises(InputError, match="2 values for 1 reward functions"):

@@ -92,6 +92,8 @@ class PPOTrainer:
                 raise InputError(f"The {name} dataset is empty.")
             if not isinstance(dataset[0], dict) or "prompt" not in dataset[0]:
                 raise InputError(f"The rows of the {name} dataset must have a 'prompt'.")
+        if not self.reward_funcs:
+            raise InputError("There is no reward function.")
         names = [name_of(reward) for reward in self.reward_funcs]
         if len(set(names)) < len(names):
             raise InputError(f"The reward functions need different names, not {names}.")

@@ -32,6 +32,13 @@ from fastpg.trainer.rollout import Rollout, eos_ids, sample
 Dataset = Sequence[dict[str, Any]]
 
 
+def _is_prompt(prompt: Any) -> bool:
+    """Text, or a chat of at least one message."""
+    if isinstance(prompt, list):
+        return bool(prompt) and all(isinstance(message, dict) for message in prompt)
+    return isinstance(prompt, str)
+
+
 def _check_generation_config(policy: PreTrainedModel) -> None:
     """Refuse now what `save_pretrained` would refuse after the training."""
     if policy.generation_config is None:
@@ -90,7 +97,8 @@ class PPOTrainer:
         for name, dataset in (("train", self.train_dataset), ("eval", self.eval_dataset)):
             if len(dataset) == 0:
                 raise InputError(f"The {name} dataset is empty.")
-            if not isinstance(dataset[0], dict) or "prompt" not in dataset[0]:
+            rows = (dataset[i] for i in range(len(dataset)))
+            if not all(isinstance(row, dict) and _is_prompt(row.get("prompt")) for row in rows):
                 raise InputError(f"The rows of the {name} dataset must have a 'prompt'.")
         if not self.reward_funcs:
             raise InputError("There is no reward function.")
@@ -142,6 +150,8 @@ class PPOTrainer:
 
         Returns the metrics of the last evaluation.
         """
+        if self.scheduler.last_epoch > 0:
+            raise InputError("This trainer has trained already; make a new one to train further.")
         set_seed(self.args.seed, device_specific=True)
         with RunLog(self.accelerator, self.args) as log:
             before = self._play_evaluation()

@@ -86,6 +86,7 @@ def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys)
         (["--learnin_rate", "1"], "Unknown setting 'learnin_rate'; did you mean 'learning_rate'?"),
         (["--learning_rate", "fast"], "learning_rate must be a number, not 'fast'."),
         (["--num_steps", "2.5"], "num_steps must be a whole number, not '2.5'."),
+        (["--seed", "-1"], "seed must be 0 or more, not -1."),
         (["--gamma", "1.5"], "gamma must be between 0 and 1, not 1.5."),
         (["--config", "no.yaml"], "Cannot read the config file no.yaml: No such file"),
         (

@@ -67,6 +67,8 @@ class PPOConfig:
     num_logged_completions: int = option(8, "completions written to a file at each step")
 
     def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            setattr(self, name, _convert(name, getattr(self, name), hint))
         for wanted, (holds, names) in _BOUNDS.items():
             for name in names.split():
                 value = getattr(self, name)
@@ -92,7 +94,8 @@ _BOUNDS = {
     ),
     "0 or more": (
         lambda x: x >= 0,
-        "learning_rate value_learning_rate adam_epsilon kl_coef vf_coef num_logged_completions",
+        "learning_rate value_learning_rate adam_epsilon kl_coef vf_coef num_logged_completions "
+        "seed missing_eos_penalty",
     ),
     "between 0 and 1": (lambda x: 0 <= x <= 1, "gamma lam"),
     "no, bf16 or fp16": (("no", "bf16", "fp16").count, "mixed_precision"),
@@ -118,7 +121,9 @@ def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Confi
 def load_yaml(path: str) -> dict[str, Any]:
     """The names and values of a YAML file. Raises `InputError` if it holds anything else."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise InputError(f"The config file {path} is not UTF-8 text.") from None
     except OSError as error:
         raise InputError(f"Cannot read the config file {path}: {error.strerror}.") from None
     except yaml.YAMLError as error:
@@ -144,7 +149,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     wanted, parse = _PARSERS[kind]
     try:
         return parse(value)
-    except (TypeError, ValueError, yaml.YAMLError):
+    except (TypeError, ValueError, OverflowError, yaml.YAMLError):
         raise InputError(f"{name} must be {wanted}, not {value!r}.") from None
 
 

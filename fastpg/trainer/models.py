@@ -27,7 +27,8 @@ class PolicyWithValue(nn.Module):
     def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__()
         self.policy = policy
-        self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
+        # Not hidden_size: some models project their last states before the LM head.
+        self.value_head = nn.Linear(policy.get_output_embeddings().in_features, 1)
         self.value_head.to(policy.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -43,7 +44,9 @@ class PolicyWithValue(nn.Module):
         logits, hidden = completion_logits(
             self.policy, input_ids, attention_mask, completion_length
         )
-        return logits, self.value_head(hidden.float()).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):  # bf16 values are too coarse
+            values = self.value_head(hidden.float()).squeeze(-1)
+        return logits, values
 
 
 def completion_logits(
@@ -100,9 +103,17 @@ def disable_dropout(policy: PreTrainedModel) -> None:
     """Put `policy` in evaluation mode but let gradient checkpointing work.
 
     With dropout the same weights give different log-probabilities, and the first ratio is no
-    longer 1. Layers that recompute themselves do so only in training mode, so they alone keep it.
+    longer 1. Layers that recompute themselves do so only in training mode, so they alone keep it,
+    and the rates that they hand to a functional dropout become 0.
     """
     policy.eval()
     for module in policy.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
+            _zero_rates(module)
+
+
+def _zero_rates(module: nn.Module) -> None:
+    for name in ("dropout", "activation_dropout", "attention_dropout", "hidden_dropout"):
+        if isinstance(getattr(module, name, None), float):
+            setattr(module, name, 0.0)

@@ -52,7 +52,11 @@ def read_options(argv: Sequence[str]) -> dict[str, Any]:
 def load_jsonl(path: str) -> list[dict[str, Any]]:
     """The rows of a JSONL dataset. Raises `InputError` with the line of the first bad one."""
     try:
-        lines = Path(path).read_text().splitlines()
+        # By the file's lines: splitlines() also splits at U+2028, which JSON text may hold.
+        with Path(path).open(encoding="utf-8-sig") as file:
+            lines = list(file)
+    except UnicodeDecodeError:
+        raise InputError(f"The dataset {path} is not UTF-8 text.") from None
     except OSError as error:
         raise InputError(f"Cannot read the dataset {path}: {error.strerror}.") from None
     rows = [_row(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]

@@ -47,10 +47,11 @@ def score(
 
     Raises `InputError` unless it returns B finite numbers.
     """
-    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+    names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+    columns = {name: [row.get(name) for row in rows] for name in names}
     columns |= {"prompts": [row["prompt"] for row in rows], "completions": list(completions)}
     values = reward(**_accepted(reward, columns))
-    return torch.tensor(_checked(name_of(reward), values, len(rows)), dtype=torch.float32)
+    return _checked(name_of(reward), values, len(rows))
 
 
 def _accepted(reward: RewardFunction, columns: dict[str, list]) -> dict[str, list]:
@@ -67,14 +68,26 @@ def _accepted(reward: RewardFunction, columns: dict[str, list]) -> dict[str, lis
     return {name: column for name, column in columns.items() if name in parameters}
 
 
-def _checked(name: str, values: Any, count: int) -> list[float]:
+def _checked(name: str, values: Any, count: int) -> torch.Tensor:
+    refusal = InputError(f"Reward {name} must return a list of numbers, not {values!r}.")
+    if isinstance(values, dict):  # iterating it would give its keys
+        raise refusal
     try:
-        numbers = [float(value) for value in values]
+        numbers = [_as_float(value) for value in values]
     except (TypeError, ValueError):
-        raise InputError(f"Reward {name} must return a list of numbers, not {values!r}.") from None
+        raise refusal from None
     if len(numbers) != count:
         raise InputError(f"Reward {name} returned {len(numbers)} values for {count} completions.")
-    for i, number in enumerate(numbers):
-        if not math.isfinite(number):
-            raise InputError(f"Reward {name} returned {number} for completion {i}.")
-    return numbers
+    # float32 is what training sees: 1e39 is finite only before
+    rewards = torch.tensor(numbers, dtype=torch.float64).float()
+    for i, reward in enumerate(rewards.tolist()):
+        if not math.isfinite(reward):
+            raise InputError(f"Reward {name} returned {reward} for completion {i}.")
+    return rewards
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a huge int
+        return math.inf

@@ -32,6 +32,24 @@ from fastpg.trainer.rollout import Rollout, eos_ids, sample
 Dataset = Sequence[dict[str, Any]]
 
 
+def _is_prompt(prompt: Any) -> bool:
+    """Text, or a chat of at least one message."""
+    if isinstance(prompt, list):
+        return bool(prompt) and all(isinstance(message, dict) for message in prompt)
+    return isinstance(prompt, str)
+
+
+def _check_generation_config(policy: PreTrainedModel) -> None:
+    """Refuse now what `save_pretrained` would refuse after the training."""
+    if policy.generation_config is None:
+        return
+    try:
+        policy.generation_config.validate(strict=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"The model's generation_config could not be saved: {reason}") from None
+
+
 class PPOTrainer:
     """Train a causal language model on rewards of its own completions.
 
@@ -61,6 +79,7 @@ class PPOTrainer:
         self.eval_dataset = train_dataset if eval_dataset is None else eval_dataset
         self._check()
         policy = load_policy(model)
+        _check_generation_config(policy)
         self.tokenizer = processing_class or load_tokenizer(policy)
         eos_ids(policy, self.tokenizer)  # refused now rather than after the first rollout
         self.accelerator = Accelerator(
@@ -78,8 +97,11 @@ class PPOTrainer:
         for name, dataset in (("train", self.train_dataset), ("eval", self.eval_dataset)):
             if len(dataset) == 0:
                 raise InputError(f"The {name} dataset is empty.")
-            if not isinstance(dataset[0], dict) or "prompt" not in dataset[0]:
+            rows = (dataset[i] for i in range(len(dataset)))
+            if not all(isinstance(row, dict) and _is_prompt(row.get("prompt")) for row in rows):
                 raise InputError(f"The rows of the {name} dataset must have a 'prompt'.")
+        if not self.reward_funcs:
+            raise InputError("There is no reward function.")
         names = [name_of(reward) for reward in self.reward_funcs]
         if len(set(names)) < len(names):
             raise InputError(f"The reward functions need different names, not {names}.")
@@ -128,6 +150,8 @@ class PPOTrainer:
 
         Returns the metrics of the last evaluation.
         """
+        if self.scheduler.last_epoch > 0:
+            raise InputError("This trainer has trained already; make a new one to train further.")
         set_seed(self.args.seed, device_specific=True)
         with RunLog(self.accelerator, self.args) as log:
             before = self._play_evaluation()
@@ -136,8 +160,8 @@ class PPOTrainer:
                 if self.args.eval_steps and step % self.args.eval_steps == 0:
                     metrics |= self.evaluate()
                 log.step(step, episodes, metrics)
+            self.save_model()  # first: a reward that fails must not lose the model
             after = self._play_evaluation()
-            self.save_model()
         log.report(before, after, self.stopwatch.seconds)
         return after.metrics("eval/")
 

@@ -53,8 +53,9 @@ def provenance() -> dict[str, str]:
     }
 
 
-def run(case: Case, seconds: float) -> list[dict]:
+def run(case: Case, seconds: float, keep_memory: bool) -> list[dict]:
     """The rows of one case; a candidate that does not match the reference is not timed."""
+    case.name += ", freed memory kept" if keep_memory else ""
     print(f"\n{case.op}: {case.name}")
     try:
         case.gate()
@@ -62,7 +63,7 @@ def run(case: Case, seconds: float) -> list[dict]:
         print(f"  WRONG: {error}")
         return [{"op": case.op, "case": case.name, "wrong": str(error)}]
     print("  " + COLUMNS.format("", "median ms", "p10", "p90", "x ours", "target", "extra MiB"))
-    timings = measure(case, rounds=200, seconds=seconds)
+    timings = measure(case, rounds=200, seconds=seconds, keep_memory=keep_memory)
     return [_row(case, name, timing) for name, timing in timings.items()]
 
 
@@ -86,6 +87,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each case")
+    parser.add_argument("--keep-memory", action="store_true", help="as jemalloc does: Linux only")
     parser.add_argument("--readme", action="store_true", help="rewrite the tables of README.md")
     args = parser.parse_args()
     if unknown := set(args.ops) - set(OPS):
@@ -96,7 +98,7 @@ def main() -> None:
     results.parent.mkdir(exist_ok=True)
     for op in args.ops or OPS:
         for case in importlib.import_module(f"bench.bench_{op}").cases(args.device):
-            rows = run(case, args.seconds)
+            rows = run(case, args.seconds, args.keep_memory)
             with open(results, "a") as file:
                 file.writelines(json.dumps(row | facts) + "\n" for row in rows)
     print(f"\nrows added to {results.relative_to(HERE.parent)}")

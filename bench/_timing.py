@@ -38,12 +38,12 @@ class Timing:
     extra_mib: float | None
 
 
-def measure(case: Case, *, rounds: int, seconds: float) -> dict[str, Timing]:
+def measure(case: Case, *, rounds: int, seconds: float, keep_memory: bool) -> dict[str, Timing]:
     """At least 5 rounds, at most `rounds`, for about `seconds`; after one that is not counted."""
     samples: dict[str, list[float]] = {name: [] for name in case.candidates}
     keep_freed_memory(False)
     memory = {name: peak_extra_mib(call, case.device) for name, call in case.candidates.items()}
-    keep_freed_memory(True)
+    keep_freed_memory(keep_memory)
     end = time.perf_counter() + seconds
     while (done := len(samples[case.ours])) < rounds and (done < 5 or time.perf_counter() < end):
         for name, call in case.candidates.items():

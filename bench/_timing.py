@@ -38,12 +38,10 @@ class Timing:
     extra_mib: float | None
 
 
-def measure(case: Case, *, rounds: int, seconds: float, keep_memory: bool) -> dict[str, Timing]:
+def measure(case: Case, *, rounds: int, seconds: float) -> dict[str, Timing]:
     """At least 5 rounds, at most `rounds`, for about `seconds`; after one that is not counted."""
     samples: dict[str, list[float]] = {name: [] for name in case.candidates}
-    keep_freed_memory(False)
     memory = {name: peak_extra_mib(call, case.device) for name, call in case.candidates.items()}
-    keep_freed_memory(keep_memory)
     end = time.perf_counter() + seconds
     while (done := len(samples[case.ours])) < rounds and (done < 5 or time.perf_counter() < end):
         for name, call in case.candidates.items():
@@ -52,20 +50,15 @@ def measure(case: Case, *, rounds: int, seconds: float, keep_memory: bool) -> di
     return {name: _summary(times, ours, memory[name]) for name, times in samples.items()}
 
 
-def keep_freed_memory(keep: bool) -> None:
-    """Lets glibc keep large blocks for the next call, or give them back to the system at once.
+def keep_freed_memory() -> None:
+    """Lets glibc keep large blocks for the next call, for the rest of the process.
 
-    It gives them back by default, and mapping 150 MB anew then takes longer than filling it. The
-    allocators that training runs with (jemalloc, tcmalloc, torch's own on CUDA) keep them.
+    By default it gives them back to the system, and mapping 150 MB anew then takes longer than
+    filling it. jemalloc, tcmalloc and torch's own allocator on CUDA keep them.
     """
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-    libc.mallopt(trim_threshold, 2**31 - 1 if keep else 2**17)
-    libc.mallopt(mmap_max, 0 if keep else 2**16)
-    if not keep:
-        libc.malloc_trim(0)
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD of malloc.h
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 
 def _time(call: Callable[[], object], case: Case) -> float:

@@ -29,11 +29,6 @@ FPG_HD T finite_max(T max) {
 }
 
 template <typename T>
-FPG_HD RowStats<T> empty_stats() {
-  return {-infinity<T>(), T(0), T(0)};
-}
-
-template <typename T>
 FPG_HD RowStats<T> rescale(RowStats<T> a, T max, T inv_temperature) {
   const T shift = bounded((a.max - finite_max(max)) * inv_temperature);
   const T factor = exp(shift);

@@ -2,11 +2,14 @@
 
 from ._flags import check
 from ._library import extension_status, kernels_of
-from .ops._stats import PolicyStats, ValueStats
+from .ops._stats import PolicyStats, PreferenceStats, ValueStats
+from .ops.adaptive_kl import AdaptiveKL
 from .ops.gae import gae
+from .ops.group_center import group_center
 from .ops.kl_estimate import kl_estimate
 from .ops.merge_stats import merge_stats
 from .ops.policy_loss import policy_loss
+from .ops.preference_loss import preference_loss
 from .ops.token_logprobs import token_logprobs
 from .ops.token_rewards import token_rewards
 from .ops.token_weights import token_weights
@@ -15,15 +18,19 @@ from .ops.whiten import whiten
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaptiveKL",
     "PolicyStats",
+    "PreferenceStats",
     "ValueStats",
     "check",
     "extension_status",
     "gae",
+    "group_center",
     "kernels_of",
     "kl_estimate",
     "merge_stats",
     "policy_loss",
+    "preference_loss",
     "token_logprobs",
     "token_rewards",
     "token_weights",

@@ -1,7 +1,7 @@
 """The statistics of the losses: sums, counts, minima, maxima and moments in one fp64 tensor each.
 
-They merge exactly over micro-batches and ranks; no mean is taken before `summary`. Both kinds live
-here, a floor below the pages, because the loss that fills one and merge_stats both need it.
+They merge exactly over micro-batches and ranks; no mean is taken before `summary`. All kinds live
+here, a floor below the pages, because the op that fills one and merge_stats both need it.
 """
 
 from __future__ import annotations
@@ -96,3 +96,37 @@ class ValueStats(NamedTuple):
             "explained_variance": explained,
             "count": s["count"],
         }
+
+
+class PreferenceStats(NamedTuple):
+    """What preference_loss counted over its pairs of weight other than 0: values [7], all sums.
+
+    count, weight, loss           the pairs; Σ w; Σ w·l
+    correct                       pairs whose chosen score is the higher one
+    margin, chosen, rejected      Σ (r_w − r_l), Σ r_w, Σ r_l
+    """
+
+    values: Tensor
+
+    FIELDS = ("count", "weight", "loss", "correct", "margin", "chosen", "rejected")
+
+    @staticmethod
+    def merge(rows: Tensor) -> Tensor:
+        """[M, 7] -> [7]"""
+        return rows.sum(0)
+
+    @staticmethod
+    def summary(row: list[float]) -> dict[str, float]:
+        s = dict(zip(PreferenceStats.FIELDS, row, strict=True))
+        n = max(s["count"], 1.0)
+        return {
+            "loss": s["loss"],
+            "accuracy": s["correct"] / n,
+            "margin": s["margin"] / n,
+            "chosen_mean": s["chosen"] / n,
+            "rejected_mean": s["rejected"] / n,
+            "count": s["count"],
+        }
+
+
+Stats = PolicyStats | ValueStats | PreferenceStats

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 
-from ._stats import PolicyStats, ValueStats
+from ._stats import Stats
 
 
 def merge_stats(
-    stats: PolicyStats | ValueStats | Sequence[PolicyStats] | Sequence[ValueStats],
+    stats: Stats | Sequence[Stats],
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Merges what the losses counted, in the order given and then over ranks, into plain floats.
 
-    stats: one PolicyStats or ValueStats, or a non-empty list of one kind.
+    stats: what one of the losses returned, or a non-empty list of one kind.
     process_group: every rank of it must call, and gets the same numbers.
 
     From PolicyStats, d = logp − old_logp and r = e^d:
@@ -33,9 +34,15 @@ def merge_stats(
       clip_frac               fraction of tokens whose clipped error is the larger one
       mean, return_mean       of V and of R
       explained_variance      1 − Var(R − V) / Var(R); 0 where R does not vary
+    From PreferenceStats:
+      loss                    as above
+      accuracy                fraction of pairs with chosen > rejected
+      margin                  mean of chosen − rejected
+      chosen_mean, rejected_mean   of the scores
+      count                   pairs of weight other than 0
     With no unmasked token: zeros, ratio_min and ratio_max 1. Synchronises the device once.
     """
-    parts = [stats] if isinstance(stats, (PolicyStats, ValueStats)) else list(stats)
+    parts = [stats] if isinstance(stats, Stats) else list(stats)
     kind = _kind(parts)
     row = kind.merge(torch.stack([part.values for part in parts]))
     if process_group is not None:
@@ -45,14 +52,14 @@ def merge_stats(
     return kind.summary(row.tolist())
 
 
-def _kind(parts: list) -> type[PolicyStats] | type[ValueStats]:
+def _kind(parts: list) -> type[Stats]:
     if not parts:
         raise ValueError("merge_stats: stats is empty, nothing to merge")
+    kind = type(parts[0])
     for part in parts:
-        if not isinstance(part, (PolicyStats, ValueStats)):
-            raise TypeError(
-                f"merge_stats: stats holds {type(part).__name__}, must be PolicyStats or ValueStats"
-            )
-        if type(part) is not type(parts[0]):
-            raise TypeError("merge_stats: stats mixes PolicyStats and ValueStats")
-    return type(parts[0])
+        if not isinstance(part, Stats):
+            known = " or ".join(k.__name__ for k in get_args(Stats))
+            raise TypeError(f"merge_stats: stats holds {type(part).__name__}, must be {known}")
+        if type(part) is not kind:
+            raise TypeError(f"merge_stats: stats mixes {kind.__name__} and {type(part).__name__}")
+    return kind

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "dtype.h"
 #include "gae.h"
 #include "kl_estimate.h"
@@ -143,16 +145,27 @@ void bind_whiten(py::module_& m) {
 void bind_policy_loss(py::module_& m) {
   def(m, "policy_loss",
       [](int dtype, int64_t count, Address logp, Address advantages, Address weight,
-         Address old_logp, Address ref_logp, Address entropy, double low, double high,
-         int surrogate, int kl, double kl_coef, double entropy_coef, Address loss,
-         Address coefficient, Address stats) {
+         Address old_logp, Address ratio, Address ref_logp, Address entropy, int surrogate, int kl,
+         const std::array<double, 7>& options, Address loss, Address coefficient, Address stats) {
+        const auto [low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef] =
+            options;
+        const PolicyOptions of = {
+            Surrogate(surrogate), PolicyKl(kl), low,     high,        dual_clip,
+            tau_positive,         tau_negative, kl_coef, entropy_coef};
         with_compute_dtype(dtype, [&](auto x) {
           using T = decltype(x);
           policy_loss<T>({at<T>(logp), at<T>(advantages), at<T>(weight), at<T>(old_logp),
-                          at<T>(ref_logp), at<T>(entropy)},
-                         count,
-                         {low, high, Surrogate(surrogate), PolicyKl(kl), kl_coef, entropy_coef},
-                         {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+                          at<T>(ratio), at<T>(ref_logp), at<T>(entropy)},
+                         count, of, {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+        });
+      });
+  def(m, "policy_loss_sequence_ratio",
+      [](int dtype, int64_t count, int64_t length, Address cu_seqlens, Address logp,
+         Address old_logp, Address weight, Address ratio) {
+        with_compute_dtype(dtype, [&](auto x) {
+          using T = decltype(x);
+          policy_loss_sequence_ratio<T>({count, length, at<int32_t>(cu_seqlens)}, at<T>(logp),
+                                        at<T>(old_logp), at<T>(weight), at<T>(ratio));
         });
       });
 }

@@ -38,7 +38,8 @@ FPG_HD ExpExcess<float> exp_excess(float x) {
   const float tail = p * (r * r);
   const uint32_t exponent = __builtin_bit_cast(uint32_t, shifted) << 23;
   const uint32_t mantissa = __builtin_bit_cast(uint32_t, tail + r + 1.f);
-  const float e = __builtin_bit_cast(float, mantissa + exponent);
+  // Those of a NaN may add up to a number.
+  const float e = select(x == x, __builtin_bit_cast(float, mantissa + exponent), x);
   return {e, select(n == 0.f, tail, (e - 1.f) - x)};
 }
 FPG_HD ExpExcess<double> exp_excess(double x) { return {exp(x), expm1(x) - x}; }
@@ -47,8 +48,7 @@ FPG_HD ExpExcess<double> exp_excess(double x) { return {exp(x), expm1(x) - x}; }
 FPG_HD float exp(float x) {
   const float bounded = exp_excess(clamp(x, -87.33654f, 88.72283f)).exp;
   const float not_below = x < -87.33654f ? 0.f : bounded;
-  const float not_above = x > 88.72283f ? infinity<float>() : not_below;
-  return x == x ? not_above : x;
+  return x > 88.72283f ? infinity<float>() : not_below;
 }
 
 // Where 2^y rounds to 0, and the smallest argument of exp2.

@@ -3,25 +3,41 @@
 
 #include <vector>
 
-#include "parallel.h"
+#include "sequences.h"
 #include "simd/kernels.h"
 
 namespace fpg {
 namespace {
 
-constexpr int64_t kGrain = 16;  // blocks a thread should have at least
+constexpr int64_t kGrain = 16;             // blocks a thread should have at least
+constexpr int64_t kSequenceGrain = 32768;  // tokens, where sequences are the items
 
 template <typename T>
 PolicyTokens<T> from(const PolicyTokens<T>& t, int64_t i) {
   const auto at = [i](const T* x) { return x ? x + i : nullptr; };
-  return {at(t.logp),     at(t.advantages), at(t.weight),
-          at(t.old_logp), at(t.ref_logp),   at(t.entropy)};
+  return {at(t.logp),  at(t.advantages), at(t.weight), at(t.old_logp),
+          at(t.ratio), at(t.ref_logp),   at(t.entropy)};
 }
 
 void add(double* total, const double* part) {
   for (int i = 0; i < kPolicySums; ++i) total[i] += part[i];
   for (int i = kPolicySums; i < kPolicyMinima; ++i) total[i] = smaller(total[i], part[i]);
   for (int i = kPolicyMinima; i < kPolicyFields; ++i) total[i] = larger(total[i], part[i]);
+}
+
+// In eight interleaved sums, so that the additions do not wait for one another.
+template <typename T>
+double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t begin,
+                      int64_t end) {
+  constexpr int64_t kSums = 8;
+  double sums[kSums] = {}, count = 0;
+  for (int64_t t = begin; t < end; ++t) {
+    const bool kept = weight[t] != T(0);
+    sums[(t - begin) % kSums] += kept ? double(logp[t]) - double(old_logp[t]) : 0;
+    count += kept;
+  }
+  for (int64_t i = 1; i < kSums; ++i) sums[0] += sums[i];
+  return log_ratio(sums[0] / larger(count, 1.0), 0.0);
 }
 
 }  // namespace
@@ -44,12 +60,30 @@ void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptio
                    : i < kPolicyMinima ? infinity<double>()
                                        : -infinity<double>();
   for (int64_t i = 0; i < blocks; ++i) add(out.stats, &parts[i * kPolicyFields]);
+  show_nan(out.stats);
   *out.loss = T(out.stats[kLoss]);
+}
+
+template <typename T>
+void policy_loss_sequence_ratio(const Sequences& sequences, const T* logp, const T* old_logp,
+                                const T* weight, T* ratio) {
+  sequences.check("policy_loss");
+  parallel_for(sequences, kSequenceGrain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = sequences.begin(i), end = sequences.end(i);
+      const T value = T(exp(mean_log_ratio(logp, old_logp, weight, begin, end)));
+      for (int64_t t = begin; t < end; ++t) ratio[t] = weight[t] != T(0) ? value : T(0);
+    }
+  });
 }
 
 template void policy_loss(const PolicyTokens<float>&, int64_t, const PolicyOptions&,
                           const PolicyOut<float>&);
 template void policy_loss(const PolicyTokens<double>&, int64_t, const PolicyOptions&,
                           const PolicyOut<double>&);
+template void policy_loss_sequence_ratio(const Sequences&, const float*, const float*, const float*,
+                                         float*);
+template void policy_loss_sequence_ratio(const Sequences&, const double*, const double*,
+                                         const double*, double*);
 
 }  // namespace fpg

@@ -5,7 +5,9 @@
 
 namespace fpg {
 
-enum class Surrogate : int { kPpo, kReinforce };
+struct Sequences;
+
+enum class Surrogate : int { kPpo, kReinforce, kCispo, kSapo };
 enum class PolicyKl : int { kK3, kK3Naive, kK2 };  // to the reference policy; the page has k1 raise
 
 // The statistics, in the order of PolicyStats.FIELDS. Sums, then minima, then maxima.
@@ -32,14 +34,18 @@ enum PolicyField {
 };
 
 template <typename T>
-struct PolicyTokens {  // old_logp, ref_logp and entropy may be null
-  const T *logp, *advantages, *weight, *old_logp, *ref_logp, *entropy;
+struct PolicyTokens {  // all but the first three may be null
+  const T *logp, *advantages, *weight;
+  const T* old_logp;
+  const T* ratio;  // what the surrogate takes in place of exp(logp - old_logp)
+  const T *ref_logp, *entropy;
 };
 
-struct PolicyOptions {
-  double low, high;  // bounds of the ratio; infinite: none
+struct PolicyOptions {  // the numbers in the order of Options in fastpg/ops/_surrogates.py
   Surrogate surrogate;
   PolicyKl kl;
+  double low, high, dual_clip;  // bounds of the ratio; infinite: none
+  double tau_positive, tau_negative;
   double kl_coef, entropy_coef;
 };
 
@@ -55,30 +61,73 @@ FPG_HD T log_ratio(T logp, T other) {
   return select(d > T(20), T(20), select(d < T(-20), T(-20), d));
 }
 
-// Where the clipped branch of PPO is the minimum: no gradient there.
+// What the surrogates need of the options, in the type of the tokens.
 template <typename T>
-FPG_HD bool clipped_low(T ratio, T advantage, T low) {
-  return (advantage < T(0)) & (ratio < low);
-}
+struct Bounds {
+  T low, high, dual_clip, tau_positive, tau_negative;
+};
+
 template <typename T>
-FPG_HD bool clipped_high(T ratio, T advantage, T high) {
-  return (advantage > T(0)) & (ratio > high);
+FPG_HD Bounds<T> bounds(const PolicyOptions& o) {
+  return {T(o.low), T(o.high), T(o.dual_clip), T(o.tau_positive), T(o.tau_negative)};
 }
 
-// -min(r A, clip(r) A)
+// A surrogate's term, and 1 where the lower and the upper bound of the ratio are in force.
 template <typename T>
-FPG_HD LossTerm<T> ppo(T ratio, T advantage, T low, T high) {
-  const bool too_low = clipped_low(ratio, advantage, low);
-  const bool too_high = clipped_high(ratio, advantage, high);
-  const T bounded = select(too_low, low, select(too_high, high, ratio));
-  return {-(bounded * advantage), select(too_low | too_high, T(0), -(ratio * advantage))};
+struct SurrogateTerm {
+  T value, slope, low, high;
+};
+
+// -min(r A, clip(r) A), for A < 0 at most -dual_clip A: no gradient where the ratio is held.
+template <typename T>
+FPG_HD SurrogateTerm<T> ppo(T ratio, T advantage, const Bounds<T>& bounds) {
+  const bool gain = advantage > T(0), penalty = advantage < T(0);
+  const T most = select(gain, bounds.high, bounds.dual_clip);
+  const bool too_low = penalty & (ratio < bounds.low);
+  const bool too_high = (gain | penalty) & (ratio > most);
+  const T held = select(too_low, bounds.low, select(too_high, most, ratio));
+  const T slope = select(too_low | too_high, T(0), -(ratio * advantage));
+  return {-(held * advantage), slope, select(too_low, T(1), T(0)), select(too_high, T(1), T(0))};
 }
 
 // -r A logp with r a constant
 template <typename T>
-FPG_HD LossTerm<T> reinforce(T ratio, T advantage, T logp) {
+FPG_HD SurrogateTerm<T> reinforce(T ratio, T advantage, T logp) {
   const T slope = -(ratio * advantage);
-  return {select(advantage == T(0), T(0), slope * logp), slope};
+  return {select(advantage == T(0), T(0), slope * logp), slope, T(0), T(0)};
+}
+
+// -clip(r) A logp with r a constant: a token whose ratio is held keeps its gradient.
+template <typename T>
+FPG_HD SurrogateTerm<T> cispo(T ratio, T advantage, T logp, const Bounds<T>& bounds) {
+  const bool counts = advantage != T(0);
+  const bool too_low = counts & (ratio < bounds.low), too_high = counts & (ratio > bounds.high);
+  const T held = select(too_low, bounds.low, select(too_high, bounds.high, ratio));
+  const SurrogateTerm<T> term = reinforce(held, advantage, logp);
+  return {term.value, term.slope, select(too_low, T(1), T(0)), select(too_high, T(1), T(0))};
+}
+
+// -4/tau s A with s = sigmoid(x), x = tau (r - 1). With z = e^-|x|, s (1 - s) = z / (1 + z)^2.
+template <typename T>
+FPG_HD SurrogateTerm<T> sapo(T ratio, T advantage, const Bounds<T>& bounds) {
+  const T tau = select(advantage < T(0), bounds.tau_negative, bounds.tau_positive);
+  const T x = tau * (ratio - T(1));
+  const T z = exp(select(x < T(0), x, -x)), share = T(1) / (T(1) + z);
+  const T sigmoid = select(x < T(0), z * share, share);
+  return {T(-4) / tau * sigmoid * advantage, T(-4) * z * share * share * ratio * advantage, T(0),
+          T(0)};
+}
+
+template <Surrogate kKind, typename T>
+FPG_HD SurrogateTerm<T> surrogate(T ratio, T advantage, T logp, const Bounds<T>& bounds) {
+  if constexpr (kKind == Surrogate::kPpo)
+    return ppo(ratio, advantage, bounds);
+  else if constexpr (kKind == Surrogate::kReinforce)
+    return reinforce(ratio, advantage, logp);
+  else if constexpr (kKind == Surrogate::kCispo)
+    return cispo(ratio, advantage, logp, bounds);
+  else
+    return sapo(ratio, advantage, bounds);
 }
 
 // KL to the reference policy, d = logp - ref_logp. The derivative of r k3(d), r' = r, is r d.
@@ -97,8 +146,18 @@ struct PolicyOut {
   double* stats;
 };
 
+// A NaN ratio must show: minima and maxima skip it, but the sum of positive ratios does not.
+FPG_HD void show_nan(double* stats) {
+  if (stats[kRatio] != stats[kRatio]) stats[kRatioMin] = stats[kRatioMax] = stats[kRatio];
+}
+
 template <typename T>
 void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptions& options,
                  const PolicyOut<T>& out);
+
+// The ratio of each token's sequence, exp(mean (logp - old_logp)); 0 at masked tokens.
+template <typename T>
+void policy_loss_sequence_ratio(const Sequences& sequences, const T* logp, const T* old_logp,
+                                const T* weight, T* ratio);
 
 }  // namespace fpg

@@ -17,13 +17,21 @@ CASES = {  # the options, and which optional tensors are given
     "ppo": ({}, "old_logp"),
     "ppo_on_policy": ({}, ""),
     "ppo_one_sided": ({"clip": (None, 0.28)}, "old_logp"),
+    "ppo_dual_clip": ({"dual_clip": 1.3}, "old_logp"),
+    "cispo": ({"surrogate": "cispo", "clip": (0.3, 0.2)}, "old_logp"),
+    "sapo": ({"surrogate": "sapo", "tau": (1.5, 3.0)}, "old_logp"),
+    "gspo": ({"level": "sequence", "clip": (0.003, 0.004), **KL}, "old_logp ref_logp"),
+    "cispo_of_sequences": ({"level": "sequence", "surrogate": "cispo"}, "old_logp"),
     "reinforce": ({"surrogate": "reinforce"}, ""),
     "reinforce_off_policy": ({"surrogate": "reinforce"}, "old_logp"),
     "k3": (KL, "old_logp ref_logp"),
     "k3_naive": ({**KL, "kl": "k3_naive"}, "old_logp ref_logp"),
     "k2": ({**KL, "kl": "k2"}, "old_logp ref_logp"),
     "entropy": ({"entropy_coef": 0.07}, "old_logp entropy"),
-    "all": ({**KL, "entropy_coef": -0.07, "clip": (0.1, None)}, "old_logp ref_logp entropy"),
+    "all": (
+        {**KL, "entropy_coef": -0.07, "clip": (0.1, None), "dual_clip": 1.4},
+        "old_logp ref_logp entropy",
+    ),
 }
 
 
@@ -39,10 +47,17 @@ def sample(shape, dtype=torch.float32):
     return {name: tensor.to(dtype) for name, tensor in x.items()}
 
 
-def run(tensors, case):
-    """(loss, stats, gradient of logp, gradient of entropy or None)"""
+def run(tensors, case, cu_seqlens=None):
+    """(loss, stats, gradient of logp, gradient of entropy or None)
+
+    Where the level is "sequence", one-dimensional tensors are three sequences, one of them empty.
+    """
     options, given = CASES[case]
     x = {name: tensors[name] for name in (*NAMES[:3], *given.split())}
+    if "level" in options and x["logp"].dim() == 1:
+        n = len(x["logp"])
+        ends = [0, n // 3, n // 3, n] if cu_seqlens is None else cu_seqlens
+        x["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32)
     x["logp"] = x["logp"].detach().requires_grad_()
     if "entropy" in x:
         x["entropy"] = x["entropy"].detach().requires_grad_()
@@ -61,9 +76,12 @@ def run(tensors, case):
 def test_matches_reference(kernel, case, dtype, monkeypatch):
     shapes = [(1,), (16,), (3, 7), (2, 2048), (4321,), ()]  # below, at and beyond lanes and blocks
     for x in (sample(shape, dtype) for shape in shapes):
+        if x["logp"].dim() == 0 and "level" in CASES[case][0]:
+            continue
         ours = run(x, case)
         with monkeypatch.context() as patch:
             patch.setattr(page, "_policy_loss", page.reference)
+            patch.setattr(page, "_sequence_ratio", page.reference_sequence_ratio)
             torchs = run(x, case)
             oracle = run({name: tensor.double() for name, tensor in x.items()}, case)
         for a, b, c in zip(ours[:2], torchs[:2], oracle[:2], strict=True):
@@ -85,7 +103,10 @@ def test_a_million_tokens_keep_six_digits():
 
 
 # The others hold the ratio constant: their loss is not the integral of their gradient.
-@pytest.mark.parametrize("case", ["ppo", "reinforce", "k3", "k3_naive", "k2", "entropy", "all"])
+@pytest.mark.parametrize(
+    "case",
+    ["ppo", "ppo_dual_clip", "reinforce", "sapo", "k3", "k3_naive", "k2", "entropy", "all"],
+)
 def test_gradients(kernel, case):
     options, given = CASES[case]
     x = {
@@ -111,24 +132,35 @@ def test_registration(layout, case):
         "empty": lambda t: t[:0],
     }[layout]
     given = CASES[case][1].split()
-    args = [change(x[n]) if n in (*NAMES[:3], *given) else None for n in NAMES]
-    options = (0.8, 1.27, "ppo", "k3", 0.13, 0.07)
-    torch.library.opcheck(page._policy_loss, (*args, *options))
-    coefs = torch.tensor(options[-2:], dtype=torch.float64)
-    torch.library.opcheck(page._policy_loss, (*args, *options, coefs))
+    x["ratio"] = (x["logp"] - x["old_logp"]).exp()
+    given += ["ratio"] if "old_logp" in given else []
+    names = (*NAMES[:4], "ratio", *NAMES[4:])
+    args = [change(x[n]) if n in (*NAMES[:3], *given) else None for n in names]
+    options = [0.8, 1.27, 3.0, 1.0, 1.05, 0.13, 0.07]
+    torch.library.opcheck(page._policy_loss, (*args, "ppo", "k3", options))
+    on_device = torch.tensor(options, dtype=torch.float64)
+    torch.library.opcheck(page._policy_loss, (*args, "sapo", "k2", [], on_device))
+    logp, old_logp, weight = (change(x[n]) for n in ("logp", "old_logp", "weight"))
+    torch.library.opcheck(page._sequence_ratio, (logp, old_logp, weight, None))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch compiles by its own old parts
 def test_compile():
+    """One graph for all numbers, those of a clip that is absent aside."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(policy_loss, backend=counter, fullgraph=True, dynamic=True)
     compilations = []
-    for n, kl_coef, entropy_coef in (50, 0.13, 0.07), (77, 0.3, 0.01), (60, 0.2, 0.05):
+    for n, low, dual_clip, kl_coef, entropy_coef in (
+        (50, 0.1, 3.0, 0.13, 0.07),
+        (77, 0.3, 1.5, 0.3, 0.01),
+        (60, 0.2, 2.0, 0.2, 0.05),
+    ):
         x = sample((2, n))
         logp, entropy = leaves(x["logp"], x["entropy"])
         rest = {k: v for k, v in x.items() if k not in ("logp", "entropy")}
-        options = {**KL, "clip": (0.1, None), "entropy_coef": entropy_coef, "kl_coef": kl_coef}
+        options = {"clip": (low, None), "dual_clip": dual_clip, "level": "sequence"}
+        options |= {"entropy_coef": entropy_coef, "kl_coef": kl_coef}
         loss, stats = compiled(logp, entropy=entropy, **rest, **options)
         compilations.append(counter.frame_count)
         loss.backward()
@@ -141,16 +173,25 @@ def test_compile():
 
 
 X = torch.zeros(4)
+PACKED = {"level": "sequence", "old_logp": X}
 BAD = [
     ({"logp": X.long()}, TypeError, "logp must be floating point, got torch.int64"),
     ({"weight": X.bool()}, TypeError, "weight must be floating point, got torch.bool"),
     ({"advantages": X[:3]}, ValueError, r"advantages \(3,\) must have the shape of logp \(4,\)"),
     ({"old_logp": X[None]}, ValueError, r"old_logp \(1, 4\) must have the shape"),
     ({"entropy": X.to("meta")}, ValueError, "entropy on meta, logp on cpu"),
-    ({"clip": 0.2}, ValueError, r"clip must be a pair \(low, high\), got 0.2"),
+    ({"clip": 0.2}, ValueError, r"clip must be a pair, got 0.2"),
     ({"clip": (-0.1, 0.2)}, ValueError, r"clip must be >= 0 or None on each side, got \(-0.1"),
     ({"clip": (0.1, math.nan)}, ValueError, "clip must be >= 0"),
-    ({"surrogate": "cispo"}, ValueError, "surrogate must be one of ppo, reinforce, got 'cispo'"),
+    ({"surrogate": "gspo"}, ValueError, "one of ppo, reinforce, cispo, sapo, got 'gspo'"),
+    ({"dual_clip": 1.0}, ValueError, "dual_clip must be finite and > 1, got 1.0"),
+    ({"dual_clip": 3.0, "surrogate": "sapo"}, ValueError, "dual_clip=3.0 needs surrogate='ppo'"),
+    ({"tau": (1.0, 0.0)}, ValueError, r"tau must be finite and > 0, got \(1.0, 0.0\)"),
+    ({"tau": 1.0}, ValueError, "tau must be a pair, got 1.0"),
+    ({"level": "group"}, ValueError, "level must be token or sequence, got 'group'"),
+    ({"level": "sequence"}, ValueError, r"logp must be \[B, T\], or \[N\] with cu_seqlens, got"),
+    ({**PACKED, "cu_seqlens": X}, TypeError, "cu_seqlens must be int32, got torch.float32"),
+    ({**PACKED, "cu_seqlens": X[:2].int()}, ValueError, "cu_seqlens must rise from 0 to N = 4"),
     ({"kl": "k1"}, ValueError, "kl='k1' has expected gradient 0"),
     ({"kl": "k4"}, ValueError, "kl must be one of k3, k3_naive, k2, got 'k4'"),
     ({"kl_coef": 0.1}, ValueError, "kl_coef=0.1 needs ref_logp"),
@@ -174,14 +215,109 @@ def test_every_layout_gives_the_same_bits(kernel):
     assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
 
 
+ON_POLICY = ("ppo_dual_clip", "cispo", "sapo", "cispo_of_sequences", "ppo", "ppo_on_policy")
+
+
 def test_old_logp_equal_to_logp_is_reinforce(kernel):
     x = sample((500,))
     x["old_logp"] = x["logp"].clone()
-    ppo, on_policy, reinforce = (run(x, c) for c in ("ppo", "ppo_on_policy", "reinforce"))
-    ratios = merge_stats(PolicyStats(ppo[1]))
-    assert ratios["ratio_min"] == ratios["ratio_max"] == ratios["ratio_mean"] == ratios["ess"] == 1
-    assert torch.equal(ppo[2], reinforce[2]) and torch.equal(on_policy[2], reinforce[2])
-    assert torch.equal(reinforce[2], -x["weight"] * x["advantages"])
+    for case in ON_POLICY:
+        _, stats, grad, _ = run(x, case)
+        assert torch.equal(grad, -x["weight"] * x["advantages"]), case
+        ratios = merge_stats(PolicyStats(stats))
+        assert ratios["ratio_min"] == ratios["ratio_max"] == ratios["ratio_mean"] == 1
+        assert ratios["ess"] == 1 and ratios["clip_frac_low"] == ratios["clip_frac_high"] == 0
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens(kernel):
+    """Ratios 0.5, 0.905, 1.105, 2 and 2 within [0.8, 1.28]; a loss without the detach gives 0."""
+    logp = torch.tensor([0.5, 0.905, 1.105, 2.0, 2.0], dtype=torch.float64).log()
+    logp = leaves(logp - 2.0)[0]
+    advantages = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
+    loss, stats = policy_loss(
+        logp, advantages, torch.ones_like(logp), old_logp=torch.full_like(logp, -2.0),
+        surrogate="cispo", clip=(0.2, 0.28),
+    )  # fmt: skip
+    loss.backward()
+    expected = torch.tensor([-0.8, -0.905, -1.105, -1.28, 1.28], dtype=torch.float64)
+    torch.testing.assert_close(logp.grad, expected)
+    merged = merge_stats(stats)
+    assert (merged["clip_frac_low"], merged["clip_frac_high"]) == (0.2, 0.4)
+
+
+def test_dual_clip_caps_the_loss_of_negative_advantages(kernel):
+    logp = leaves(torch.tensor([1.0, 2.9, 3.1, 50.0, 50.0], dtype=torch.float64).log() - 4)[0]
+    advantages = torch.tensor([-2.0, -2.0, -2.0, -2.0, 2.0], dtype=torch.float64)
+    for i, expected in enumerate([2.0, 5.8, 6.0, 6.0, -2.4]):
+        one = [x[i : i + 1] for x in (logp, advantages, torch.ones_like(logp))]
+        loss, stats = policy_loss(*one, old_logp=torch.full_like(one[0], -4.0), dual_clip=3.0)
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+        (grad,) = torch.autograd.grad(loss, logp)
+        held = expected in (6.0, -2.4)
+        assert merge_stats(stats)["clip_frac_high"] == held and (grad[i] == 0) == held
+
+
+def padded_sample(*shape):
+    x = sample(shape, torch.float64)
+    x["advantages"] = x["advantages"][:, :1].expand(shape).contiguous()
+    lengths = (x["weight"] != 0).sum(1, keepdim=True).clamp(min=1)
+    x["weight"] = torch.where(x["weight"] != 0, 1 / lengths, 0.0)
+    return x
+
+
+def test_gspo_is_its_token_form_where_advantages_are_constant(kernel):
+    """Against autograd through the ratio of whole sequences, one term for each."""
+    x = padded_sample(40, 30)
+    (logp,) = leaves(x["logp"])
+    kept = x["weight"] != 0
+    d = torch.where(kept, logp - x["old_logp"], 0.0)
+    ratio, advantages = (d.sum(1) / kept.sum(1)).exp(), x["advantages"][:, 0]
+    clipped = ratio.clamp(1 - 0.003, 1 + 0.004)
+    expected = -torch.minimum(ratio * advantages, clipped * advantages).sum()
+    expected.backward()
+    x["ref_logp"] = x["logp"]  # no KL
+    loss, stats, grad, _ = run(x, "gspo")
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(grad, logp.grad)
+    assert 0 < merge_stats(PolicyStats(stats))["clip_frac_high"] < 1
+
+
+def test_sequences_are_the_same_padded_packed_and_alone(kernel):
+    x = sample((7, 50))
+    lengths = [0, 50, 1, 17, 16, 33, 49]
+    for i, length in enumerate(lengths):
+        x["weight"][i, length:] = 0
+    grads = run(x, "gspo")[2]
+    rows = [{k: t[i : i + 1, :n] for k, t in x.items()} for i, n in enumerate(lengths)]
+    packed = {k: torch.cat([row[k][0] for row in rows]) for k in x}
+    ends = [sum(lengths[:i]) for i in range(8)]
+    alone = torch.cat([run(row, "gspo")[2][0] for row in rows])
+    together = run(packed, "gspo", ends)[2]
+    assert torch.equal(together, alone)
+    assert torch.equal(together, torch.cat([g[:n] for g, n in zip(grads, lengths, strict=True)]))
+
+
+def test_the_level_leaves_the_kl_alone(kernel):
+    """approx_kl and the KL to the reference are of tokens, whatever the surrogate's ratio is."""
+    x = sample((300,), torch.float64)
+    x["advantages"].zero_()
+    sequences, tokens = run(x, "gspo"), run(x, "k3")
+    assert torch.equal(sequences[2], tokens[2]) and torch.equal(sequences[0], tokens[0])
+    kl = slice(PolicyStats.FIELDS.index("k1"), PolicyStats.FIELDS.index("k3") + 1)
+    assert torch.equal(sequences[1][kl], tokens[1][kl])
+
+
+@pytest.mark.parametrize("case", ["ppo", "sapo", "cispo", "reinforce_off_policy", "gspo"])
+def test_a_nan_shows(kernel, case):
+    x = sample((3000,))
+    x["weight"][:] = 1
+    for place in 0, 1700, 2999:
+        bad = x | {"old_logp": x["old_logp"].clone()}
+        bad["old_logp"][place] = math.nan
+        loss, stats, grad, _ = run(bad, case)
+        merged = merge_stats(PolicyStats(stats))
+        numbers = loss.item(), grad[place].item(), merged["ratio_min"], merged["ratio_max"]
+        assert all(map(math.isnan, numbers)), numbers
 
 
 def test_off_policy_reinforce_detaches_the_ratio(kernel):
@@ -215,21 +351,26 @@ def test_all_masked_is_zero(kernel, case):
 @pytest.mark.parametrize("case", CASES)
 def test_any_split_adds_up(kernel, case):
     x = sample((5000,), torch.float64)
-    whole = run(x, case)
-    ends = [0, 17, 17, 4000, 5000]
-    parts = [run({k: t[i:j] for k, t in x.items()}, case) for i, j in pairwise(ends)]
-    assert torch.equal(torch.cat([p[2] for p in parts]), whole[2])
+    sequences = [0, 17, 17, 100, 4000, 5000]
+    whole = run(x, case, sequences)
+    parts = [
+        run({k: t[i:j] for k, t in x.items()}, case, [s - i for s in sequences if i <= s <= j])
+        for i, j in pairwise([0, 17, 17, 4000, 5000])
+    ]
+    grads = torch.cat([p[2] for p in parts])
+    torch.testing.assert_close(grads, whole[2], rtol=1e-14, atol=0)
+    assert kernel == "reference" or torch.equal(grads, whole[2])  # torch's sigmoid has two forms
     torch.testing.assert_close(sum(p[0] for p in parts), whole[0], rtol=1e-12, atol=1e-12)
     merged = merge_stats([PolicyStats(p[1]) for p in parts])
     assert merged == pytest.approx(merge_stats(PolicyStats(whole[1])), rel=1e-11, abs=1e-13)
 
 
 def test_threads_change_no_bit(kernel):
-    x, threads = sample((100_003,)), torch.get_num_threads()
+    x, threads = sample((400, 251)), torch.get_num_threads()
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        results.append(run(x, "all"))
+        results.append([*run(x, "all"), *run(x, "gspo")[:3]])
     torch.set_num_threads(threads)
     if kernel != "reference":
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -6,6 +6,7 @@ here, a floor below the pages, because the op that fills one and merge_stats bot
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,10 @@ class PolicyStats(NamedTuple):
 
     count, weight          the tokens; Σ w
     loss, surrogate        Σ w·l; the part of it that is the surrogate
-    ratio, ratio_sq        Σ r, Σ r²
-    k1, k3                 Σ −d, Σ (r − 1 − d), d = logp − old_logp: two estimates of KL(old ‖ new)
-    clipped_low            tokens with A < 0 and r < 1 − low
-    clipped_high           tokens with A > 0 and r > 1 + high
+    ratio, ratio_sq        Σ r, Σ r²; r is that of the sequence if the level is
+    k1, k3                 Σ −d, Σ (e^d − 1 − d), d = logp − old_logp: estimates of KL(old ‖ new)
+    clipped_low            tokens whose ratio is held at 1 − low: A < 0 and r < 1 − low
+    clipped_high           at 1 + high or dual_clip: A > 0, r > 1 + high; A < 0, r > dual_clip
     ref_kl, entropy        Σ of the KL to the reference as `kl` estimates it; Σ H
     ratio_min, has_ref_kl, has_entropy   minima; the flags are 1 where the sum above was computed
     ratio_max              a maximum
@@ -34,6 +35,21 @@ class PolicyStats(NamedTuple):
         *("ratio_min", "has_ref_kl", "has_entropy"),
         "ratio_max",
     )
+
+    @staticmethod
+    def tally(
+        kept, weight, loss, surrogate, ratio, d, clipped_low, clipped_high, ref_kl, entropy
+    ) -> Tensor:
+        """values, from tensors of one shape; ref_kl and entropy may be None. Reads kept tokens."""
+        sums = [kept, weight, loss, surrogate, torch.where(kept, ratio, 0.0)]
+        sums += [sums[-1] ** 2, -d, torch.expm1(d) - d, clipped_low, clipped_high]
+        sums += [torch.zeros_like(ratio) if x is None else x for x in (ref_kl, entropy)]
+        flags = [ratio.new_full((), float(x is not None)) for x in (ref_kl, entropy)]
+        bound = ratio.new_full((1,), math.inf)  # an empty tensor has no minimum
+        least = torch.cat([ratio.masked_fill(~kept, math.inf).flatten(), bound]).amin()
+        most = torch.cat([ratio.masked_fill(~kept, -math.inf).flatten(), -bound]).amax()
+        fields = [*(x.sum(dtype=torch.float64) for x in sums), least, *flags, most]
+        return torch.stack([field.double() for field in fields])
 
     @staticmethod
     def merge(rows: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ def merge_stats(
 
     From PolicyStats, d = logp − old_logp and r = e^d:
       loss                    sum of the losses, KL and entropy terms included
-      clip_frac_low, _high    fraction of tokens without gradient because r < 1 − low, r > 1 + high
+      clip_frac_low, _high    fraction of tokens whose ratio is held at a lower, an upper bound
       approx_kl, kl           KL(old ‖ new): mean of k3 = r − 1 − d, and of k1 = −d
-      ratio_mean, _min, _max  of r
+      ratio_mean, _min, _max  of r, or of the ratio of each token's sequence
       ess                     effective sample size (Σ r)² / (n Σ r²), a fraction
       ref_kl, entropy         means; absent unless every part had ref_logp, entropy
       count                   unmasked tokens

@@ -11,8 +11,9 @@ CPP := $(shell find csrc -type f)
 demo: .stamp
 	$(RUN) -m fastpg train
 
+# On every core, where pytest-xdist is there to share the tests out.
 test: .stamp
-	$(RUN) -m pytest
+	$(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo "-n auto")
 
 lint: .stamp
 	$(RUN) -m ruff check .

@@ -34,7 +34,10 @@ ISA_FLAGS = {
     ],
 }
 NVCCFLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-GPUS = (80, 90, 100)
+GPUS = (80, 90, 100)  # in machine code; for others from Turing on the driver compiles PTX
+GENCODE = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
+GENCODE += ["-gencode=arch=compute_75,code=compute_75"]
+FILE_FLAGS = {**ISA_FLAGS, "bind_cuda": [f"-DFPG_GPUS='\"{' '.join(f'sm_{g}' for g in GPUS)}\"'"]}
 
 
 def find_nvcc():
@@ -84,21 +87,21 @@ class Build(build_ext):
             f"-I{shlex.quote(str(d))}"
             for d in (*ext.include_dirs, *self.include_dirs, Path("csrc").absolute())
         ]
-        gpus = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
         shared = (
             ["-shared"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
         )
         out.variable("includes", includes)
-        out.rule("cxx", f"{cxx} {' '.join(CXXFLAGS)} $isa $includes -MMD -MF $out.d -c $in -o $out",
-                 depfile="$out.d", deps="gcc")  # fmt: skip
-        out.rule("nvcc", f"{nvcc} {' '.join(NVCCFLAGS + gpus)} $includes -MD -c $in -o $out",
-                 depfile="$out.d", deps="gcc")  # fmt: skip
+        for rule, command in (
+            ("cxx", f"{cxx} {' '.join(CXXFLAGS)} $flags $includes -MMD -MF $out.d"),
+            ("nvcc", f"{nvcc} {' '.join(NVCCFLAGS + GENCODE)} $includes -MD"),
+        ):
+            out.rule(rule, f"{command} -c $in -o $out", depfile="$out.d", deps="gcc")
         out.rule("link", f"{cxx} {' '.join(shared)} $in $libs -o $out")
         objects = []
         for source in map(Path, ext.sources):
             objects.append(str(folder / f"{source.stem}{source.suffix}.o"))
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            flags = {"isa": ISA_FLAGS.get(source.stem, [])}
+            flags = {"flags": FILE_FLAGS.get(source.stem, [])}
             out.build(objects[-1], rule, str(source.absolute()), variables=flags)
         out.build(str(target), "link", objects, variables={"libs": ext.extra_link_args})
 

@@ -177,7 +177,7 @@ void bind_value_loss(py::module_& m) {
         with_compute_dtype(dtype, [&](auto x) {
           using T = decltype(x);
           value_loss<T>({at<T>(values), at<T>(returns), at<T>(weight), at<T>(old_values)}, count,
-                        T(clip), {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+                        T(clip), {at<T>(loss), at<T>(coefficient), at<ValueStats>(stats)});
         });
       });
 }

@@ -16,36 +16,23 @@ ValueTokens<T> from(const ValueTokens<T>& t, int64_t i) {
   return {t.values + i, t.returns + i, t.weight + i, t.old_values ? t.old_values + i : nullptr};
 }
 
-void merge_moments(double* total, const double* part, int mean) {
-  const Moments all = merge(Moments{total[kValueCount], total[mean], total[mean + 1]},
-                            Moments{part[kValueCount], part[mean], part[mean + 1]});
-  total[mean] = all.mean;
-  total[mean + 1] = all.m2;
-}
-
-void merge_block(double* total, const double* part) {
-  merge_moments(total, part, kReturnMean);
-  merge_moments(total, part, kResidualMean);
-  for (int i = 0; i < kValueSums; ++i) total[i] += part[i];  // the count last: the moments need it
-}
-
 }  // namespace
 
 template <typename T>
 void value_loss(const ValueTokens<T>& tokens, int64_t count, T clip, const ValueOut<T>& out) {
   const ValueLossKernels<T>& kernel = kernels();
   const int64_t blocks = ceil_div(count, kTokenBlock);
-  std::vector<double> parts(blocks * kValueFields);
+  std::vector<ValueStats> parts(blocks);
   parallel_for(blocks, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * kTokenBlock;
       kernel.value_block(from(tokens, first), smaller(kTokenBlock, count - first), clip,
-                         out.coefficient + first, &parts[i * kValueFields]);
+                         out.coefficient + first, parts[i].x);
     }
   });
-  for (int i = 0; i < kValueFields; ++i) out.stats[i] = 0;
-  for (int64_t i = 0; i < blocks; ++i) merge_block(out.stats, &parts[i * kValueFields]);
-  *out.loss = T(out.stats[kValueLoss]);
+  clear(*out.stats);
+  for (const ValueStats& part : parts) merge(*out.stats, part);
+  *out.loss = T(out.stats->x[kValueLoss]);
 }
 
 template void value_loss(const ValueTokens<float>&, int64_t, float, const ValueOut<float>&);

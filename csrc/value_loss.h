@@ -3,6 +3,7 @@
 #pragma once
 
 #include "moments.h"
+#include "stream.h"
 
 namespace fpg {
 
@@ -20,6 +21,23 @@ enum ValueField {
   kResidualM2,
   kValueFields
 };
+
+struct ValueStats {
+  double x[kValueFields];
+};
+
+FPG_HD void clear(ValueStats& stats) {
+  for (double& x : stats.x) x = 0;
+}
+
+FPG_HD void merge(ValueStats& total, const ValueStats& part) {
+  for (int mean = kValueSums; mean < kValueFields; mean += 2) {
+    const Moments all = merge(Moments{total.x[kValueCount], total.x[mean], total.x[mean + 1]},
+                              Moments{part.x[kValueCount], part.x[mean], part.x[mean + 1]});
+    total.x[mean] = all.mean, total.x[mean + 1] = all.m2;
+  }
+  for (int i = 0; i < kValueSums; ++i) total.x[i] += part.x[i];  // the count, when its means are
+}
 
 template <typename T>
 struct ValueTokens {  // old_values may be null: no clipping
@@ -54,14 +72,17 @@ FPG_HD Moments moments_about(double origin, double count, double sum, double sum
   return {count, origin + sum / count, m2 < 0 ? 0 : m2};
 }
 
-// loss: one T; coefficient [count] in T: dL/dV; stats [kValueFields].
+// loss: one T; coefficient [count] in T: dL/dV.
 template <typename T>
 struct ValueOut {
   T *loss, *coefficient;
-  double* stats;
+  ValueStats* stats;
 };
 
 template <typename T>
 void value_loss(const ValueTokens<T>& tokens, int64_t count, T clip, const ValueOut<T>& out);
+template <typename T>
+void value_loss(const ValueTokens<T>& tokens, int64_t count, T clip, const ValueOut<T>& out,
+                const Scratch<ValueStats>& scratch, Stream stream);
 
 }  // namespace fpg

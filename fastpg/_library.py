@@ -8,20 +8,31 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-try:
-    _C = import_module("fastpg._C")
-except ImportError as error:
-    _C, _why_not = None, str(error)
+
+def _extension(name: str) -> tuple[ModuleType | None, str]:
+    """A compiled module, or why there is none."""
+    try:
+        return import_module(name), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+_C, _why_not = _extension("fastpg._C")
+_cuda, _why_no_cuda = _extension("fastpg._cuda")
+if torch.version.hip:
+    _cuda, _why_no_cuda = None, "this torch is for AMD"
 
 LIB = torch.library.Library("fastpg", "DEF")
 REFERENCES: dict[torch._ops.OpOverload, Callable] = {}
+CUDA_LAUNCHERS: dict[torch._ops.OpOverload, Callable] = {}
 _kernels: dict[str, dict[str, str]] = {}  # op -> device -> what serves it
 
 DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -55,16 +66,44 @@ def cpu_kernel(op: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
     return kernel(op, "CPU", "C++") if _C is not None else lambda function: function
 
 
+def cuda_kernel(op: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
+    """Attaches the decorated launcher(run, *args), where there is a CUDA extension.
+
+    `run` is the extension's function of the op's name, bound to the current stream of the device of
+    the first argument, which is then the current device.
+    """
+
+    def attach(launcher: Callable) -> Callable:
+        CUDA_LAUNCHERS[op] = launcher
+        if _cuda is not None:
+            run = getattr(_cuda, op._opname)
+            kernel(op, "CUDA", "CUDA C++")(lambda *args: _on_device(launcher, run, args))
+        return launcher
+
+    return attach
+
+
+def _on_device(launcher: Callable, run: Callable, args: tuple) -> object:
+    device = args[0].get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _on_device(launcher, run, args)
+    return launcher(partial(run, torch._C._cuda_getCurrentRawStream(device)), *args)
+
+
 def triton_kernels(page: str, *ops: torch._ops.OpOverload) -> None:
     """Attaches to each op the function of its name in `<page>_triton.py`, where there is Triton.
 
-    That file, and Triton, are imported when the first CUDA tensor arrives.
+    That file, and Triton, are imported when the first CUDA tensor arrives. An op that CUDA C++
+    serves, attached before, stays with it.
     """
     if find_spec("triton") is None:
         return
     launchers = cache(lambda: import_module(f"{page}_triton"))
     for op in ops:
         name = op._opname
+        if _kernels[name]["CUDA"] == "CUDA C++":
+            continue
         kernel(op, "CUDA", "Triton")(lambda *args, name=name: getattr(launchers(), name)(*args))
 
 
@@ -74,10 +113,15 @@ def kernels_of() -> dict[str, dict[str, str]]:
 
 
 def extension_status() -> str:
-    """One line: which instruction set the C++ kernels use, or why there are none."""
+    """One line: what the C++ and CUDA kernels are built for, or why there are none."""
     if _C is None:
-        return f"not loaded ({_why_not}); every op runs on its PyTorch reference"
-    return f"loaded, instruction set {_C.instruction_set()}"
+        cpu = f"not loaded ({_why_not}); every op runs on its PyTorch reference"
+    else:
+        cpu = f"loaded, instruction set {_C.instruction_set()}"
+    if _cuda is None:
+        return f"{cpu}; CUDA C++: not loaded ({_why_no_cuda})"
+    here = "" if torch.cuda.is_available() else ", no GPU here"
+    return f"{cpu}; CUDA C++: built for {_cuda.gpus}{here}"
 
 
 def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -88,6 +132,32 @@ def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 def address(tensor: torch.Tensor | None) -> int:
     """The data pointer of a tensor; 0 for an absent one."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+REDUCE_TOKENS = 1024  # kReduceTokens of csrc/stream.h
+
+
+def scratch(tokens: torch.Tensor, fields: int) -> tuple[tuple[int, int, int], torch.Tensor]:
+    """Scratch of csrc/stream.h for statistics of so many fields, and what must outlive the call."""
+    blocks = max(1, -(-tokens.numel() // REDUCE_TOKENS))
+    parts = tokens.new_empty(blocks, fields, dtype=torch.float64)
+    ticket = _ticket(tokens.device)
+    return (parts.data_ptr(), blocks, ticket.data_ptr()), (parts, ticket)
+
+
+def _ticket(device: torch.device) -> torch.Tensor:
+    """A counter at 0, where every launch leaves it: one a stream, whose launches never overlap.
+
+    A graph may be replayed on any stream: there each launch has its own, cleared in the graph.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros((), dtype=torch.int32, device=device)
+    return _ticket_of_stream(device, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+@cache
+def _ticket_of_stream(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros((), dtype=torch.int32, device=device)
 
 
 def scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

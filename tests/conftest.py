@@ -1,18 +1,22 @@
 """Every op's tests run once per implementation: reference, C++ on each instruction set, GPU.
 
-Where there is no GPU, Triton kernels run in Triton's interpreter, on tensors of the CPU.
+Where there is no GPU, Triton kernels run in Triton's interpreter and those of CUDA C++ in
+`cuda_on_cpu`, on tensors of the CPU.
 """
 
 import importlib
 import importlib.util
 import os
 import pkgutil
+from functools import partial
+from pathlib import Path
 
+import cuda_on_cpu
 import pytest
 import torch
 
 import fastpg.ops
-from fastpg._library import _C, REFERENCES
+from fastpg._library import _C, CUDA_LAUNCHERS, REFERENCES
 
 NAMES = [m.name for m in pkgutil.iter_modules(fastpg.ops.__path__)]
 PAGES = [importlib.import_module(f"fastpg.ops.{n}") for n in NAMES if not n.endswith("_triton")]
@@ -43,14 +47,21 @@ def deterministic():
     torch.manual_seed(0)
 
 
+def op_of(module):
+    """The op that a test file is named after."""
+    return module.__name__.removeprefix("test_")
+
+
 def pytest_generate_tests(metafunc):
     """`kernel` is each implementation of the op that the file is named after."""
     if "kernel" not in metafunc.fixturenames:
         return
-    op = metafunc.module.__name__.removeprefix("test_")
+    op = op_of(metafunc.module)
     kernels = ["reference", *INSTRUCTION_SETS]
     if TRITON and not GPU and f"{op}_triton" in NAMES:
         kernels.append("triton")
+    if not GPU and Path(cuda_on_cpu.CSRC, f"{op}.cu").exists():
+        kernels.append("cuda-on-cpu")
     if GPU and fastpg.kernels_of()[op]["CUDA"] != "reference":
         kernels.append("cuda")
     metafunc.parametrize("kernel", kernels, indirect=True)
@@ -63,6 +74,14 @@ def replace_ops(monkeypatch, page, implementation):
             monkeypatch.setattr(page, name, implementation(op))
 
 
+def cuda_launcher(op, module):
+    """The launcher of an op in CUDA C++, on this module instead of fastpg._cuda; or None."""
+    if op not in CUDA_LAUNCHERS:
+        return None
+    run = partial(getattr(module, op._opname), 0)
+    return partial(CUDA_LAUNCHERS[op], run)
+
+
 @pytest.fixture
 def kernel(request, monkeypatch):
     """The implementation under test; the public function is called as a user would."""
@@ -71,12 +90,17 @@ def kernel(request, monkeypatch):
             replace_ops(monkeypatch, page, REFERENCES.get)
         yield request.param
     elif request.param == "triton":
-        op = request.module.__name__.removeprefix("test_")
+        op = op_of(request.module)
         launchers = vars(importlib.import_module(f"fastpg.ops.{op}_triton"))
         page = importlib.import_module(f"fastpg.ops.{op}")
         replace_ops(monkeypatch, page, lambda op: launchers.get(op._opname))
         with importlib.import_module("numpy").errstate(all="ignore"):  # which interprets, and warns
             yield request.param
+    elif request.param == "cuda-on-cpu":
+        module = cuda_on_cpu.load(request.config.cache.mkdir("cuda_on_cpu"))
+        page = importlib.import_module(f"fastpg.ops.{op_of(request.module)}")
+        replace_ops(monkeypatch, page, lambda op: cuda_launcher(op, module))
+        yield request.param
     elif request.param == "cuda":
         with torch.device("cuda"):  # where tests make their tensors
             yield request.param

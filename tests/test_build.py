@@ -1,12 +1,17 @@
 """The extension: what it may not leak, what it does not need, and life without it."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import fastpg
+from fastpg._library import _C, _cuda
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,13 +47,27 @@ def test_instruction_sets_do_not_leak(unit, tmp_path):
     assert not [line for line in symbols.stdout.splitlines() if line[17:18] in "WVu"]
 
 
-def test_extension_does_not_link_torch():
-    from fastpg._library import _C
-
-    if _C is None or not shutil.which("ldd"):
+@pytest.mark.parametrize("extension", [_C, _cuda], ids=["_C", "_cuda"])
+def test_extensions_link_neither_torch_nor_cuda(extension):
+    if extension is None or not shutil.which("ldd"):
         pytest.skip("no extension here, or no ldd")
-    linked = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True)
-    assert "torch" not in linked.stdout and "gomp" not in linked.stdout
+    linked = subprocess.run(["ldd", extension.__file__], capture_output=True, text=True, check=True)
+    assert not [name for name in ("torch", "gomp", "cuda") if f"lib{name}" in linked.stdout]
+
+
+def test_the_cuda_extension_is_built_where_there_is_an_nvcc():
+    if _cuda is None and (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        assert torch.version.hip or os.environ.get("FASTPG_CUDA") == "0"
+
+
+@pytest.mark.skipif(_cuda is None or torch.cuda.is_available(), reason="needs _cuda, and no GPU")
+def test_the_cuda_extension_imports_without_a_driver_and_says_so():
+    assert "built for sm_80 sm_90 sm_100, no GPU here" in fastpg.extension_status()
+    assert fastpg.kernels_of()["value_loss"]["CUDA"] == "CUDA C++"
+    with pytest.raises(RuntimeError, match="CUDA says: CUDA driver version is insufficient"):
+        _cuda.value_loss(0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0, (0, 1, 0))
+    with pytest.raises(ValueError, match="scratch memory of the wrong size"):
+        _cuda.value_loss(0, 0, 1025, 0, 0, 0, 0, 0.0, 0, 0, 0, (0, 1, 0))
 
 
 def test_without_the_extension_the_references_serve():
@@ -64,6 +83,16 @@ def test_without_the_extension_the_references_serve():
     assert out.startswith("not loaded (")
 
 
+def test_without_the_cuda_extension_no_op_needs_it():
+    out = python(
+        "import sys; sys.modules['fastpg._cuda'] = None\n"
+        "import fastpg\n"
+        "print({k['CUDA'] for k in fastpg.kernels_of().values()} <= {'Triton', 'reference'})\n"
+        "print(fastpg.extension_status())"
+    )
+    assert out.startswith("True\n") and "CUDA C++: not loaded (" in out
+
+
 def test_without_triton_the_references_serve_a_gpu():
     code = "import fastpg; print(fastpg.kernels_of()['token_logprobs']['CUDA'])"
     assert python(f"import sys; sys.modules['triton'] = None; {code}") == "reference\n"
@@ -72,8 +101,6 @@ def test_without_triton_the_references_serve_a_gpu():
 
 
 def test_an_unknown_instruction_set_is_refused():
-    from fastpg._library import _C
-
     if _C is None:
         pytest.skip("no extension here")
     with pytest.raises(ValueError, match="no instruction set 'mmx'"):

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define
+from .._library import (
+    _C,
+    DTYPE_CODE,
+    address,
+    contiguous,
+    cpu_kernel,
+    cuda_kernel,
+    define,
+    scratch,
+)
 from ._checks import alike, constant
 from ._stats import ValueStats
 
@@ -60,16 +69,23 @@ _value_loss = define(
 )
 
 
-@cpu_kernel(_value_loss)
-def _value_loss_cpu(values, returns, weight, old_values, clip):
+def _launch(run, values, returns, weight, old_values, clip, *scratch):
     tensors = contiguous(values, returns, weight, old_values)
-    loss, coefficient = values.new_empty(()), torch.empty_like(tensors[0])
-    stats = values.new_empty(8, dtype=torch.float64)
-    _C.value_loss(
-        DTYPE_CODE[values.dtype], values.numel(), *map(address, tensors), clip,
-        loss.data_ptr(), coefficient.data_ptr(), stats.data_ptr(),
-    )  # fmt: skip
-    return loss, coefficient, stats
+    out = _fake(values)
+    sizes = DTYPE_CODE[values.dtype], values.numel()
+    run(*sizes, *map(address, tensors), clip, *map(address, out), *scratch)
+    return out
+
+
+@cpu_kernel(_value_loss)
+def _value_loss_cpu(*args):
+    return _launch(_C.value_loss, *args)
+
+
+@cuda_kernel(_value_loss)
+def _value_loss_cuda(run, *args):
+    room, _alive = scratch(args[0], fields=8)
+    return _launch(run, *args, room)
 
 
 class _ValueLoss(torch.autograd.Function):

@@ -15,9 +15,11 @@ from fastpg import (
     PolicyStats,
     ValueStats,
     gae,
+    group_center,
     kl_estimate,
     merge_stats,
     policy_loss,
+    preference_loss,
     token_logprobs,
     token_rewards,
     token_weights,
@@ -190,6 +192,32 @@ def test_value_loss_is_least_at_the_expected_return():
         learned[STATES.flatten()] = exact_values(theta).flatten()
     loss, _ = value_loss(learned[STATES], returns, chance)
     gradient = torch.autograd.grad(loss, learned)[0]
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient))
+
+
+def test_leaving_one_out_keeps_the_expectation_and_centring_shrinks_it():
+    """Over every group of two completions: centring gives (n − 1)/n of the gradient."""
+    theta = table()
+    grads, chance = each_gradient(theta, torch.ones(V**T, T).double()), chances(theta).detach()
+    first, second = torch.cartesian_prod(torch.arange(V**T), torch.arange(V**T)).unbind(1)
+    pairs, group = torch.stack([first, second], 1), torch.arange(len(first)).repeat_interleave(2)
+    for baseline, share in ("loo", 1.0), ("mean", 0.5):
+        advantages = group_center(SCORES[pairs].flatten(), group, baseline=baseline).view(-1, 2)
+        of_completions = (chance[first] * chance[second])[:, None] * advantages / 2
+        weight = torch.zeros(V**T, dtype=torch.float64)
+        weight.index_add_(0, pairs.flatten(), of_completions.flatten())
+        ours = torch.einsum("y,yij->ij", weight, grads)
+        torch.testing.assert_close(ours, share * exact_gradient(theta))
+
+
+def test_preferences_recover_the_differences_of_scores():
+    """Weighted by the model's own probabilities, the loss is least at the true scores."""
+    true = torch.randn(5, dtype=torch.float64)
+    chosen, rejected = torch.cartesian_prod(torch.arange(5), torch.arange(5)).unbind(1)
+    preferred = (true[chosen] - true[rejected]).sigmoid()
+    (scores,) = leaves(true + 3)  # a constant does not matter
+    loss, _ = preference_loss(scores[chosen], scores[rejected], weight=preferred)
+    gradient = torch.autograd.grad(loss, scores)[0]
     torch.testing.assert_close(gradient, torch.zeros_like(gradient))
 
 

@@ -1,61 +1,15 @@
-"""What `PPOTrainer` promises, on a tiny model with random weights."""
+"""What `PPOTrainer` learns, by hand and by its laws, on a tiny model with random weights."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from accelerate.state import AcceleratorState
+from tiny_trainer import make_trainer, metrics_of, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from fastpg.tasks import reviews
-from fastpg.trainer import InputError, PPOConfig, PPOTrainer
+from fastpg.trainer.head import Head
 from fastpg.trainer.models import PolicyWithValue
-from fastpg.trainer.rollout import completion_mask, encode, sample, sampling
-
-PROMPTS = [{"prompt": subject} for subject in reviews.subjects()[:8]]
-SETTINGS = {
-    "num_steps": 2,
-    "rollout_batch_size": 10,
-    "max_new_tokens": 6,
-    "micro_batch_size": 2,  # does not divide the 5 episodes of a minibatch
-    "learning_rate": 1e-3,
-    "num_eval_samples": 2,
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def tiny_model(**changes) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=43,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        **changes,
-    )
-    return Qwen3ForCausalLM(config)
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
@@ -73,33 +27,18 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def share_of_praise(prompts, completions):
-    counts = [[word in reviews.POSITIVE for word in c.split()] for c in completions]
-    return [sum(count) / max(len(count), 1) for count in counts]
-
-
-def make_trainer(output_dir, reward=share_of_praise, model=None, dataset=PROMPTS, **settings):
-    return PPOTrainer(
-        model or tiny_model(),
-        reward,
-        PPOConfig(output_dir=str(output_dir), **{**SETTINGS, **settings}),
-        train_dataset=dataset,
-        processing_class=reviews.build_tokenizer(),
-    )
-
-
-def metrics_of(output_dir) -> list[dict]:
-    return [json.loads(line) for line in Path(output_dir, "metrics.jsonl").read_text().splitlines()]
-
-
 def parameters_after_a_step(output_dir, model=None, **settings) -> torch.Tensor:
     trainer = make_trainer(output_dir, model=model, **{"num_steps": 1, **settings})
     trainer.train()
     return torch.nn.utils.parameters_to_vector(trainer.learner.model.parameters())
 
 
-def test_first_ratio_is_exactly_one_and_first_kl_zero(tmp_path):
-    make_trainer(tmp_path, model=tiny_model(attention_dropout=0.5)).train()
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_first_ratio_is_exactly_one_and_first_kl_zero(tmp_path, precision):
+    model = tiny_model(attention_dropout=0.5)
+    AcceleratorState._reset_state()  # or the precision of an earlier trainer would stay
+    make_trainer(tmp_path, model=model, mixed_precision=precision).train()
+    AcceleratorState._reset_state()
     first, second = metrics_of(tmp_path)
     assert first["policy/first_ratio_deviation"] == second["policy/first_ratio_deviation"] == 0.0
     assert first["policy/ratio_max"] > 1.0  # later ones do move
@@ -272,14 +211,14 @@ def test_functional_dropout_is_off_under_gradient_checkpointing(tmp_path):
     torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-6)
 
 
-def test_values_are_float32_under_mixed_precision():
+def test_outputs_are_float32_under_mixed_precision():
     model = PolicyWithValue(tiny_opt())
     torch.nn.init.ones_(model.value_head.weight)
     ids = torch.arange(12).view(2, 6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, values = model(ids, torch.ones_like(ids), 3)
-    assert logits.shape == (2, 3, 43)
-    assert values.dtype == torch.float32
+    for head in (Head(), None):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(ids, torch.ones_like(ids), ids[:, -3:], 1.0, head)
+        assert all(x.shape == (2, 3) and x.dtype == torch.float32 for x in outputs)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
@@ -308,257 +247,13 @@ def test_reference_is_frozen(tmp_path):
     assert not torch.equal(model.lm_head.weight, start["lm_head.weight"])
 
 
-def test_saved_model_loads(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.train()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    ids = tokenizer("the story was", return_tensors="pt")["input_ids"]
-    torch.testing.assert_close(loaded(ids).logits, trainer.policy(ids).logits)
-    head = load_file(tmp_path / "model" / "value_head.safetensors")
-    assert head["weight"].shape == (1, 32)
-    assert head["weight"].abs().max() > 0
-
-
-def test_the_run_is_written(tmp_path):
-    trainer = make_trainer(tmp_path, eval_steps=2)
-    final = trainer.train()
-    first, second = metrics_of(tmp_path)
-    assert (first["learning_rate"], second["learning_rate"]) == (1e-3, 5e-4)
-    assert "eval/reward/mean" not in first
-    assert second["eval/reward/mean"] == final["eval/reward/mean"]
-    samples = (tmp_path / "completions" / "step_000002.jsonl").read_text().splitlines()
-    assert set(json.loads(samples[0])) >= {"prompt", "completion", "score", "finished"}
-    assert list((tmp_path / "tensorboard").glob("events*"))
-    summary = (tmp_path / "summary.md").read_text()
-    assert "Where the time went" in summary
-    assert "token_logprobs" in summary
-    assert (tmp_path / "reward_and_kl.png").stat().st_size > 0
-
-
-def test_an_earlier_run_is_kept(tmp_path):
-    make_trainer(tmp_path, num_steps=1).train()
-    before = (tmp_path / "metrics.jsonl").read_text()
-    make_trainer(tmp_path, num_steps=1, seed=1).train()
-    assert (tmp_path / "earlier-1" / "metrics.jsonl").read_text() == before
-
-
-def test_evaluation_takes_no_random_numbers(tmp_path):
-    trainer = make_trainer(tmp_path)
-    state = torch.get_rng_state()
-    assert trainer.evaluate() == trainer.evaluate()
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_mask_ends_with_the_first_eos():
-    ids = torch.tensor([[5, 1, 1, 1], [5, 6, 7, 8], [2, 5, 1, 0], [5, 6, 7, 1]])
-    mask, finished = completion_mask(ids, eos_ids=[1, 2])
-    assert mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]
-    assert finished.tolist() == [True, False, True, True]
-
-
-def test_eos_counts_where_it_is_also_the_padding():
-    tokenizer = reviews.build_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    prompts = ["the story was", "honestly the story was", tokenizer.eos_token + " the plot felt"]
-    rollout = sample(
-        tiny_model(),
-        tokenizer,
-        prompts * 20,
-        max_prompt_length=9,
-        max_new_tokens=30,
-        temperature=1.0,
-    )
-    is_eos = (rollout.completion_ids == tokenizer.eos_token_id) & rollout.mask
-    assert 0 < rollout.finished.sum() < 60
-    assert torch.equal(is_eos.sum(-1), rollout.finished.long())
-    assert torch.equal((rollout.labels != -100), rollout.mask)
-    assert rollout.attention_mask[:3, :4].tolist() == [[0, 1, 1, 1], [1] * 4, [1] * 4]
-
-
-def test_long_prompts_lose_their_beginning():
-    tokenizer = reviews.build_tokenizer()
-    ids, mask = encode(["honestly the story was", "plot"], tokenizer, max_length=2)
-    assert tokenizer.batch_decode(ids) == ["story was", "<pad> plot"]
-    assert mask.tolist() == [[1, 1], [0, 1]]
-
-
-def test_chat_prompts_go_through_the_template():
-    tokenizer = reviews.build_tokenizer()
-    messages = [{"role": "user", "content": "the plot"}]
-    with pytest.raises(InputError, match="no chat template"):
-        encode([messages], tokenizer, 9)
-    tokenizer.chat_template = (
-        "{{ messages[0].content }}{% if add_generation_prompt %} was{% endif %}"
-    )
-    assert tokenizer.batch_decode(encode([messages], tokenizer, 9)[0]) == ["the plot was"]
-
-
-def test_chat_rewards_see_messages(tmp_path):
-    seen = []
-
-    def reward(prompts, completions):
-        seen.extend(completions)
-        return [0.0] * len(prompts)
-
-    dataset = [{"prompt": [{"role": "user", "content": "the plot"}]}]
-    trainer = make_trainer(tmp_path, reward, dataset=dataset)
-    trainer.tokenizer.chat_template = "{{ messages[0].content }}"
-    trainer.evaluate()
-    assert [message["role"] for message in seen[0]] == ["assistant"]
-
-
-def test_rollout_leaves_the_model_as_it_was():
-    model = tiny_model().train()
-    model.lm_head.eval()
-    model.activation_checkpointing_enable()
-    own_config = model.generation_config
-    before = [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()]
-    with pytest.raises(ZeroDivisionError), sampling(model, GenerationConfig()):
-        assert not any(m.training for m in model.modules())
-        assert not torch.is_grad_enabled()
-        raise ZeroDivisionError
-    after = [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()]
-    assert after == before
-    assert model.generation_config is own_config
-    assert torch.is_grad_enabled()
-
-
-def test_sampling_is_from_the_whole_distribution():
+def test_a_head_that_is_not_understood_falls_back_to_the_logits(tmp_path, caplog):
+    plain = parameters_after_a_step(tmp_path / "plain")
+    assert not caplog.records
     model = tiny_model()
-    model.generation_config = GenerationConfig(top_k=1, repetition_penalty=2.0, min_p=0.9)
-    rollout = sample(
-        model,
-        reviews.build_tokenizer(),
-        ["the story was"] * 40,
-        max_prompt_length=9,
-        max_new_tokens=1,
-        temperature=1.0,
-    )
-    assert len(rollout.completion_ids.unique()) > 10
-
-
-def test_rewards_get_the_columns_they_name(tmp_path):
-    dataset = [{**row, "answer": i, "other": None} for i, row in enumerate(PROMPTS)]
-    seen = []
-
-    def reward(completions, answer):
-        seen.append(answer)
-        return answer
-
-    make_trainer(tmp_path, reward, dataset=dataset).evaluate()
-    assert seen == [[0, 1]]
-    with pytest.raises(InputError, match="needs a dataset column 'answer'"):
-        make_trainer(tmp_path, reward).evaluate()
-
-
-def test_a_column_may_be_missing_from_the_first_row(tmp_path):
-    seen = []
-
-    def reward(completions, answer):
-        seen.append(answer)
-        return [0.0] * len(completions)
-
-    make_trainer(tmp_path, reward, dataset=[PROMPTS[0], {**PROMPTS[1], "answer": 1}]).evaluate()
-    assert seen == [[None, 1]]
-
-
-def test_reward_weights(tmp_path):
-    rewards = [lambda completions: [1.0] * len(completions), share_of_praise]
-    trainer = make_trainer(tmp_path, rewards, reward_weights=[3.0, 0.0])
-    assert trainer.evaluate()["eval/reward/mean"] == 3.0
-
-
-def test_unfinished_completions_are_penalised(tmp_path):
-    trainer = make_trainer(
-        tmp_path,
-        lambda completions: [1.0] * len(completions),
-        missing_eos_penalty=0.25,
-        num_eval_samples=8,
-    )
-    metrics = trainer.evaluate()
-    unfinished = 1 - metrics["eval/completions/finished"]
-    assert unfinished > 0
-    assert metrics["eval/reward/mean"] == pytest.approx(1 - 0.25 * unfinished)
-
-
-@pytest.mark.parametrize(
-    ("values", "sentence"),
-    [
-        ([1.0], "Reward reward returned 1 values for 2 completions."),
-        ([1.0, float("nan")], "Reward reward returned nan for completion 1."),
-        ([float("inf"), 1.0], "Reward reward returned inf for completion 0."),
-        ([1.0, None], "Reward reward must return a list of numbers"),
-        ([1.0, 1e39], "Reward reward returned inf for completion 1."),
-        ([1.0, 10**400], "Reward reward returned inf for completion 1."),
-        ({"1": 0, "2": 0}, "Reward reward must return a list of numbers"),
-        (3.0, "Reward reward must return a list of numbers, not 3.0."),
-    ],
-)
-def test_bad_rewards_are_refused(tmp_path, values, sentence):
-    def reward(prompts, completions):
-        return values
-
-    with pytest.raises(InputError) as refusal:
-        make_trainer(tmp_path, reward).evaluate()
-    assert str(refusal.value).startswith(sentence)
-
-
-def test_what_cannot_work_is_refused_before_it_is_tried(tmp_path):
-    with pytest.raises(InputError, match=r"64 positions.* prompt of 3 tokens"):
-        make_trainer(
-            tmp_path, model=tiny_model(max_position_embeddings=64), max_new_tokens=62
-        ).evaluate()
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"Cannot write to .*file"):
-        make_trainer(tmp_path / "file").train()
-
-
-def test_a_failing_reward_loses_no_finished_step(tmp_path):
-    calls = []
-
-    def reward(prompts, completions):
-        calls.append(1)
-        return [0.0] * len(prompts) if len(calls) < 3 else []
-
-    with pytest.raises(InputError, match="returned 0 values"):
-        make_trainer(tmp_path, reward).train()
-    assert [row["step"] for row in metrics_of(tmp_path)] == [1]
-
-
-def test_the_model_is_saved_before_the_last_evaluation(tmp_path):
-    calls = []
-
-    def reward(prompts, completions):
-        calls.append(1)
-        return [0.0] * len(prompts) if len(calls) < 3 else []
-
-    with pytest.raises(InputError, match="returned 0 values"):
-        make_trainer(tmp_path, reward, num_steps=1).train()
-    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-
-
-def test_a_generation_config_that_cannot_be_saved_is_refused(tmp_path):
-    model = tiny_model()
-    model.generation_config.temperature = 0.5
-    model.generation_config.do_sample = False
-    with pytest.raises(InputError, match="generation_config could not be saved"):
-        make_trainer(tmp_path, model=model)
-
-
-def test_bad_input_is_refused_at_construction(tmp_path):
-    with pytest.raises(InputError, match="train dataset is empty"):
-        make_trainer(tmp_path, dataset=[])
-    with pytest.raises(InputError, match="no reward function"):
-        make_trainer(tmp_path, [])
-    with pytest.raises(InputError, match="must have a 'prompt'"):
-        make_trainer(tmp_path, dataset=[{"text": "the"}])
-    with pytest.raises(InputError, match="2 values for 1 reward functions"):
-        make_trainer(tmp_path, reward_weights=[1.0, 1.0])
-    with pytest.raises(InputError, match="needs its tokenizer"):
-        PPOTrainer(tiny_model(), share_of_praise, train_dataset=PROMPTS)
-    tokenizer = reviews.build_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(InputError, match="no EOS token"):
-        PPOTrainer(tiny_model(), share_of_praise, train_dataset=PROMPTS, processing_class=tokenizer)
-    assert list(tmp_path.iterdir()) == []
+    model.lm_head.register_forward_hook(lambda *_: None)
+    fallen_back = parameters_after_a_step(tmp_path / "fallen back", model=model)
+    (record,) = caplog.records
+    sentence = "Log-probs come from the model's logits, for the LM head has a hook of its own."
+    assert record.message.endswith(sentence)
+    torch.testing.assert_close(fallen_back, plain, rtol=0, atol=1e-6)

@@ -7,13 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import fastpg
+from fastpg.integrations.peft import UnknownHead
 from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.models import completion_logits
+from fastpg.trainer.head import completion_logprobs, find_head
 from fastpg.trainer.rollout import Rollout
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,13 @@ class Learner:
     """The frozen policy of the KL penalty."""
     optimizer: torch.optim.Optimizer
     args: PPOConfig
+
+    def __post_init__(self) -> None:
+        try:
+            self.head = find_head(self.reference, self.accelerator.autocast)
+        except UnknownHead as reason:
+            logger.warning(f"Log-probs come from the model's logits, for {reason}.")
+            self.head = None
 
     @torch.no_grad()
     def experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, dict[str, float]]:
@@ -146,22 +157,16 @@ class Learner:
 
     def _policy(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs and entropy of the completion tokens, and values: float32 [B, T]."""
-        length = rollout.mask.shape[1]
-        logits, values = self.model(rollout.input_ids, rollout.attention_mask, length)
-        return *self._logp(logits, rollout), values
+        return self.model(*self._batch(rollout))
 
     def _reference_logp(self, rollout: Rollout) -> Tensor:
-        length = rollout.mask.shape[1]
         with self.accelerator.autocast():
-            logits, _ = completion_logits(
-                self.reference, rollout.input_ids, rollout.attention_mask, length
-            )
-        return self._logp(logits, rollout)[0]
+            return completion_logprobs(self.reference, *self._batch(rollout))[0]
 
-    def _logp(self, logits: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        return fastpg.token_logprobs(
-            logits, rollout.labels, temperature=self.args.temperature, return_entropy=True
-        )
+    def _batch(self, rollout: Rollout) -> tuple[Any, ...]:
+        """What both forwards take."""
+        ids, mask = rollout.input_ids, rollout.attention_mask
+        return ids, mask, rollout.labels, self.args.temperature, self.head
 
     def _synchronized_if(self, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)

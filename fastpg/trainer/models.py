@@ -1,7 +1,6 @@
 """The policy with its value head in one module, and the frozen reference."""
 
 import copy
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ from transformers import (
 )
 
 from fastpg.trainer.config import InputError
+from fastpg.trainer.head import Head, completion_logprobs
 
 
 class PolicyWithValue(nn.Module):
@@ -34,39 +34,24 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, completion_length: int
-    ) -> tuple[Tensor, Tensor]:
-        """input_ids, attention_mask: [B, P + T], the completions in the last T slots.
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        temperature: float,
+        head: Head | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """input_ids, attention_mask: [B, P + T], completions in the last T slots. labels: [B, T].
 
-        Returns the logits [B, T, V] that predict each completion token, a strided view, and
-        the values [B, T] of the states they are drawn from, float32.
+        Returns log-probs and entropy of the completions, from the model's logits if there is no
+        `head`, and the values of the states they are drawn from: float32 [B, T].
         """
-        logits, hidden = completion_logits(
-            self.policy, input_ids, attention_mask, completion_length
+        logp, entropy, hidden = completion_logprobs(
+            self.policy, input_ids, attention_mask, labels, temperature, head
         )
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 values are too coarse
             values = self.value_head(hidden.float()).squeeze(-1)
-        return logits, values
-
-
-def completion_logits(
-    policy: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, completion_length: int
-) -> tuple[Tensor, Tensor]:
-    """Logits [B, T, V] and last hidden states [B, T, H] at the slots that predict completions.
-
-    Only these slots, and the last one, go through the LM head: prompts cost no logits.
-    """
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if "position_ids" in inspect.signature(policy.forward).parameters:
-        # generate() counts positions from the first real token; so must every other forward.
-        inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    out = policy(
-        **inputs,
-        logits_to_keep=completion_length + 1,
-        output_hidden_states=True,
-        use_cache=False,
-    )
-    return out.logits[:, :-1], out.hidden_states[-1][:, -completion_length - 1 : -1]
+        return logp, entropy, values
 
 
 def load_policy(model: str | PreTrainedModel) -> PreTrainedModel:

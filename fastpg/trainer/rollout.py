@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.config import InputError
+from fastpg.trainer.head import causal_lm
 
 IGNORE_INDEX = -100
 
@@ -108,14 +109,16 @@ def sampling(policy: PreTrainedModel, config: GenerationConfig) -> Iterator[None
     than the one the log-probabilities are of.
     """
     modes = [(module, module.training) for module in policy.modules()]
-    own_config = policy.generation_config
+    own_configs = {model: model.generation_config for model in (policy, causal_lm(policy))}
     policy.eval()
-    policy.generation_config = config
+    for model in own_configs:
+        model.generation_config = config
     try:
         with torch.no_grad():
             yield
     finally:
-        policy.generation_config = own_config
+        for model, own_config in own_configs.items():
+            model.generation_config = own_config
         for module, training in modes:
             module.training = training
 

@@ -1,0 +1,1 @@
+"""fastpg beside other libraries. Nothing here is imported by `import fastpg`."""

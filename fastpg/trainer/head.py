@@ -1,0 +1,143 @@
+"""Log-probs of completions: from the last hidden states, or else from the model's own logits.
+
+    logits = softcap(scale (h Wᵀ + b))
+
+`find_head` reads W, b, scale and softcap off a model, and compares what they give with the logits
+that the model computes.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import fastpg
+from fastpg.integrations.peft import UnknownHead, head_product
+
+_SCALES = {
+    "logit_scale": lambda x: x,  # Cohere
+    "logits_scaling": lambda x: 1 / x,  # Granite
+    "lm_head_multiplier": lambda x: x,  # Falcon-H1
+    "output_multiplier": lambda x: x,
+}
+"""By name in a model's config, what its logits are multiplied with."""
+
+_LARGEST_LOGIT = 50.0
+"""What the comparison blows logits up to: those of a small model would not show a softcap."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model does to the product of its last hidden states and its head's weight."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def completion_logprobs(
+    policy: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    temperature: float,
+    head: Head | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs and entropy [B, T] of the completions, and the last hidden states [B, T, H].
+
+    input_ids, attention_mask: [B, P + T], the completions in the last T slots. labels: [B, T].
+    Only the states that predict a completion token go through the LM head. Without a `head` it is
+    the model that computes their logits, [B, T, V].
+    """
+    options = {"temperature": temperature, "return_entropy": True}
+    inputs = _inputs(policy, input_ids, attention_mask)
+    if head is None:
+        logits, hidden = _logits(policy, inputs, labels.shape[1])
+        return *fastpg.token_logprobs(logits, labels, **options), hidden
+    model = causal_lm(policy)
+    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -labels.shape[1] - 1 : -1]
+    h, weight, bias = head_product(model.get_output_embeddings(), hidden)
+    options["softcap"] = head.softcap
+    logits = nn.functional.linear(h, weight, bias) * head.scale
+    return *fastpg.token_logprobs(logits, labels, **options), hidden
+
+
+def causal_lm(policy: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model itself: inside of what peft wraps around it."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
+def _inputs(policy: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict:
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if "position_ids" in inspect.signature(causal_lm(policy).forward).parameters:
+        # generate() counts positions from the first real token; so must every other forward.
+        inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def _logits(policy: PreTrainedModel, inputs: dict, length: int) -> tuple[Tensor, Tensor]:
+    """The model's logits [B, T, V], a strided view, and last hidden states [B, T, H]."""
+    out = policy(**inputs, logits_to_keep=length + 1, output_hidden_states=True)
+    return out.logits[:, :-1], out.hidden_states[-1][:, -length - 1 : -1]
+
+
+def find_head(
+    policy: PreTrainedModel, autocast: Callable[[], contextlib.AbstractContextManager]
+) -> Head:
+    """The head of a causal language model, compared with its logits under `autocast`.
+
+    Raises `UnknownHead`, saying why, for a model that computes its logits in another way.
+    """
+    model = causal_lm(policy)
+    if model.get_decoder() is model:
+        raise UnknownHead(f"{type(model).__name__} has no decoder apart from its head")
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name, factor in _SCALES.items():
+        if isinstance(getattr(config, name, None), (int, float)):
+            scale *= factor(getattr(config, name))
+    head = Head(scale, getattr(config, "final_logit_softcapping", None))
+    with torch.no_grad(), autocast():
+        _compare(policy, head)
+    return head
+
+
+def _compare(policy: PreTrainedModel, head: Head) -> None:
+    """Raises `UnknownHead` unless the head gives the log-probs of the model's logits."""
+    model = causal_lm(policy)
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocab, (2, 12), generator=generator).to(model.device)
+    mask = torch.ones_like(ids)
+    logits, _ = _logits(policy, _inputs(policy, ids, mask), 8)
+    batch = policy, ids, mask, ids[:, -8:] % logits.shape[-1], 1.0
+    factor = _LARGEST_LOGIT / logits.abs().max().float().clamp(min=1e-3)
+    with _hidden_states_times(factor, model.get_decoder()):
+        actual, _, _ = completion_logprobs(*batch, head=head)
+        expected, _, _ = completion_logprobs(*batch, head=None)
+    # A few roundings of the logits; a matrix product's sums differ by more than that in float32.
+    tolerance = _LARGEST_LOGIT * max(4 * torch.finfo(logits.dtype).eps, 1e-5)
+    error = (actual - expected).abs().max().item()
+    if not error <= tolerance:
+        raise UnknownHead(
+            f"the head found in {type(model).__name__} gives log-probs that differ by {error:.2g} "
+            f"(tolerance {tolerance:.2g})"
+        )
+
+
+@contextlib.contextmanager
+def _hidden_states_times(factor: Tensor, decoder: nn.Module) -> Iterator[None]:
+    def scale(module, inputs, output):
+        output.last_hidden_state = output.last_hidden_state * factor.to(
+            output.last_hidden_state.dtype
+        )
+        return output
+
+    hook = decoder.register_forward_hook(scale)
+    try:
+        yield
+    finally:
+        hook.remove()

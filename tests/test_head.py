@@ -1,0 +1,168 @@
+"""Log-probs from hidden states: what `find_head` reads off a model is what the model computes."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from fastpg.integrations.peft import UnknownHead
+from fastpg.trainer.head import Head, completion_logprobs, find_head
+
+SIZES = {
+    "vocab_size": 43,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+GPT2_SIZES = {"vocab_size": 43, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 1}
+FAMILIES = {
+    "llama": (LlamaConfig(**SIZES), Head()),
+    "llama tied": (LlamaConfig(**SIZES, tie_word_embeddings=True), Head()),
+    "qwen2": (Qwen2Config(**SIZES, tie_word_embeddings=True), Head()),
+    "qwen3": (Qwen3Config(**SIZES), Head()),
+    "gemma2": (Gemma2Config(**SIZES), Head(softcap=30.0)),
+    "gemma3": (Gemma3TextConfig(**SIZES, final_logit_softcapping=20.0), Head(softcap=20.0)),
+    "gpt2": (GPT2Config(**GPT2_SIZES, eos_token_id=1), Head()),
+    "phi": (PhiConfig(**SIZES), Head()),  # its head has a bias
+    "cohere": (CohereConfig(**SIZES, logit_scale=0.25), Head(scale=0.25)),
+    "granite": (GraniteConfig(**SIZES, logits_scaling=8.0), Head(scale=0.125)),
+    "opt": (OPTConfig(**SIZES, word_embed_proj_dim=16, ffn_dim=48), Head()),  # states are projected
+}
+
+
+def build(config, dtype=torch.float64):
+    """A model whose every parameter is random, biases too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    return perturb(model.eval().to(dtype))
+
+
+def perturb(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def batch():
+    """Two prompts of 5 tokens with completions of 4 and 2."""
+    torch.manual_seed(1)
+    ids, mask = torch.randint(2, 43, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, -2:] = 0
+    return ids, mask, ids[:, -4:].where(mask[:, -4:].bool(), -100)
+
+
+def logprobs_and_gradients(model, head):
+    model.zero_grad()
+    logp, entropy, hidden = completion_logprobs(model, *batch(), 1.3, head)
+    (logp.sum() + 0.3 * entropy.square().sum() + hidden.square().mean()).backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {
+        "logp": logp.detach(),
+        "entropy": entropy.detach(),
+        "hidden": hidden.detach(),
+    }, gradients
+
+
+def assert_gives_the_models_own(model, head):
+    actual, expected = (logprobs_and_gradients(model, h) for h in (head, None))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many rows went through the LM head of a model, by call."""
+    rows = []
+    forward = nn.Linear.forward
+
+    def counting(self, x):
+        if self.out_features == 43:
+            rows.append(x.shape[:-1].numel())
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counting)
+    return rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gives_the_log_probs_and_gradients_of_the_models_logits(family):
+    config, expected = FAMILIES[family]
+    model = build(config)
+    head = find_head(model, contextlib.nullcontext)
+    assert head == expected
+    assert_gives_the_models_own(model, head)
+
+
+def test_the_model_computes_no_logits(calls):
+    model = build(FAMILIES["llama"][0])
+    head = find_head(model, contextlib.nullcontext)
+    calls.clear()
+    completion_logprobs(model, *batch(), 1.0, head)
+    assert calls == []
+    completion_logprobs(model, *batch(), 1.0, None)
+    assert calls == [2 * 5]  # the four states that predict, and the last one
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["gemma2", "cohere"])
+def test_verifies_under_autocast(family, dtype):
+    config, expected = FAMILIES[family]
+    model = build(config, torch.float32)
+    autocast = lambda: torch.autocast("cpu", dtype)  # noqa: E731
+    assert find_head(model, autocast) == expected
+    with autocast():
+        logp, entropy, _ = completion_logprobs(model, *batch(), 1.0, expected)
+    exact, _, _ = completion_logprobs(model, *batch(), 1.0, None)
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert 0 < (logp - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("change", [{"softcap": 30.0}, {"scale": 0.9}, {"scale": 1.1}])
+def test_a_wrong_head_does_not_verify(monkeypatch, change):
+    monkeypatch.setattr("fastpg.trainer.head.Head", lambda *_: Head(**change))
+    with pytest.raises(UnknownHead, match=r"log-probs that differ by .* \(tolerance 0.0005\)"):
+        find_head(build(FAMILIES["llama"][0]), contextlib.nullcontext)
+
+
+def with_another_head(head):
+    model = build(FAMILIES["llama"][0])
+    model.lm_head = head
+    return model
+
+
+def with_a_hook():
+    model = build(FAMILIES["llama"][0])
+    model.lm_head.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: with_another_head(nn.Sequential()), "LM head is a torch.*Sequential"),
+        (with_a_hook, "hook"),
+    ],
+)
+def test_a_head_that_is_no_plain_product_is_refused(make, reason):
+    with pytest.raises(UnknownHead, match=reason):
+        find_head(make(), contextlib.nullcontext)

@@ -1,0 +1,105 @@
+"""LoRA on the LM head: one augmented product, as exact as the layers of peft."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from test_head import FAMILIES, assert_gives_the_models_own, build, perturb
+from tiny_trainer import make_trainer, metrics_of, tiny_model
+from torch import nn
+
+from fastpg.integrations.peft import UnknownHead, head_product
+from fastpg.trainer.head import Head, find_head
+
+pytest.importorskip("peft")
+
+from peft import LoraConfig, get_peft_model
+
+# peft asks for a property of transformers by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+ADAPTER = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "lm_head"]}
+
+
+def adapted(**changes):
+    """A model with LoRA on its head, whose B is not zero any more."""
+    model = build(FAMILIES["llama"][0])
+    return perturb(get_peft_model(model, LoraConfig(**{**ADAPTER, **changes})).eval().double())
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: adapted(lora_dropout=0.1).train(), "adapter 'default' has dropout"),
+        (lambda: adapted(use_dora=True), "adapter 'default' is not plain LoRA"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_product_is_refused(make, reason):
+    with pytest.raises(UnknownHead, match=reason):
+        find_head(make(), contextlib.nullcontext)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True, "r": 1},
+        {"lora_dropout": 0.5},  # of no effect in evaluation mode
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_lora_on_the_head_is_exact(changes):
+    model = adapted(**changes)
+    head = find_head(model, contextlib.nullcontext)
+    assert_gives_the_models_own(model, head)
+
+
+def test_lora_with_a_bias_on_a_trained_head():
+    model = build(FAMILIES["phi"][0])
+    model = get_peft_model(model, LoraConfig(**ADAPTER, lora_bias=True)).eval().double()
+    perturb(model)
+    model.get_output_embeddings().base_layer.requires_grad_(True)
+    assert_gives_the_models_own(model, Head())
+
+
+def test_the_adapters_that_peft_applies_count():
+    model = adapted()
+    hidden = torch.randn(3, 32, dtype=torch.float64)
+    lm_head = model.get_output_embeddings()
+
+    def agrees():
+        h, weight, bias = head_product(lm_head, hidden)
+        torch.testing.assert_close(nn.functional.linear(h, weight, bias), lm_head(hidden))
+        return h.shape[-1] - 32
+
+    assert agrees() == 3
+    model.add_adapter("second", LoraConfig(**{**ADAPTER, "r": 4}))
+    perturb(model.double())
+    model.base_model.set_adapter(["default", "second"])
+    assert agrees() == 3 + 4
+    model.set_adapter("second")
+    assert agrees() == 4
+    with model.disable_adapter():
+        assert agrees() == 0
+    model.merge_adapter()
+    assert agrees() == 0
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(UnknownHead, match="merged LoRA adapter that is disabled"):
+        head_product(lm_head, hidden)
+
+
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to:UserWarning")
+def test_lora_on_the_head_learns(tmp_path):
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights="gaussian")
+    policy = get_peft_model(tiny_model(), config)
+    before = copy.deepcopy(policy.state_dict())
+    trainer = make_trainer(tmp_path, model=policy)
+    assert trainer.learner.head == Head()
+    trainer.train()
+    first, second = metrics_of(tmp_path)
+    assert first["objective/kl"] == 0.0 != second["objective/kl"]
+    assert first["policy/first_ratio_deviation"] == second["policy/first_ratio_deviation"] == 0.0
+    changed = {name for name, x in policy.state_dict().items() if not torch.equal(x, before[name])}
+    assert changed == {name for name in before if "lora_" in name}

@@ -8,6 +8,7 @@
 
 #include "dtype.h"
 #include "gae.h"
+#include "importance_weights.h"
 #include "kl_estimate.h"
 #include "parallel.h"
 #include "simd/kernels.h"
@@ -125,6 +126,20 @@ void bind_token_weights(py::module_& m) {
       });
 }
 
+void bind_importance_weights(py::module_& m) {
+  def(m, "importance_weights",
+      [](int dtype, int64_t count, int64_t length, Address cu_seqlens, Address logp,
+         Address behavior_logp, Address mask, int level, double low, double high, bool zero,
+         Address weight, Address stats) {
+        with_compute_dtype(dtype, [&](auto x) {
+          using T = decltype(x);
+          const ImportanceTokens<T> tokens = {at<T>(logp), at<T>(behavior_logp), at<uint8_t>(mask)};
+          importance_weights<T>({count, length, at<int32_t>(cu_seqlens)}, tokens, IsLevel(level),
+                                {low, high, zero}, at<T>(weight), at<double>(stats));
+        });
+      });
+}
+
 void bind_whiten(py::module_& m) {
   def(m, "whiten_moments", [](int64_t n, int dtype, Address x, Address mask, Address out) {
     whiten_moments(n, dtype, at(x), at<bool>(mask), at<Moments>(out));
@@ -225,6 +240,7 @@ PYBIND11_MODULE(_C, m) {
   bind_gae(m);
   bind_token_rewards(m);
   bind_token_weights(m);
+  bind_importance_weights(m);
   bind_whiten(m);
   bind_policy_loss(m);
   bind_value_loss(m);

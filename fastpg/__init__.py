@@ -2,10 +2,11 @@
 
 from ._flags import check
 from ._library import extension_status, kernels_of
-from .ops._stats import PolicyStats, PreferenceStats, ValueStats
+from .ops._stats import ImportanceStats, PolicyStats, PreferenceStats, ValueStats
 from .ops.adaptive_kl import AdaptiveKL
 from .ops.gae import gae
 from .ops.group_center import group_center
+from .ops.importance_weights import importance_weights
 from .ops.kl_estimate import kl_estimate
 from .ops.merge_stats import merge_stats
 from .ops.policy_loss import policy_loss
@@ -19,6 +20,7 @@ from .ops.whiten import whiten
 __version__ = "0.1.0"
 __all__ = [
     "AdaptiveKL",
+    "ImportanceStats",
     "PolicyStats",
     "PreferenceStats",
     "ValueStats",
@@ -26,6 +28,7 @@ __all__ = [
     "extension_status",
     "gae",
     "group_center",
+    "importance_weights",
     "kernels_of",
     "kl_estimate",
     "merge_stats",

@@ -2,6 +2,7 @@
 // chosen once, at load; everything else is compiled for the baseline.
 #pragma once
 
+#include "importance_weights.h"
 #include "kl_estimate.h"
 #include "online_softmax.h"
 #include "policy_loss.h"
@@ -44,6 +45,12 @@ struct KlEstimateKernels {
                       T* grad_logp);
 };
 
+template <typename T>
+struct ImportanceKernels {
+  void (*importance_block)(const ImportanceTokens<T>& tokens, int64_t n,
+                           const ImportanceBounds& bounds, T* weights, double* part);
+};
+
 struct Kernels : TokenLogprobsKernels<bf16>,
                  TokenLogprobsKernels<fp16>,
                  TokenLogprobsKernels<float>,
@@ -53,7 +60,9 @@ struct Kernels : TokenLogprobsKernels<bf16>,
                  ValueLossKernels<float>,
                  ValueLossKernels<double>,
                  KlEstimateKernels<float>,
-                 KlEstimateKernels<double> {
+                 KlEstimateKernels<double>,
+                 ImportanceKernels<float>,
+                 ImportanceKernels<double> {
   const char* name;
 };
 

@@ -114,6 +114,47 @@ class ValueStats(NamedTuple):
         }
 
 
+class ImportanceStats(NamedTuple):
+    """What importance_weights counted over unmasked tokens: values [11] in the order of FIELDS.
+
+    tokens, k1, k3         the tokens; Σ −d, Σ (e^d − 1 − d): two estimates of KL(behavior ‖ policy)
+    count                  the weights: one a token, or one a sequence that has a token
+    ratio                  Σ of the ratios, before the bounds
+    weight, weight_sq      Σ w, Σ w², within the bounds
+    low, high              ratios below low, above high
+    ratio_min, ratio_max   a minimum and a maximum
+    """
+
+    values: Tensor
+
+    FIELDS = (
+        *("tokens", "k1", "k3", "count", "ratio", "weight", "weight_sq", "low", "high"),
+        *("ratio_min", "ratio_max"),
+    )
+
+    @staticmethod
+    def merge(rows: Tensor) -> Tensor:
+        """[M, 11] -> [11]"""
+        return torch.cat([rows[:, :9].sum(0), rows[:, 9:10].amin(0), rows[:, 10:].amax(0)])
+
+    @staticmethod
+    def summary(row: list[float]) -> dict[str, float]:
+        s = dict(zip(ImportanceStats.FIELDS, row, strict=True))
+        tokens, n = max(s["tokens"], 1.0), max(s["count"], 1.0)
+        return {
+            "outside_low": s["low"] / n,
+            "outside_high": s["high"] / n,
+            "weight_mean": s["weight"] / n,
+            "ratio_mean": s["ratio"] / n,
+            "ratio_min": s["ratio_min"] if s["count"] else 1.0,
+            "ratio_max": s["ratio_max"] if s["count"] else 1.0,
+            "ess": s["weight"] ** 2 / (n * s["weight_sq"]) if s["weight_sq"] else 0.0,
+            "approx_kl": s["k3"] / tokens,
+            "kl": s["k1"] / tokens,
+            "count": s["count"],
+        }
+
+
 class PreferenceStats(NamedTuple):
     """What preference_loss counted over its pairs of weight other than 0: values [7], all sums.
 
@@ -145,4 +186,4 @@ class PreferenceStats(NamedTuple):
         }
 
 
-Stats = PolicyStats | ValueStats | PreferenceStats
+Stats = PolicyStats | ValueStats | ImportanceStats | PreferenceStats

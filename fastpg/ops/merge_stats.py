@@ -18,7 +18,7 @@ def merge_stats(
 ) -> dict[str, float]:
     """Merges what the losses counted, in the order given and then over ranks, into plain floats.
 
-    stats: what one of the losses returned, or a non-empty list of one kind.
+    stats: what an op returned, or a non-empty list of one kind.
     process_group: every rank of it must call, and gets the same numbers.
 
     From PolicyStats, d = logp − old_logp and r = e^d:
@@ -34,6 +34,12 @@ def merge_stats(
       clip_frac               fraction of tokens whose clipped error is the larger one
       mean, return_mean       of V and of R
       explained_variance      1 − Var(R − V) / Var(R); 0 where R does not vary
+    From ImportanceStats, of tokens or sequences as the level says:
+      outside_low, _high      fraction of ratios below low, above high
+      weight_mean, ess        mean and effective sample size of the weights, within the bounds
+      ratio_mean, _min, _max  before the bounds
+      approx_kl, kl           KL(behavior ‖ policy) per token: mean of k3 and of k1
+      count                   unmasked tokens, or sequences that have one
     From PreferenceStats:
       loss                    as above
       accuracy                fraction of pairs with chosen > rejected

@@ -249,7 +249,7 @@ def advantages_of(x, cu_seqlens=None):
     return whiten(advantages, x["mask"]), returns
 
 
-def update_of(x, advantages, returns, denom, cu_seqlens=None):
+def update_of(x, advantages, returns, denom, level="token", cu_seqlens=None):
     """Loss, gradients of logits and values, and both statistics."""
     logits, values = leaves(x["logits"], x["values"])
     labels = x["ids"].masked_fill(~x["mask"], -100)
@@ -257,7 +257,7 @@ def update_of(x, advantages, returns, denom, cu_seqlens=None):
     weight = token_weights(x["mask"], reduce="sequence", denom=denom, cu_seqlens=cu_seqlens)
     policy, policy_stats = policy_loss(
         logp, advantages, weight, old_logp=x["old_logp"], ref_logp=x["ref_logp"], kl_coef=0.1,
-        entropy=entropy, entropy_coef=0.01,
+        entropy=entropy, entropy_coef=0.01, level=level, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     value, value_stats = value_loss(values, returns, weight, old_values=x["old_values"], clip=0.2)
     loss = policy + 0.5 * value
@@ -265,9 +265,9 @@ def update_of(x, advantages, returns, denom, cu_seqlens=None):
     return loss.detach(), logits.grad, values.grad, policy_stats.values, value_stats.values
 
 
-def step(x, denom=5, cu_seqlens=None):
+def step(x, denom=5, level="token", cu_seqlens=None):
     credit = advantages_of(x, cu_seqlens)
-    return (*credit, *update_of(x, *credit, denom, cu_seqlens))
+    return (*credit, *update_of(x, *credit, denom, level, cu_seqlens))
 
 
 def take(x, rows):
@@ -278,9 +278,10 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("poison", POISON)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_masked_slots_change_no_bit_of_a_step(dtype, poison):
+def test_masked_slots_change_no_bit_of_a_step(dtype, poison, level):
     x = batch(dtype)
     masked = ~x["mask"]
 
@@ -290,35 +291,37 @@ def test_masked_slots_change_no_bit_of_a_step(dtype, poison):
         bad["logits"] = x["logits"].masked_fill(masked[..., None], fill)
         bad["ids"][masked] = label
         bad["scores"] = x["scores"].masked_fill(~x["mask"].any(1), fill)
-        return step(x | bad)
+        return step(x | bad, level=level)
 
     clean, bad = filled(0.0, 0), filled(poison, 12345)
     assert all(torch.equal(a, b) for a, b in zip(clean, bad, strict=True))
 
 
-def test_deleting_masked_tokens_changes_nothing():
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_deleting_masked_tokens_changes_nothing(level):
     x = batch()
     mask, lengths = x["mask"], x["mask"].sum(1)
     cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     deleted = {k: t if k == "scores" else t[mask] for k, t in x.items()}
-    whole, short = step(x), step(deleted, cu_seqlens=cu)
+    whole, short = step(x, level=level), step(deleted, level=level, cu_seqlens=cu)
     for i, (a, b) in enumerate(zip(whole, short, strict=True)):
         close(a[mask] if i in (0, 1, 3, 4) else a, b)
 
 
-def test_packed_equals_padded_equals_one_by_one():
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_packed_equals_padded_equals_one_by_one(level):
     x, lengths = batch(), torch.tensor([9, 2, 5, 1, 0, 7])
     x["mask"] &= torch.arange(9) < lengths[:, None]
     cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     inside = torch.arange(9) < lengths[:, None]
     packed = {k: t if k == "scores" else t[inside] for k, t in x.items()}
-    padded, packed = step(x), step(packed, cu_seqlens=cu)
+    padded, packed = step(x, level=level), step(packed, level=level, cu_seqlens=cu)
     for i, (a, b) in enumerate(zip(padded, packed, strict=True)):
         close(a[inside] if i in (0, 1, 3, 4) else a, b)
     singles = [
         update_of(
             {k: t[i : i + 1, : lengths[i]] if k != "scores" else t for k, t in x.items()},
-            *(c[i : i + 1, : lengths[i]] for c in padded[:2]), 5,
+            *(c[i : i + 1, : lengths[i]] for c in padded[:2]), 5, level,
         )
         for i in range(6)
     ]  # fmt: skip

@@ -158,6 +158,37 @@ def test_skyrl_loss_reductions():
     near((token_weights(mask, reduce="sequence_sum", denom=2 * 10) * x).sum(), 0.7)
 
 
+OLD = torch.tensor([-1.0, -1.0, -3.0])
+LOGP = torch.tensor([-1.69315, -1.0, -0.69741])  # ratios 0.5, 1, 10
+
+
+def test_skyrl_and_nemo_dual_clip():
+    """SkyRL tests/train/algorithms/test_losses.py and NeMo RL tests/unit/algorithms/
+    test_loss_functions.py, test_policy_loss_dual_clip and test_clipped_pg_loss_dual_clip.
+    """
+    advantages, every = torch.tensor([1.0, -1.0, -4.0]), torch.ones(3)
+    loss, _ = policy_loss(LOGP, advantages, every, old_logp=OLD, dual_clip=3.0)
+    near(loss, 12.5, rtol=1e-4, atol=0)
+    near(policy_loss(LOGP, advantages, every, old_logp=OLD)[0], 40.5, rtol=1e-4, atol=0)
+
+
+def test_skyrl_cispo():
+    """test_policy_loss_cispo"""
+    advantages = torch.tensor([1.0, -1.0, -4.0])
+    loss, _ = policy_loss(LOGP, advantages, torch.ones(3), old_logp=OLD, surrogate="cispo")
+    near(loss, -2.9930)
+
+
+def test_nemo_policy_losses():
+    """NeMo RL, test_clipped_pg_loss_ppo_clipping, _reinforce_mode and _gspo."""
+    advantages, third = torch.tensor([[1.0, -1.0, 2.0]]), torch.full((1, 3), 1 / 3)
+    logp, old = torch.tensor([[-1.69315, -1.0, -0.59453]]), -torch.ones(1, 3)  # ratios 0.5, 1, 1.5
+    near(policy_loss(logp, advantages, third, old_logp=old)[0], -0.6333)
+    near(policy_loss(logp, advantages, third, old_logp=old, level="sequence")[0], -0.6057)
+    logp = torch.tensor([[-0.5, -1.0, -1.5]])
+    near(policy_loss(logp, advantages, third, surrogate="reinforce")[0], 0.8333)
+
+
 def test_nemo_gae():
     """NeMo RL tests/unit/algorithms/test_ppo.py, test_gae_gamma_lambda_zero and
     test_gae_carry_forward_interior_gap, whose masked value of 999 must not show.

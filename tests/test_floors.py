@@ -18,6 +18,8 @@ def floor(module: str) -> int:
     parts = module.split(".")
     if parts[:2] in (["fastpg", "_library"], ["fastpg", "_flags"]):
         return 0
+    if parts[:3] == ["fastpg", "ops", "_triton"]:
+        return 0
     if parts[:2] == ["fastpg", "ops"] and len(parts) > 2:
         private = parts[2].startswith("_") or parts[2].endswith("_triton")
         return 1 if private else 3 if parts[2] == "merge_stats" else 2

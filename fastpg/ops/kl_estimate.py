@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, cpu_kernel, define
+from .._library import _C, DTYPE_CODE, cpu_kernel, define, triton_kernels
 from ._checks import alike, constant
 
 KINDS = {"k1": 0, "k2": 1, "k3": 2}  # the codes of csrc/kl_estimate.h
@@ -68,6 +68,9 @@ def _backward_cpu(grad, logp, ref_logp, kind):
         ref_logp.data_ptr(), grad_logp.data_ptr(),
     )  # fmt: skip
     return grad_logp
+
+
+triton_kernels(__name__, _kl, _backward)
 
 
 class _KlEstimate(torch.autograd.Function):

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define, scalar
+from .._library import (
+    _C,
+    DTYPE_CODE,
+    address,
+    contiguous,
+    cpu_kernel,
+    define,
+    scalar,
+    triton_kernels,
+)
 from . import _checks
 
 
@@ -69,6 +78,9 @@ def _backward_cpu(grad, scores, kl, mask, cu_seqlens, kl_coef):
         mask.data_ptr(), kl_coef, grad_scores.data_ptr(), 0 if kl is None else grad_kl.data_ptr(),
     )  # fmt: skip
     return grad_scores, grad_kl
+
+
+triton_kernels(__name__, _rewards, _backward)
 
 
 class _TokenRewards(torch.autograd.Function):

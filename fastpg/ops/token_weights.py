@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._library import _C, address, contiguous, cpu_kernel, define, scalar
+from .._library import _C, address, contiguous, cpu_kernel, define, scalar, triton_kernels
 from . import _checks
 
 _REDUCTIONS = {"token": 0, "sequence": 1, "sequence_sum": 2}
@@ -48,6 +48,9 @@ def _weights_cpu(mask, denom, cu_seqlens, reduce):
         out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+triton_kernels(__name__, _weights)
 
 
 def token_weights(

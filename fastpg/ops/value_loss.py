@@ -25,6 +25,7 @@ from .._library import (
     cuda_kernel,
     define,
     scratch,
+    triton_kernels,
 )
 from ._checks import alike, constant
 from ._stats import ValueStats
@@ -86,6 +87,9 @@ def _value_loss_cpu(*args):
 def _value_loss_cuda(run, *args):
     room, _alive = scratch(args[0], fields=8)
     return _launch(run, *args, room)
+
+
+triton_kernels(__name__, _value_loss)
 
 
 class _ValueLoss(torch.autograd.Function):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, cpu_kernel, define
+from .._library import _C, DTYPE_CODE, cpu_kernel, define, triton_kernels
 from . import _checks
 
 
@@ -98,6 +98,9 @@ def _backward_cpu(grad, x, mask, moments, center, eps):
         moments.data_ptr(), center, eps, out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+triton_kernels(__name__, _moments, _whiten, _backward)
 
 
 class _Whiten(torch.autograd.Function):

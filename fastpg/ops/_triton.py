@@ -1,0 +1,114 @@
+"""What the Triton kernels of several ops share.
+
+Sums over tokens have two stages: blocks of a constant size give partial results in fp64, one
+program merges them in their order. Neither stage depends on anything but the number of tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(1024)  # tokens that a program has at a time
+CHUNK = tl.constexpr(256)  # partial results that are merged at a time
+
+# Without fused multiply-adds, which versions of Triton choose differently.
+OPTIONS = {"enable_fp_fusion": False}
+
+
+def jit(kernel: Callable):
+    """triton.jit that compiles nothing anew for other sizes, alignments or numbers."""
+    arguments = inspect.signature(kernel).parameters.values()
+    plain = [a.name for a in arguments if "constexpr" not in str(a.annotation)]
+    return triton.jit(do_not_specialize=plain)(kernel)
+
+
+def on_device(launcher: Callable) -> Callable:
+    """Launches on the device of the first argument, which need not be the current one."""
+
+    @wraps(launcher)
+    def launch(*args):
+        with torch.cuda.device_of(args[0]):
+            return launcher(*args)
+
+    return launch
+
+
+def blocks_of(x: torch.Tensor) -> int:
+    return triton.cdiv(x.numel(), BLOCK.value)
+
+
+@triton.jit
+def number(x, like):
+    """A Python float, handed over as fp64, in the dtype of `like`. The interpreter keeps floats."""
+    return (tl.full([], 0.0, tl.float64) + x).to(like.dtype)
+
+
+@triton.jit
+def block_offsets():
+    """The tokens of this program, in int64."""
+    return tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def sequence_bounds(sequence, length, tokens, cu_seqlens):
+    """First token of a sequence and the one after its last; never outside the tokens there are."""
+    if cu_seqlens is None:
+        begin = sequence.to(tl.int64) * length
+        return begin, begin + length
+    begin = tl.load(cu_seqlens + sequence).to(tl.int64)
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    return tl.maximum(begin, 0), tl.minimum(end, tokens)
+
+
+@triton.jit
+def exp_excess(x):
+    """e^x, and e^x - 1 - x: near 0 the latter by its series, where the subtractions cancel."""
+    TERMS: tl.constexpr = 16 if x.dtype == tl.float64 else 10
+    e = tl.exp(x)
+    p = x * (1.0 / TERMS) + 1.0
+    for i in tl.static_range(TERMS - 3):
+        p = p * x * (1.0 / (TERMS - 1 - i)) + 1.0
+    return e, tl.where(tl.abs(x) < 0.5, p * (x * x) * 0.5, (e - 1.0) - x)
+
+
+@triton.jit
+def block_moments(x, kept, count):
+    """Mean of the kept x, and the sum of their squared distances from it, in fp64."""
+    x = tl.where(kept, x.to(tl.float64), 0.0)
+    mean = tl.sum(x, 0) / tl.maximum(count, 1.0)
+    d = tl.where(kept, x - mean, 0.0)
+    return mean, tl.sum(d * d, 0)
+
+
+@triton.jit
+def column(parts, field, start, rows, FIELDS: tl.constexpr):
+    """CHUNK values of a field of parts [rows, FIELDS]."""
+    row = start + tl.arange(0, CHUNK)
+    return tl.load(parts + row.to(tl.int64) * FIELDS + field, mask=row < rows, other=0.0)
+
+
+@triton.jit
+def merged_moments(parts, rows, count, mean, FIELDS: tl.constexpr):
+    """(n, mean, M2) of all the blocks; parts holds those of each, from the fields count and mean.
+
+    M2 = sum of M2_i + n_i (mean_i - mean)^2 (Chan): nothing cancels.
+    """
+    n, total = tl.zeros([CHUNK], tl.float64), tl.zeros([CHUNK], tl.float64)
+    for start in range(0, rows, CHUNK):
+        n_i = column(parts, count, start, rows, FIELDS)
+        n += n_i
+        total += n_i * column(parts, mean, start, rows, FIELDS)
+    n_all = tl.sum(n, 0)
+    mean_all = tl.sum(total, 0) / tl.maximum(n_all, 1.0)
+    m2 = tl.zeros([CHUNK], tl.float64)
+    for start in range(0, rows, CHUNK):
+        d = column(parts, mean, start, rows, FIELDS) - mean_all
+        n_i = column(parts, count, start, rows, FIELDS)
+        m2 += column(parts, mean + 1, start, rows, FIELDS) + n_i * d * d
+    return n_all, mean_all, tl.sum(m2, 0)

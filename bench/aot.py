@@ -1,7 +1,7 @@
 """python -m bench.aot [--few] [80 90 100]: compiles the Triton kernels without a GPU.
 
-Every variant that the launchers can ask for; with --few, the largest: entropy and softcap, in bf16
-and fp32. Prints what each takes, and exits with 1 if any spills registers.
+Every variant that the launchers can ask for; with --few, the largest of each kernel. Prints what
+each takes, and exits with 1 if any spills registers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # which would leave nothing to compile
@@ -24,37 +27,117 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastpg.ops import token_logprobs_triton as kernels
+from fastpg.ops import (
+    _triton,
+    kl_estimate_triton,
+    token_logprobs_triton,
+    token_rewards_triton,
+    token_weights_triton,
+    value_loss_triton,
+    whiten_triton,
+)
 
 BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 VOCABS = (151936, 1000)  # one for each row of the table
-COLUMNS = "{:7}{:9}{:6}{:8}{:8}{:8}{:8}{:>5}{:>7}{:>8}{:>9}{:>7}"
-HEADER = ("arch", "kernel", "dtype", " V", "entropy", "softcap", "aligned", "regs", "spill")
-HEADER = (*HEADER, "shared", "LDG.128", "s")
+COLUMNS = "{:7}{:16}{:22}{:>5}{:>7}{:>8}{:>9}{:>6}  {}"
+HEADER = ("arch", "op", "kernel", "regs", "spill", "shared", "LDG.128", "s", "variant")
 
 
-def signature(names: list[str], dtype: torch.dtype) -> dict[str, str]:
-    """The types of the run-time arguments."""
-    types = dict.fromkeys(names, "*fp32")
-    types |= dict.fromkeys(("rows", "inner", "temperature_stride", "slices"), "i32")
-    types |= dict.fromkeys(("outer_stride", "inner_stride", "vocab", "ignore_index"), "i64")
-    types |= {"labels": "*i64", "flag": "*i64", "softcap": "fp32"}
-    types |= dict.fromkeys(("logits", "out"), f"*{TYPES[dtype]}")
-    return {name: types[name] for name in names}
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as a launch would compile it: the types of its arguments, and what is constant."""
+
+    kernel: triton.JITFunction
+    dtype: str  # of the pointers that POINTERS does not name
+    constants: dict[str, object]  # None for a tensor that is absent
+    options: dict[str, object] = field(default_factory=lambda: _triton.OPTIONS)
+    pointers: dict[str, str] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()  # pointers known to be multiples of 16 bytes
+
+    def compile(self, capability: int):
+        names = self.kernel.arg_names
+        types = {n: "constexpr" if n in self.constants else self.type_of(n) for n in names}
+        attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in self.aligned}
+        source = ASTSource(self.kernel, types, constexprs=self.constants, attrs=attrs)
+        target = GPUTarget("cuda", capability, 32)
+        return triton.compile(source, target=target, options=dict(self.options))
+
+    def type_of(self, name: str) -> str:
+        annotated = self.kernel.params[self.kernel.arg_names.index(name)].annotation_type
+        return annotated or "*" + (POINTERS | self.pointers).get(name, self.dtype)
+
+    def __str__(self) -> str:
+        shown = " ".join(f"{k}={v}" for k, v in self.constants.items())
+        return f"{self.pointers.get('logits', self.dtype)} {shown}"
 
 
-def compiled(capability: int, forward: bool, dtype: torch.dtype, vocab: int, *flags: bool):
-    """The kernel as a launch with these (entropy, softcap, aligned) would compile it."""
-    options = kernels.options(forward, *flags, dtype, vocab, capability // 10)
-    for_compiler = {name: options.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    kernel = kernels.forward_kernel if forward else kernels.backward_kernel
-    names = [name for name in kernel.arg_names if name not in options]
-    types = signature(names, dtype) | dict.fromkeys(options, "constexpr")
-    aligned = [names.index(n) for n in ("logits", "out") if n in names and options["ALIGNED"]]
-    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(fn=kernel, signature=types, constexprs=options, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=for_compiler)
+POINTERS = {"mask": "i1", "cu_seqlens": "i32", "lengths": "i32", "denom": "fp64"}
+POINTERS |= dict.fromkeys(("parts", "sums", "moments", "stats"), "fp64")
+
+BOTH = (True, False)
+GIVEN_OR_NOT = (..., None)  # of a tensor
+
+
+def variants_of(kernel, few: bool, **choices: tuple) -> Iterator[Variant]:
+    """One for each choice of constants, in fp64 and fp32. The first of each is the largest."""
+    choices = {"dtype": ("fp64", "fp32")} | choices
+    for values in itertools.product(*(v[:1] if few else v for v in choices.values())):
+        constants = dict(zip(choices, values, strict=True))
+        dtype = constants.pop("dtype")
+        constants = {name: value for name, value in constants.items() if value is not ...}
+        yield Variant(kernel, dtype, constants)
+
+
+def kl_estimate(few: bool, _) -> Iterator[Variant]:
+    yield from variants_of(kl_estimate_triton.forward_kernel, few, KIND=("k3", "k2", "k1"))
+    yield from variants_of(kl_estimate_triton.backward_kernel, few, KIND=("k3", "k2"))
+
+
+def token_weights(few: bool, _) -> Iterator[Variant]:
+    page, fp32 = token_weights_triton, ("fp32",)
+    yield from variants_of(page.length_kernel, few, dtype=fp32, cu_seqlens=GIVEN_OR_NOT)
+    yield from variants_of(
+        page.weight_kernel, few, dtype=fp32, cu_seqlens=GIVEN_OR_NOT, PER_SEQUENCE=BOTH
+    )
+
+
+def token_rewards(few: bool, _) -> Iterator[Variant]:
+    page, packed = token_rewards_triton, {"cu_seqlens": GIVEN_OR_NOT}
+    yield from variants_of(page.forward_kernel, few, kl=GIVEN_OR_NOT, **packed)
+    yield from variants_of(page.backward_kernel, few, grad_kl=GIVEN_OR_NOT, **packed)
+
+
+def whiten(few: bool, _) -> Iterator[Variant]:
+    page = whiten_triton
+    yield from variants_of(page.moments_kernel, few)
+    yield from variants_of(page.merge_kernel, few, dtype=("fp64",))
+    yield from variants_of(page.whiten_kernel, few, CENTER=BOTH)
+    yield from variants_of(page.gradient_sums_kernel, few)
+    yield from variants_of(page.gradient_kernel, few, CENTER=BOTH)
+
+
+def value_loss(few: bool, _) -> Iterator[Variant]:
+    yield from variants_of(value_loss_triton.forward_kernel, few, old_values=GIVEN_OR_NOT)
+    yield from variants_of(value_loss_triton.merge_kernel, few)
+
+
+def token_logprobs(few: bool, capability: int) -> Iterator[Variant]:
+    page, flags = token_logprobs_triton, BOTH[:1] if few else BOTH
+    dtypes = list(TYPES)[: 2 if few else None]
+    vocabs = VOCABS[: 1 if few else None]
+    cases = itertools.product(BOTH, flags, flags, BOTH, dtypes, vocabs)
+    for forward, entropy, softcap, aligned, dtype, vocab in cases:
+        constants = page.options(forward, entropy, softcap, aligned, dtype, vocab, capability // 10)
+        options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+        kernel = page.forward_kernel if forward else page.backward_kernel
+        tensors = {"labels": "i64", "flag": "i64", "stats": "fp32"}
+        tensors |= dict.fromkeys(("logits", "out"), TYPES[dtype])
+        names = tuple(n for n in ("logits", "out") if aligned and n in kernel.arg_names)
+        yield Variant(kernel, "fp32", constants, options, tensors, names)
+
+
+OPS = (token_logprobs, kl_estimate, token_weights, token_rewards, whiten, value_loss)
 
 
 def resources(cubin: bytes) -> tuple[int, int, int]:
@@ -73,26 +156,34 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
     return registers, stack + local, len(re.findall(r"LDG\.E\S*\.128", code.stdout))
 
 
+def report(op: Callable, few: bool, capability: int) -> tuple[list[str], int]:
+    """A line for each variant of an op, and how many of them spill registers."""
+    lines, spilled = [], 0
+    for variant in op(few, capability):
+        begin = time.perf_counter()
+        compiled = variant.compile(capability)
+        registers, spill, loads = resources(compiled.asm["cubin"])
+        spilled += spill > 0
+        name, seconds = variant.kernel.__name__, f"{time.perf_counter() - begin:.1f}"
+        cells = f"sm_{capability}", op.__name__, name, registers, spill, compiled.metadata.shared
+        lines.append(COLUMNS.format(*cells, loads, seconds, str(variant)))
+    return lines, spilled
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
     parser.add_argument("capabilities", nargs="*", type=int, default=[80, 90, 100])
     parser.add_argument("--few", action="store_true")
+    parser.add_argument("--op", action="append", choices=[op.__name__ for op in OPS])
     args = parser.parse_args()
-    both = (True, False)
-    pairs = [(True, True)] if args.few else list(itertools.product(both, both))
-    dtypes = list(TYPES)[:2] if args.few else list(TYPES)
-    spilled = 0
+    ops = [op for op in OPS if not args.op or op.__name__ in args.op]
+    cases = itertools.product(ops, [args.few], args.capabilities)
     print(COLUMNS.format(*HEADER))
-    for case in itertools.product(args.capabilities, both, dtypes, VOCABS, pairs, both):
-        capability, forward, dtype, vocab, pair, aligned = case
-        begin = time.perf_counter()
-        kernel = compiled(capability, forward, dtype, vocab, *pair, aligned)
-        registers, spill, loads = resources(kernel.asm["cubin"])
-        spilled += spill > 0
-        name, flags = "forward" if forward else "backward", [int(on) for on in (*pair, aligned)]
-        cells = f"sm_{capability}", name, TYPES[dtype], f" {vocab}", *flags, registers, spill
-        seconds = f"{time.perf_counter() - begin:.1f}"
-        print(COLUMNS.format(*cells, kernel.metadata.shared, loads, seconds), flush=True)
+    spilled = 0
+    with ProcessPoolExecutor() as pool:
+        for lines, count in pool.map(report, *zip(*cases, strict=True)):
+            print("\n".join(lines), flush=True)
+            spilled += count
     print(f"{spilled} spill registers" if spilled else "no variant spills registers")
     return 1 if spilled else 0
 

@@ -1,6 +1,6 @@
 """python -m bench [op ...] [--device cuda] [--seconds S]: check, time, print and record.
 
-python -m bench --readme: writes the newest rows of bench/results/ into the tables of README.md.
+python -m bench --readme: writes the newest rows into the table of README.md and their own page.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each case")
     parser.add_argument("--keep-memory", action="store_true", help="as jemalloc does: Linux only")
-    parser.add_argument("--readme", action="store_true", help="rewrite the tables of README.md")
+    parser.add_argument("--readme", action="store_true", help="rewrite the tables of the results")
     args = parser.parse_args()
     if unknown := set(args.ops) - set(OPS):
         parser.error(f"no benchmark of {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")

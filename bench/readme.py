@@ -1,41 +1,64 @@
-"""Writes the newest rows of bench/results/ into README.md, between the two `bench` comments."""
+"""Writes the newest rows of bench/results/: in one table of README.md, and all beside the rows."""
 
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench/results"
 BEGIN, END = "<!-- bench -->\n", "<!-- /bench -->"
 
 
-def newest() -> dict[tuple, dict]:
-    """The last row of each machine, op, case and candidate, in the order of the files."""
+def newest() -> dict[tuple, list[dict]]:
+    """For each machine, op and case the last row of every candidate, in the order of the files."""
     rows: dict[tuple, dict] = {}
-    for path in sorted((ROOT / "bench/results").glob("*.jsonl")):
+    for path in sorted(RESULTS.glob("*.jsonl")):
         for row in map(json.loads, path.read_text().splitlines()):
-            rows[path.stem, row["op"], row["case"], row.get("candidate")] = row
-    return rows
+            if "wrong" not in row:
+                rows[path.stem, row["op"], row["case"], row["candidate"]] = row
+    cases: dict[tuple, list[dict]] = {}
+    for (*case, _), row in rows.items():
+        cases.setdefault(tuple(case), []).append(row)
+    return cases
 
 
-def table(title: str, rows: list[dict]) -> list[str]:
+def time(ms: float) -> str:
+    return f"{ms:.3g} ms" if ms >= 0.1 else f"{ms * 1e3:.3g} µs"
+
+
+def line(op: str, case: str, rows: list[dict]) -> str:
+    """One case in one line: what ours takes, and the others as multiples of it."""
+    ours = next(row for row in rows if row["ratio"] == 1)
+    others = (f"{row['candidate']} **{row['ratio']:.3g}**" for row in rows if row is not ours)
+    return f"| `{op}`, {case} | {time(ours['median_ms'])} | {', '.join(others)} |"
+
+
+def table(op: str, case: str, rows: list[dict]) -> list[str]:
     """One case: a line for each candidate."""
-    lines = [f"**{title}**", "", "| | median | time / fastpg's | target |", "|---|---:|---:|---:|"]
+    lines = [f"### `{op}`, {case}", ""]
+    lines += ["| | median | p10 | p90 | time / ours | target | memory beside it |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
-        ms = row["median_ms"]
-        time = f"{ms:.3g} ms" if ms >= 0.1 else f"{ms * 1e3:.3g} µs"
-        lines.append(f"| {row['candidate']} | {time} | {row['ratio']:.2f} | {row['target']} |")
+        times = (time(row[f"{key}_ms"]) for key in ("median", "p10", "p90"))
+        memory = "" if row["extra_mib"] is None else f"{row['extra_mib']:.3g} MiB"
+        cells = row["candidate"], *times, f"{row['ratio']:.2f}", row["target"], memory
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def write() -> None:
-    """Replaces the tables."""
-    cases: dict[tuple, list[dict]] = {}
-    for (machine, op, case, _), row in newest().items():
-        if "wrong" not in row:
-            cases.setdefault((machine, op, case), []).append(row)
-    lines: list[str] = []
-    for (_, op, case), rows in cases.items():
-        lines += table(f"`{op}`, {case}", rows)
+    """Replaces the table of README.md, and bench/results/README.md."""
+    short = ["| | fastpg | the others' time as a multiple of it |", "|---|---:|---|"]
+    full = ["# Every case, newest rows", "", "Written by `python -m bench --readme`.", ""]
+    machine = None
+    for (where, op, case), rows in newest().items():
+        if where != machine:
+            full += [f"## {where}", ""]
+            machine = where
+        full += table(op, case, rows)
+        if op != "overhead":
+            short.append(line(op, case, rows))
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    readme.write_text(before + BEGIN + "\n".join(lines) + END + after)
+    readme.write_text(before + BEGIN + "\n".join(short) + "\n" + END + after)
+    (RESULTS / "README.md").write_text("\n".join(full).rstrip() + "\n")

@@ -16,6 +16,7 @@ from fastpg import (
     ValueStats,
     gae,
     group_center,
+    importance_weights,
     kl_estimate,
     merge_stats,
     policy_loss,
@@ -156,6 +157,20 @@ def test_a_ratio_per_token_is_exact_where_a_completion_is_one_token():
         logp = token_logprobs(theta.expand(5, 5), torch.arange(5))
         loss, _ = policy_loss(logp, scores, old.exp(), old_logp=old, **options)
         torch.testing.assert_close(torch.autograd.grad(loss, theta)[0], exact)
+
+
+def test_weights_of_completions_undo_the_sampling_policy():
+    """E_μ[w R ∇log π] = E_π[R ∇log π] for w = π(y)/μ(y); a ratio per token does not do it."""
+    theta, other = table(), table(3)
+    logp, behavior = log_probs(theta), log_probs(other)
+    exact, grads = exact_gradient(theta), []
+    for level in "sequence", "token":
+        ratio, _ = importance_weights(logp, behavior, EVERY, level=level)
+        weight = ratio * chances(other).detach()[:, None]
+        loss, _ = policy_loss(log_probs(theta), SCORES[:, None].expand(-1, T), weight)
+        grads.append(-torch.autograd.grad(loss, theta)[0])
+    torch.testing.assert_close(grads[0], exact)
+    assert (grads[1] - exact).norm() > 0.1 * exact.norm()
 
 
 def test_kl_in_the_reward_is_kl_in_the_objective():

@@ -12,6 +12,7 @@ from fastpg import (
     AdaptiveKL,
     gae,
     group_center,
+    importance_weights,
     kl_estimate,
     policy_loss,
     token_logprobs,
@@ -158,6 +159,24 @@ def test_skyrl_loss_reductions():
     near((token_weights(mask, reduce="sequence_sum", denom=2 * 10) * x).sum(), 0.7)
 
 
+def test_skyrl_importance_weights():
+    """SkyRL tests/train/algorithms/test_off_policy_correction.py: test_compute_tis_ratio at
+    _token_level, _sequence_level, with _cap and _mask, and test_compute_sequence_mask_geometric.
+    """
+    logp, behavior = torch.tensor([[-1.0, -1.5, -0.5]]), torch.tensor([[-1.5, -1.0, -1.5]])
+    every, one = torch.ones(1, 3), torch.tensor([[1, 0, 1]])
+    shift = every / 2
+    near(importance_weights(logp, behavior, every, high=2.0)[0], [[1.6487, 0.6065, 2.0]])
+    sequence = {"level": "sequence", "high": 5.0}
+    near(importance_weights(logp, behavior, every, **sequence)[0], [[2.7183] * 3])
+    near(importance_weights(-every, -2 * every, every, **sequence)[0], [[5.0] * 3])
+    near(importance_weights(logp, behavior, one, **sequence)[0], [[4.4817, 0, 4.4817]])
+    bounds = {"level": "geometric", "low": 0.9, "high": 1.1, "outside": "zero"}
+    kept = torch.tensor([[-1.0, -1.1, -1.0]]), torch.tensor([[-1.1, -1.0, -1.0]])
+    near(importance_weights(*kept, every, **bounds)[0], [[1.0] * 3])
+    near(importance_weights(-every, -every - shift, every, **bounds)[0], [[0.0] * 3])
+
+
 OLD = torch.tensor([-1.0, -1.0, -3.0])
 LOGP = torch.tensor([-1.69315, -1.0, -0.69741])  # ratios 0.5, 1, 10
 
@@ -187,6 +206,14 @@ def test_nemo_policy_losses():
     near(policy_loss(logp, advantages, third, old_logp=old, level="sequence")[0], -0.6057)
     logp = torch.tensor([[-0.5, -1.0, -1.5]])
     near(policy_loss(logp, advantages, third, surrogate="reinforce")[0], 0.8333)
+
+
+def test_nemo_icepop():
+    """test_clipped_pg_loss_icepop_importance_sampling: weights 0.6065, 12.182 (dropped), 0.8187."""
+    logp, behavior = -torch.ones(1, 3), torch.tensor([[-0.5, -3.5, -0.8]])
+    bounds = {"low": 0.5, "high": 5.0, "outside": "zero"}
+    weight, _ = importance_weights(logp, behavior, torch.ones(1, 3), **bounds)
+    near(weight, [[0.6065, 0, 0.8187]])
 
 
 def test_nemo_gae():

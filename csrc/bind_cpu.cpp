@@ -68,12 +68,13 @@ void bind_token_logprobs(py::module_& m) {
 }
 
 // The fields of GaeInputs.
-using GaeTuple = std::tuple<int64_t, int64_t, Address, int, Address, Address, Address, Address,
-                            bool, bool, double, double, Address, Address, Address, Address>;
+using GaeTuple =
+    std::tuple<int64_t, int64_t, Address, int, Address, Address, Address, Address, bool, bool,
+               double, double, Address, Address, Address, Address, Address, Address>;
 
 GaeInputs gae_inputs(const GaeTuple& in) {
   const auto [count, length, cu_seqlens, dtype, rewards, values, gammas, lams, gamma_per_token,
-              lam_per_token, gamma, lam, mask, terminated, truncated, bootstrap] = in;
+              lam_per_token, gamma, lam, rho, c, mask, terminated, truncated, bootstrap] = in;
   return {{count, length, at<int32_t>(cu_seqlens)},
           dtype,
           at(rewards),
@@ -84,6 +85,8 @@ GaeInputs gae_inputs(const GaeTuple& in) {
           lam_per_token,
           gamma,
           lam,
+          at(rho),
+          at(c),
           at<bool>(mask),
           at<bool>(terminated),
           at<bool>(truncated),

@@ -17,7 +17,8 @@ struct Tokens {
   const GaeInputs in;
   const X *rewards = static_cast<const X*>(in.rewards), *values = static_cast<const X*>(in.values),
           *gammas = static_cast<const X*>(in.gammas), *lams = static_cast<const X*>(in.lams),
-          *bootstrap = static_cast<const X*>(in.bootstrap);
+          *bootstrap = static_cast<const X*>(in.bootstrap), *rhos = static_cast<const X*>(in.rho),
+          *cs = static_cast<const X*>(in.c);
 
   static constexpr bool kAll = kLook == Look::kEverything;
 
@@ -26,11 +27,11 @@ struct Tokens {
   bool truncated(int64_t i) const { return kAll && in.truncated && in.truncated[i]; }
   bool cut(int64_t i) const { return terminated(i) || truncated(i); }
   double value(int64_t i) const { return values ? values[i] : 0.0; }
-  double gamma(int64_t sequence, int64_t i) const {
-    return kAll && gammas ? gammas[in.gamma_per_token ? i : sequence] : in.gamma;
-  }
-  double lam(int64_t sequence, int64_t i) const {
-    return kAll && lams ? lams[in.lam_per_token ? i : sequence] : in.lam;
+  GaeFactors<double> factors(int64_t sequence, int64_t i) const {
+    if (!kAll) return {in.gamma, in.gamma * in.lam, 1.0};
+    const double gamma = gammas ? gammas[in.gamma_per_token ? i : sequence] : in.gamma;
+    const double lam = lams ? lams[in.lam_per_token ? i : sequence] : in.lam;
+    return {gamma, gamma * lam * (cs ? cs[i] : 1.0), rhos ? rhos[i] : 1.0};
   }
 };
 
@@ -100,7 +101,7 @@ struct Forward : Tokens<X, kLook> {
       lane.carry = {0.0, this->bootstrap[i]};
     }
     lane.carry = gae_step(lane.carry, double(this->rewards[i]), this->value(i),
-                          this->gamma(lane.sequence, i), this->lam(lane.sequence, i));
+                          this->factors(lane.sequence, i));
     advantages[i] = X(lane.carry.advantage);
     returns[i] = X(lane.carry.advantage + lane.carry.value);
   }
@@ -139,10 +140,12 @@ struct Backward : Tokens<X, kLook> {
     const int64_t i = lane.token++;
     if (!this->kept(i)) return write(i, 0.0, 0.0, 0.0);
     const double grad = double(grad_advantages[i]) + grad_returns[i] + lane.carry.advantage;
-    const double grad_value = grad_returns[i] - grad + lane.carry.value;
-    lane.carry = gae_adjoint(grad, this->gamma(lane.sequence, i), this->lam(lane.sequence, i));
+    const GaeFactors<double> by = this->factors(lane.sequence, i);
+    const double grad_reward = by.rho * grad;
+    const double grad_value = grad_returns[i] - grad_reward + lane.carry.value;
+    lane.carry = gae_adjoint(grad, by);
     const bool reads = this->truncated(i) && !this->terminated(i);
-    write(i, grad, grad_value, reads ? lane.carry.value : 0.0);
+    write(i, grad_reward, grad_value, reads ? lane.carry.value : 0.0);
     if (this->cut(i)) lane.carry = {0.0, 0.0};
   }
 
@@ -154,7 +157,7 @@ struct Backward : Tokens<X, kLook> {
 template <template <typename, Look> class Walk, typename... Pointers>
 void dispatch(const GaeInputs& in, Pointers... pointers) {
   in.sequences.check("gae");
-  const bool everything = in.terminated || in.truncated || in.gammas || in.lams;
+  const bool everything = in.terminated || in.truncated || in.gammas || in.lams || in.rho || in.c;
   with_compute_dtype(in.dtype, [&](auto x) {
     using X = decltype(x);
     if (everything) return run(Walk<X, Look::kEverything>(in, pointers...), in.sequences);

@@ -14,16 +14,22 @@ struct GaeNext {
   T advantage, value;
 };
 
+// How a token weighs what it learns: gamma, gamma lam c, and rho.
 template <typename T>
-FPG_HD GaeNext<T> gae_step(GaeNext<T> next, T reward, T value, T gamma, T lam) {
-  const T delta = reward + gamma * next.value - value;
-  return {delta + gamma * lam * next.advantage, value};
+struct GaeFactors {
+  T gamma, trace, rho;
+};
+
+template <typename T>
+FPG_HD GaeNext<T> gae_step(GaeNext<T> next, T reward, T value, GaeFactors<T> by) {
+  const T delta = by.rho * (reward + by.gamma * next.value - value);
+  return {delta + by.trace * next.advantage, value};
 }
 
 // The gradient that a token with dL/dA = grad sends to the advantage and the value after it.
 template <typename T>
-FPG_HD GaeNext<T> gae_adjoint(T grad, T gamma, T lam) {
-  return {gamma * lam * grad, gamma * grad};
+FPG_HD GaeNext<T> gae_adjoint(T grad, GaeFactors<T> by) {
+  return {by.trace * grad, by.gamma * (by.rho * grad)};
 }
 
 struct GaeInputs {
@@ -33,6 +39,7 @@ struct GaeInputs {
   const void *gammas, *lams;     // [tokens] or [sequences], or null: gamma, lam
   bool gamma_per_token, lam_per_token;
   double gamma, lam;
+  const void *rho, *c;                        // [tokens] or null: 1
   const bool *mask, *terminated, *truncated;  // [tokens] or null
   const void* bootstrap;  // [tokens] if truncated is given, else [sequences]; null: 0
 };

@@ -35,7 +35,7 @@ def sequences(x, cu_seqlens):
     return list(x) if cu_seqlens is None else list(x.split(cu_seqlens.diff().tolist()))
 
 
-def loop(r, v, mask, gamma, lam, terminated, truncated, bootstrap):
+def loop(r, v, mask, gamma, lam, rho, c, terminated, truncated, bootstrap):
     """One sequence, by the words of the docstring; flags and bootstrap are [T], [] or None."""
     kept, out = mask.nonzero()[:, 0].tolist(), r.new_zeros(2, len(r))
     carry = value = r.new_zeros(())
@@ -53,7 +53,7 @@ def loop(r, v, mask, gamma, lam, terminated, truncated, bootstrap):
             value = (bootstrap[t] if bootstrap.dim() else bootstrap) if read else r.new_zeros(())
             carry = r.new_zeros(())
         g, decay = (x[t] if x.dim() else x for x in (gamma, lam))
-        carry = r[t] + g * value - v[t] + g * decay * carry
+        carry = rho[t] * (r[t] + g * value - v[t]) + g * decay * c[t] * carry
         value = v[t]
         out[:, t] = torch.stack([carry, carry + value])
     return out
@@ -65,7 +65,7 @@ def loop(r, v, mask, gamma, lam, terminated, truncated, bootstrap):
 def test_matches_reference(kernel, shape, dtype, masked):
     rewards, values, mask = inputs(shape, dtype)
     mask = mask if masked else None
-    options = [None, mask, *[None] * 5, 0.99, 0.95]
+    options = [None, mask, *[None] * 7, 0.99, 0.95]
     out = gae(rewards, values, mask, gamma=0.99, lam=0.95)
     oracle = page.reference(rewards.double(), values.double(), *options)
     torchs = page.reference(rewards.to(out[0].dtype), values.to(out[0].dtype), *options)
@@ -82,10 +82,10 @@ def test_matches_reference(kernel, shape, dtype, masked):
     lam=st.sampled_from(["float", "sequence", "token"]),
     terminated=st.sampled_from([None, "sequence", "token"]),
     truncated=st.sampled_from([None, "sequence", "token"]),
-    bootstrap=st.booleans(),
+    bootstrap=st.booleans(), weighted=st.booleans(),
 )  # fmt: skip
 def test_every_option_means_what_it_says(
-    kernel, seed, packed, masked, baseline, gamma, lam, terminated, truncated, bootstrap
+    kernel, seed, packed, masked, baseline, gamma, lam, terminated, truncated, bootstrap, weighted
 ):
     cu = CU if packed else None
     shape, count = ((20,), 6) if packed else ((4, 6), 4)
@@ -96,8 +96,10 @@ def test_every_option_means_what_it_says(
     cut = None if truncated is None else of[truncated][1]
     after = of[truncated or "sequence"][2] if bootstrap or truncated else None
     discounts = [0.9 if kind == "float" else of[kind][2].sigmoid() for kind in (gamma, lam)]
+    rho, c = (flags(shape, seed + 2 + i)[2].exp() if weighted else None for i in range(2))
     out = gae(rewards, values, mask, gamma=discounts[0], lam=discounts[1], terminated=end,
-              truncated=cut, bootstrap=after, cu_seqlens=cu)  # fmt: skip
+              truncated=cut, bootstrap=after, rho=rho, c=c, cu_seqlens=cu)  # fmt: skip
+    ratios = [torch.ones_like(rewards) if x is None else x for x in (rho, c)]
     values = torch.zeros_like(rewards) if values is None else values
     mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     discounts = [rewards.new_full((count,), x) if isinstance(x, float) else x for x in discounts]
@@ -107,7 +109,8 @@ def test_every_option_means_what_it_says(
             return [None] * count
         return list(x) if x.shape == (count,) else sequences(x, cu)
 
-    rest = zip(*map(each, (rewards, values, mask, *discounts, end, cut, after)), strict=True)
+    options = rewards, values, mask, *discounts, *ratios, end, cut, after
+    rest = zip(*map(each, options), strict=True)
     expected = torch.cat([loop(*sequence) for sequence in rest], 1)
     torch.testing.assert_close(torch.stack(out).view(2, -1), expected, rtol=1e-12, atol=1e-12)
 
@@ -124,6 +127,7 @@ def test_gradients(kernel, form, wanted):
         options = {}
     if form == "token":
         options["truncated"] = truncated
+        options["rho"], options["c"] = rewards.exp().detach(), values.exp().detach()
     tensors = rewards, values, bootstrap
     for i, x in enumerate(tensors):
         x.requires_grad_(bool(wanted >> i & 1))
@@ -151,11 +155,12 @@ def test_registration():
             rewards, mask = rewards[:1].expand(shape), mask[:, :1].expand(shape)
         terminated, truncated, bootstrap = flags(rewards.shape)
         gammas = torch.full((len(rewards),), 0.9, dtype=torch.float64)
-        args = rewards, values, bootstrap, mask, gammas, None, terminated, truncated, None, 0.0, 0.8
+        options = mask, gammas, None, values, rewards, terminated, truncated, None, 0.0, 0.8
+        args = rewards, values, bootstrap, *options
         opcheck(page._gae, args)
         opcheck(page._backward, (values, rewards.sum().expand(rewards.shape), *args))
-        opcheck(page._gae, (rewards, *[None] * 8, 0.9, 0.8))
-        opcheck(page._backward, (values, rewards, rewards, *[None] * 8, 0.9, 0.8))
+        opcheck(page._gae, (rewards, *[None] * 10, 0.9, 0.8))
+        opcheck(page._backward, (values, rewards, rewards, *[None] * 10, 0.9, 0.8))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
@@ -220,6 +225,8 @@ ONES, FLAGS = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
         (ValueError, r"gamma must be in \[0, 1\], holds 2.0", {"gamma": 2 * ONES}),
         (ValueError, r"lam must be in \[0, 1\], holds nan", {"lam": ONES[:, 0] / 0 * 0}),
         (TypeError, "gamma must be real, got torch.complex64", {"gamma": ONES * 1j}),
+        (ValueError, r"rho \(2,\) must be \(2, 3\)", {"rho": ONES[:, 0]}),
+        (TypeError, "c must be floating point, got torch.int64", {"c": ONES.long()}),
         (ValueError, r"lam \(3,\) must be \(2,\) or \(2, 3\)", {"lam": ONES[0]}),
         (ValueError, r"terminated \(3,\) must be \(2,\) or \(2, 3\)", {"terminated": FLAGS[0]}),
         (ValueError, "truncated needs bootstrap", {"truncated": FLAGS}),
@@ -282,6 +289,42 @@ def test_published_vectors(kernel):
         torch.testing.assert_close(ours, torch.tensor(expected), rtol=0, atol=1e-3)
 
 
+def test_published_vtrace(kernel):
+    """rlax, vtrace_td_error_and_advantage: log-ratios from logits, clipped at 1."""
+    behavior = [[[8.9, 0.7], [5.0, 1.0], [0.6, 0.1], [-0.9, -0.1]],
+                [[0.3, -5.0], [1.0, -8.0], [0.3, 1.7], [4.7, 3.3]]]  # fmt: skip
+    target = [[[0.4, 0.5], [9.2, 8.8], [0.7, 4.4], [7.9, 1.4]],
+              [[1.0, 0.9], [1.0, -1.0], [-4.3, 8.7], [0.8, 0.3]]]  # fmt: skip
+    actions = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 1]])
+    logps = [torch.tensor(x).log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+             for x in (target, behavior)]  # fmt: skip
+    ratio = (logps[0] - logps[1]).exp().clamp(max=1)
+    rewards = torch.tensor([[-1.3, -1.3, 2.3, 42.0], [1.3, 5.3, -3.3, -5.0]])
+    values = torch.tensor([[2.1, 1.1, -3.1, 0.0], [3.1, 0.1, -1.1, 7.4]])
+    discounts = torch.tensor([[0.0, 0.89, 0.85, 0.99], [0.88, 1.0, 0.83, 0.95]])
+    after = torch.tensor([8.4, -1.2])
+    errors, targets = gae(rewards, values, gamma=discounts, bootstrap=after, rho=ratio, c=ratio)
+    expected = torch.tensor([[-1.6155143, -3.4973226, 1.8670533, 50.316002],
+                             [1.4662437, 3.6116405, -8.3327293e-5, -13.54]])  # fmt: skip
+    torch.testing.assert_close(errors, expected, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(targets, values + expected, rtol=1e-3, atol=1e-7)
+
+
+def test_on_policy_vtrace_is_the_lambda_return(kernel):
+    rewards, values, mask = inputs()
+    one = torch.ones_like(rewards)
+    ours = gae(rewards, values, mask, gamma=0.9, lam=0.8, rho=one, c=one)
+    plain = gae(rewards, values, mask, gamma=0.9, lam=0.8)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_a_ratio_of_zero_leaves_the_value(kernel):
+    rewards, values, _ = inputs()
+    rho = torch.zeros_like(rewards)
+    advantages, returns = gae(rewards, values, gamma=0.9, rho=rho, c=rho)
+    assert advantages.count_nonzero() == 0 and torch.equal(returns, values)
+
+
 def test_lambda_one_is_monte_carlo(kernel):
     rewards, values, _ = inputs()
     advantages, returns = gae(rewards, values, gamma=0.9)
@@ -320,7 +363,8 @@ def test_masked_slots_change_no_bit(kernel, poison):
     def run(fill):
         tensors = leaves(*(torch.where(mask, x, fill) for x in (rewards, values)))
         tensors += leaves(torch.where(mask & truncated & ~terminated, bootstrap, fill))
-        out = gae(*tensors[:2], mask, gamma=torch.where(mask, gamma, fill), lam=0.8,
+        ratio = torch.where(mask, gamma, fill)
+        out = gae(*tensors[:2], mask, gamma=ratio, lam=0.8, rho=ratio, c=ratio,
                   terminated=terminated, truncated=truncated, bootstrap=tensors[2])  # fmt: skip
         torch.autograd.backward(out, [torch.where(mask, weight, fill)] * 2)
         return [*out, *(x.grad for x in tensors)]

@@ -1,18 +1,19 @@
 """Generalised advantage estimation: one reverse affine scan.
 
-    δ_t = r_t + γ_t (1 − terminated_t) V_next − V_t
-    A_t = δ_t + γ_t λ_t (1 − done_t) A_next             done = terminated | truncated
+    δ_t = ρ_t (r_t + γ_t (1 − terminated_t) V_next − V_t)
+    A_t = δ_t + γ_t λ_t c_t (1 − done_t) A_next         done = terminated | truncated
     R_t = A_t + V_t
 
 Terminated cuts the bootstrap, done cuts the trace. V_next and A_next belong to the next unmasked
 token of the sequence. V_next of a truncated token is the bootstrap there; that of the last unmasked
-token is the bootstrap of the sequence, or 0.
+token is the bootstrap of the sequence, or 0. With ρ and c, clipped importance ratios, R_t is the
+V-trace target (Espeholt et al. 2018, arXiv:1802.01561); without them both are 1.
 
 Backward is the adjoint, a forward scan, with p the unmasked token before t; a done p sends nothing:
 
-    G_t = ∂A_t + ∂R_t + γ_p λ_p G_p      ∂r_t = G_t      ∂V_t = ∂R_t − G_t + γ_p G_p
+    G_t = ∂A_t + ∂R_t + γ_p λ_p c_p G_p     ∂r_t = ρ_t G_t     ∂V_t = ∂R_t − ρ_t G_t + γ_p ρ_p G_p
 
-and γ_t G_t for the bootstrap that t read.
+and γ_t ρ_t G_t for the bootstrap that t read.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define
 from . import _checks
+from . import _gae_options as _options
 
 
 def _grid(x, default, tokens, cu_seqlens):
@@ -34,19 +36,21 @@ def _grid(x, default, tokens, cu_seqlens):
     return x.double() if cu_seqlens is None else x.double()[None]
 
 
-def _tokens(rewards, mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam):
+def _tokens(rewards, mask, gammas, lams, rho, c, terminated, truncated, cu_seqlens, gamma, lam):
     """Per token: not masked; last of its sequence, masked or not; done; followed by a bootstrap;
-    gamma; and the trace in A_t = δ_t + trace_t A_{t+1}: a masked token hands on what follows."""
+    gamma; rho; and the trace in A_t = δ_t + trace_t A_{t+1}: a masked token hands on what follows.
+    """
     options = (mask, 1.0), (terminated, 0.0), (truncated, 0.0), (gammas, gamma), (lams, lam)
-    flags = [_grid(*option, rewards, cu_seqlens) for option in options]
-    kept, terminal, cut = (flag != 0 for flag in flags[:3])
+    options = *options, (rho, 1.0), (c, 1.0)
+    grids = [_grid(*option, rewards, cu_seqlens) for option in options]
+    kept, terminal, cut = (flag != 0 for flag in grids[:3])
+    gamma, lam, rho, c = (torch.where(kept, x, 1.0) for x in grids[3:])
     length = rewards.shape[-1]
     stop = length if cu_seqlens is None else _checks.to_tokens(cu_seqlens[1:], rewards, cu_seqlens)
     ends = (torch.arange(1, length + 1, device=rewards.device) == stop).expand_as(kept)
     done = kept & (terminal | cut)
     reads = ends & ~done if truncated is None else done & ~terminal
-    trace = torch.where(ends | done, 0.0, torch.where(kept, flags[3] * flags[4], 1.0))
-    return kept, ends, done, reads, torch.where(kept, flags[3], 0.0), trace
+    return kept, ends, done, reads, gamma, rho, torch.where(ends | done, 0.0, gamma * lam * c)
 
 
 def _scan(a, b):
@@ -59,12 +63,13 @@ def _scan(a, b):
 
 
 def reference(
-    rewards, values, bootstrap, mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
-):
+    rewards, values, bootstrap, mask, gammas, lams, rho, c, terminated, truncated, cu_seqlens,
+    gamma, lam,
+):  # fmt: skip
     """Advantages and returns, of the shape and dtype of rewards; the scan itself is double."""
     _checks.check_cu_seqlens("gae", cu_seqlens, rewards)
-    kept, ends, done, reads, gamma, trace = _tokens(
-        rewards, mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
+    kept, ends, done, reads, gamma, rho, trace = _tokens(
+        rewards, mask, gammas, lams, rho, c, terminated, truncated, cu_seqlens, gamma, lam
     )
     if bootstrap is not None and truncated is None:
         bootstrap = _checks.to_tokens(bootstrap, rewards, cu_seqlens)
@@ -73,22 +78,23 @@ def reference(
     hands_on = (~(kept | ends)).double()
     value_from = _scan(hands_on, torch.where(kept, v, follows))
     next_value = torch.where(ends | done, follows, value_from.roll(-1, 1))
-    delta = torch.where(kept, r + gamma * next_value - v, 0.0)
+    delta = torch.where(kept, rho * (r + gamma * next_value - v), 0.0)
     advantages = torch.where(kept, _scan(trace, delta), 0.0)
     return tuple(x.reshape(rewards.shape).to(rewards.dtype) for x in (advantages, advantages + v))
 
 
 def reference_backward(
     grad_advantages, grad_returns, rewards, values, bootstrap,
-    mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam,
+    mask, gammas, lams, rho, c, terminated, truncated, cu_seqlens, gamma, lam,
 ):  # fmt: skip
     """Gradients of rewards, values and bootstrap; empty for one that is absent."""
-    kept, ends, done, reads, gamma, trace = _tokens(
-        rewards, mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
+    kept, ends, done, reads, gamma, rho, trace = _tokens(
+        rewards, mask, gammas, lams, rho, c, terminated, truncated, cu_seqlens, gamma, lam
     )
     grads = (_grid(x, 0.0, rewards, cu_seqlens) for x in (grad_advantages, grad_returns))
     ga, gr = (torch.where(kept, x, 0.0) for x in grads)
-    grad = torch.where(kept, _scan(trace.roll(1, 1).flip(1), (ga + gr).flip(1)).flip(1), 0.0)
+    grad = _scan(trace.roll(1, 1).flip(1), (ga + gr).flip(1)).flip(1)
+    grad = torch.where(kept, rho * grad, 0.0)
     hands_on = (~(kept | ends.roll(1, 1))).double()
     sent = torch.where(done, 0.0, gamma * grad)
     sent = _scan(hands_on.flip(1), sent.flip(1)).flip(1)  # to the value that follows
@@ -105,7 +111,8 @@ def reference_backward(
 
 _INPUTS = (
     "Tensor rewards, Tensor? values, Tensor? bootstrap, Tensor? mask, Tensor? gammas, Tensor? lams,"
-    " Tensor? terminated, Tensor? truncated, Tensor? cu_seqlens, float gamma, float lam"
+    " Tensor? rho, Tensor? c, Tensor? terminated, Tensor? truncated, Tensor? cu_seqlens,"
+    " float gamma, float lam"
 )
 
 
@@ -128,14 +135,14 @@ _backward = define(
 
 def _inputs(*args):
     """GaeInputs of csrc/gae.h, and the tensors that must outlive the call."""
-    tensors = contiguous(*args[:9])
-    rewards, values, bootstrap, mask, gammas, lams, terminated, truncated, cu_seqlens = tensors
+    tensors = contiguous(*args[:11])
+    rewards, values, bootstrap, mask, gammas, lams, rho, c, *ends, cu_seqlens = tensors
     inputs = (
         len(rewards) if cu_seqlens is None else len(cu_seqlens) - 1, rewards.shape[-1],
         address(cu_seqlens), DTYPE_CODE[rewards.dtype], rewards.data_ptr(), address(values),
         address(gammas), address(lams), gammas is not None and gammas.shape == rewards.shape,
-        lams is not None and lams.shape == rewards.shape, args[9], args[10], address(mask),
-        address(terminated), address(truncated), address(bootstrap),
+        lams is not None and lams.shape == rewards.shape, *args[11:],
+        *map(address, (rho, c, mask, *ends, bootstrap)),
     )  # fmt: skip
     return inputs, tensors
 
@@ -160,48 +167,17 @@ def _backward_cpu(grad_advantages, grad_returns, *args):
 class _Gae(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        ctx.save_for_backward(*args[:9])
-        ctx.scalars = args[9:]
+        ctx.save_for_backward(*args[:11])
+        ctx.scalars = args[11:]
         return _gae(*args)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        saved = ctx.saved_tensors
-        out = _backward(*grads, *saved, *ctx.scalars)
-        return (*(None if x is None else g for x, g in zip(saved, out, strict=False)), *[None] * 8)
-
-
-def _discount(name, x, rewards, mask, count, dtype):
-    """gamma or lam as (tensor or None, float)."""
-    if not isinstance(x, Tensor):
-        if not 0 <= x <= 1:
-            raise ValueError(f"gae: {name} must be in [0, 1], got {x}")
-        return None, float(x)
-    x = x.expand(count) if x.dim() == 0 else x
-    _checks.check_shape("gae", name, x, rewards, (count,), rewards.shape)
-    return _checks.fractions("gae", name, x, mask, dtype), 0.0
-
-
-def _endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count):
-    """bootstrap, 0 where it is not read; terminated and truncated per token, or None."""
-    _checks.check_shape("gae", "terminated", terminated, rewards, (count,), rewards.shape)
-    _checks.check_shape("gae", "truncated", truncated, rewards, (count,), rewards.shape)
-    follows = (count,) if truncated is None else truncated.shape
-    _checks.check_shape("gae", "bootstrap", bootstrap, rewards, follows)
-    if truncated is not None and bootstrap is None:
-        raise ValueError("gae: truncated needs bootstrap, the value that follows")
-    terminated, truncated = _checks.as_bool(terminated), _checks.as_bool(truncated)
-    if truncated is not None and truncated.shape != rewards.shape:
-        terminated, truncated = ~truncated if terminated is None else terminated, None
-    if terminated is None or terminated.shape == rewards.shape:
-        return bootstrap, terminated, truncated
-    if truncated is None:
-        return None if bootstrap is None else bootstrap.masked_fill(terminated, 0.0), None, None
-    if not torch.compiler.is_compiling():  # a graph cannot branch on values; the op checks again
-        _checks.check_cu_seqlens("gae", cu_seqlens, rewards)
-    last = _checks.is_last(torch.ones_like(truncated) if mask is None else mask, cu_seqlens)
-    return bootstrap, last & _checks.to_tokens(terminated, rewards, cu_seqlens), truncated
+        inputs = *ctx.saved_tensors, *ctx.scalars
+        out = _backward(*grads, *inputs)
+        grads = (None if x is None else g for x, g in zip(inputs, out, strict=False))
+        return *grads, *[None] * (len(inputs) - len(out))
 
 
 def gae(
@@ -214,6 +190,8 @@ def gae(
     terminated: Tensor | None = None,
     truncated: Tensor | None = None,
     bootstrap: Tensor | None = None,
+    rho: Tensor | None = None,
+    c: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns.
@@ -228,6 +206,8 @@ def gae(
     truncated: the same shapes; needs a bootstrap of its shape. A token that is both is terminated.
     bootstrap: the value after each sequence's last unmasked token [B], read where that is not
     terminated; or, with truncated like rewards, the value after each truncated token.
+    rho, c: constants like rewards, 1 where None: they weigh the error and the trace of each token.
+    With clipped importance ratios the returns are the V-trace targets.
     Where N = B, a packed tensor is read per token, a bootstrap without `truncated` per sequence.
     Returns (advantages, returns) like rewards, fp32 (fp64 if an input is fp64), scanned in double.
     """
@@ -236,14 +216,15 @@ def gae(
     _checks.check_shape("gae", "values", values, rewards, rewards.shape)
     _checks.check_shape("gae", "mask", mask, rewards, rewards.shape)
     mask = _checks.as_bool(mask)
-    gammas, gamma = _discount("gamma", gamma, rewards, mask, count, dtype)
-    lams, lam = _discount("lam", lam, rewards, mask, count, dtype)
+    gammas, gamma = _options.discount("gamma", gamma, rewards, mask, count, dtype)
+    lams, lam = _options.discount("lam", lam, rewards, mask, count, dtype)
+    ratios = _options.ratios(rewards, dtype, rho=rho, c=c)
     if not (terminated is None and truncated is None and bootstrap is None):
-        bootstrap, terminated, truncated = _endings(
+        bootstrap, terminated, truncated = _options.endings(
             rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count
         )
     inputs = [_checks.cast(x, dtype) for x in (rewards, values, bootstrap)]
-    options = mask, gammas, lams, terminated, truncated, cu_seqlens, gamma, lam
+    options = mask, gammas, lams, *ratios, terminated, truncated, cu_seqlens, gamma, lam
     if _checks.constant(*inputs):
         return _gae(*inputs, *options)
     return _Gae.apply(*inputs, *options)

@@ -3,6 +3,7 @@
 To CUDA C++ what the interpreter is to Triton.
 """
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -26,8 +27,10 @@ def load(folder: Path):
     read = [*sources, *sorted(CSRC.glob("*.h")), HERE / "cuda_runtime.h"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
     target = folder / f"_cuda-{digest}.so"
-    if not target.exists():
-        build(sources, target)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes, one builds
+        if not target.exists():
+            build(sources, target)
     loader = ExtensionFileLoader("_cuda", str(target))
     module = module_from_spec(spec_from_file_location("_cuda", target, loader=loader))
     loader.exec_module(module)
@@ -39,15 +42,13 @@ def build(sources: list[Path], target: Path) -> None:
     compiler = os.environ.get("CXX", "c++")
     includes = [HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
     command = [compiler, *FLAGS, *(f"-I{path}" for path in includes), "-c", "-x", "c++"]
-    objects = [target.with_name(f"{source.stem}-{os.getpid()}.o") for source in sources]
+    objects = [target.with_name(f"{source.stem}.o") for source in sources]
     running = [
         subprocess.Popen([*command, source, "-o", out])
         for source, out in zip(sources, objects, strict=True)
     ]
     if any([process.wait() for process in running]):
         raise RuntimeError("csrc/*.cu do not compile as C++")
-    half = target.with_name(f"half-{os.getpid()}.so")
+    half = target.with_suffix(".half")
     subprocess.run([compiler, "-shared", *objects, "-o", half], check=True)
     half.rename(target)
-    for out in objects:
-        out.unlink()

@@ -15,6 +15,17 @@ def eager(logp, advantages, weight, old_logp):
     return -(torch.minimum(unclipped, clipped) * weight).sum()
 
 
+def eager_every_option(logp, advantages, weight, old_logp, ref_logp, entropy):
+    """Dual clip, an entropy bonus, and the KL to a reference with its exact gradient."""
+    ratio = (logp - old_logp).exp()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages
+    lowest = torch.minimum(unclipped, clipped)
+    surrogate = -torch.where(advantages < 0, torch.maximum(lowest, 3 * advantages), lowest)
+    d = logp - ref_logp
+    terms = surrogate + 0.1 * ratio * (torch.expm1(-d) + d) - 0.01 * entropy
+    return (terms * weight).sum()
+
+
 def with_statistics(logp, advantages, weight, old_logp):
     """The loss, and what PolicyStats counts of it, in plain PyTorch."""
     d = logp - old_logp
@@ -32,40 +43,62 @@ def fused(logp, advantages, weight, old_logp):
     return policy_loss(logp, advantages, weight, old_logp=old_logp)[0]
 
 
-def training(function, logp, *rest):
-    x = logp.clone().requires_grad_()
-    return lambda: torch.autograd.grad(function(x, *rest), x)
+def fused_every_option(logp, advantages, weight, old_logp, ref_logp, entropy):
+    return policy_loss(
+        logp, advantages, weight, old_logp=old_logp, dual_clip=3.0, ref_logp=ref_logp,
+        kl_coef=0.1, entropy=entropy, entropy_coef=0.01,
+    )[0]  # fmt: skip
+
+
+def training(function, *inputs):
+    """Gradients of the log-probs, and of the entropy where there is one."""
+    leaves = [x.clone().requires_grad_() if i in (0, 5) else x for i, x in enumerate(inputs)]
+    return lambda: torch.autograd.grad(function(*leaves), leaves[::5])
+
+
+def gate(ours, theirs, inputs):
+    def check():
+        want = theirs(*(x.double() for x in inputs)).item()
+        error = abs(ours(*inputs).item() - want)
+        assert error < 1e-6 * (1 + abs(want)), f"loss off by {error}"
+
+    return check
 
 
 def cases(device):
     logp = -torch.rand(TOKENS, device=device) * 5
-    inputs = (
-        logp,
-        torch.randn(TOKENS, device=device),
-        torch.full((TOKENS,), 1 / TOKENS, device=device),
-        logp + 0.2 * torch.randn(TOKENS, device=device),
-    )
-
+    noise = torch.randn(3, TOKENS, device=device)
+    weight = torch.full((TOKENS,), 1 / TOKENS, device=device)
+    plain = logp, noise[0], weight, logp + 0.2 * noise[1]
+    every = *plain, logp + 0.2 * noise[2], torch.rand(TOKENS, device=device)
     compiled = torch.compile(with_statistics)
-
-    def gate():
-        want = eager(*(t.double() for t in inputs)).item()
-        error = abs(fused(*inputs).item() - want)
-        assert error < 1e-6 * (1 + abs(want)), f"loss off by {error}"
-
     yield Case(
         "policy_loss",
         f"forward + backward, {TOKENS} tokens",
-        gate,
+        gate(fused, eager, plain),
         {
-            "fastpg, with its statistics": training(fused, *inputs),
-            "eager, loss alone": training(eager, *inputs),
-            "torch.compile, loss alone": training(torch.compile(eager), *inputs),
+            "fastpg, with its statistics": training(fused, *plain),
+            "eager, loss alone": training(eager, *plain),
+            "torch.compile, loss alone": training(torch.compile(eager), *plain),
             "torch.compile, with the same statistics": training(
-                lambda *args: compiled(*args)[0], *inputs
+                lambda *args: compiled(*args)[0], *plain
             ),
         },
         ours="fastpg, with its statistics",
         targets={"eager, loss alone": ">= 5", "torch.compile, loss alone": ">= 2"},
+        device=device,
+    )
+    yield Case(
+        "policy_loss",
+        f"every option, forward + backward, {TOKENS} tokens",
+        gate(fused_every_option, eager_every_option, every),
+        {
+            "fastpg, every option": training(fused_every_option, *every),
+            "fastpg, plain": training(fused, *plain),
+            "eager, loss alone": training(eager_every_option, *every),
+            "torch.compile, loss alone": training(torch.compile(eager_every_option), *every),
+        },
+        ours="fastpg, every option",
+        targets={"fastpg, plain": ">= 0.67", "eager, loss alone": ">= 5"},
         device=device,
     )

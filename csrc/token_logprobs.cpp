@@ -161,12 +161,12 @@ struct Backward : Rows<X> {
       std::fill(dx, dx + length, X{});
       return;
     }
+    const bool here = label >= begin && label < begin + length;
+    const T c = here ? this->capped(row, label) : T(0);  // read first: dx may lie over x
     kernel.slice_gradient(this->at(row) + begin, dx, length, g);
-    if (label >= begin && label < begin + length) {
-      const T c = this->capped(row, label);
+    if (here)
       store(&dx[label - begin],
             g.softcap == 0 ? label_gradient<false>(c, g) : label_gradient<true>(c, g));
-    }
   }
 
   void run() const {

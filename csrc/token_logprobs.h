@@ -29,6 +29,7 @@ struct LogprobsGradient {
 };
 
 void token_logprobs(const LogitRows& rows, const LogprobsOut& out);
+// A label outside the row, but for ignore_index, is nowhere in it. grad_logits may be the logits.
 void token_logprobs_backward(const LogitRows& rows, const LogprobsGradient& in, void* grad_logits);
 
 }  // namespace fpg

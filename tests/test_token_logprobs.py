@@ -84,7 +84,9 @@ def test_registration(op, layout):
     args = (logits, labels, torch.tensor(0.7), 0.0, -100)
     torch.library.opcheck(op, args)
     logp, stats = page._logp(*args)
-    torch.library.opcheck(page._backward, (torch.randn_like(logp), None, None, stats, *args))
+    gradient = torch.randn_like(logp), None, None, stats, *args
+    torch.library.opcheck(page._backward, gradient)
+    torch.library.opcheck(page._backward_out, (torch.empty(logits.shape), *gradient))
 
 
 def test_the_dispatcher_brings_cuda_tensors_to_triton(kernel):
@@ -322,6 +324,23 @@ def test_rows_that_no_gradient_reaches_are_not_read_backward(kernel, dtype):
     logp, entropy = token_logprobs(x, labels, return_entropy=True)
     (logp + entropy)[[0, 2, 3]].sum().backward()
     assert (x.grad[1] == 0).all() and (x.grad[[0, 2, 3]] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_the_gradient_may_overwrite_the_logits(kernel, dtype, softcap):
+    """And a label that is nowhere in the row adds nothing to it: the row may be a slice."""
+    logits, labels = logits_and_labels(4, 9000, dtype)
+    args = logits, labels, torch.tensor(0.7), softcap, -100
+    _, entropy, stats = page._logp_entropy(*args)
+    upstream = torch.randn(2, 4)
+    want = page._backward(*upstream, entropy, stats, *args)
+    halves = logits[:, :4500].contiguous(), logits[:, 4500:].contiguous()
+    for begin, x in zip((0, 4500), halves, strict=True):
+        page._backward_out(x, *upstream, entropy, stats, x, labels - begin, *args[2:])
+    assert_no_worse(torch.cat(halves, 1), want, want.double(), GRADIENT_TOLERANCE[dtype] * 1e-3)
+    page._backward_out(logits, *upstream, entropy, stats, *args)
+    assert torch.equal(logits, want)
 
 
 def test_probabilities_sum_to_one(kernel):

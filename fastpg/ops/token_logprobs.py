@@ -19,16 +19,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._flags import record_labels
-from .._library import _C, DTYPE_CODE, address, cpu_kernel, define, scalar, triton_kernels
-from ._checks import check_device, check_shape, check_tensors, compute_dtype, constant
+from .._library import _C, DTYPE_CODE, address, cpu_kernel, define, triton_kernels
+from ._checks import check_tensors, compute_dtype, constant
+from ._vocab import check_labels, label_temperature, positive
 
 
-def _scaled(logits, labels, temperature, softcap, ignore_index):
+def _scaled(logits, labels, temperature, softcap, ignore_index, top=None):
     """(kept rows, capped logits, their maximum, d = z - max z); ignored rows count as zeros."""
     kept = labels != ignore_index
     x = torch.where(kept[..., None], logits.to(temperature.dtype), 0.0)
     capped = softcap * torch.tanh(x / softcap) if softcap else x
-    top = capped.amax(-1)
+    top = capped.amax(-1) if top is None else top
     origin = top.masked_fill(top == -math.inf, 0.0)
     return kept, capped, top, (capped - origin[..., None]) / temperature[..., None]
 
@@ -67,8 +68,9 @@ def reference_backward(
     grad_logp, grad_entropy, entropy, stats, logits, labels, temperature, softcap, ignore_index
 ):  # fmt: skip
     """dL/dlogits, in the dtype and shape of logits, contiguous."""
-    kept, capped, _, d = _scaled(logits, labels, temperature, softcap, ignore_index)
-    logp = d - stats[1][..., None]
+    top, log_sum = stats  # of the whole row, of which logits may be a slice
+    kept, capped, _, d = _scaled(logits, labels, temperature, softcap, ignore_index, top)
+    logp = d - log_sum[..., None]
     p = logp.exp()
     g = torch.where(kept, grad_logp, 0.0)[..., None]
     is_label = torch.arange(logits.shape[-1], device=logits.device) == labels[..., None]
@@ -82,6 +84,10 @@ def reference_backward(
         grad = grad * (1 - (capped / softcap) ** 2)
     grad = torch.where(kept[..., None], grad / temperature[..., None], 0.0)
     return grad.to(logits.dtype).contiguous()
+
+
+def reference_backward_out(out, *args):
+    out.copy_(reference_backward(*args))
 
 
 def _fake(logits, labels, temperature, *_):
@@ -100,11 +106,17 @@ _logp_entropy = define(
     fake=_fake,
     reference=reference,
 )
+_GRADIENT = f"Tensor grad_logp, Tensor? grad_entropy, Tensor? entropy, Tensor stats, {_OPTIONS}"
 _backward = define(
-    "token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, Tensor? entropy, "
-    f"Tensor stats, {_OPTIONS}) -> Tensor",
+    f"token_logprobs_backward({_GRADIENT}) -> Tensor",
     fake=lambda *args: args[4].new_empty(args[4].shape),
     reference=reference_backward,
+)
+# out: contiguous, of the shape and dtype of logits. It may be the logits themselves.
+_backward_out = define(
+    f"token_logprobs_backward_out(Tensor(a!) out, {_GRADIENT}) -> ()",
+    fake=lambda *_: None,
+    reference=reference_backward_out,
 )
 
 
@@ -129,39 +141,44 @@ def _rows(logits, labels, temperature, softcap, ignore_index):
     )  # fmt: skip
 
 
-@cpu_kernel(_logp)
-def _logp_cpu(logits, labels, temperature, softcap, ignore_index):
+def _forward_cpu(with_entropy, logits, labels, temperature, *options):
     logits, labels, temperature = _addressable(logits, labels, temperature)
     logp = torch.empty_like(labels, dtype=temperature.dtype)
+    entropy = torch.empty_like(logp) if with_entropy else None
     stats = logp.new_empty((2, *labels.shape))
-    rows = _rows(logits, labels, temperature, softcap, ignore_index)
-    _C.token_logprobs(rows, logp.data_ptr(), 0, stats.data_ptr())
-    return logp, stats
-
-
-@cpu_kernel(_logp_entropy)
-def _logp_entropy_cpu(logits, labels, temperature, softcap, ignore_index):
-    logits, labels, temperature = _addressable(logits, labels, temperature)
-    logp = torch.empty_like(labels, dtype=temperature.dtype)
-    entropy, stats = torch.empty_like(logp), logp.new_empty((2, *labels.shape))
-    rows = _rows(logits, labels, temperature, softcap, ignore_index)
-    _C.token_logprobs(rows, logp.data_ptr(), entropy.data_ptr(), stats.data_ptr())
+    rows = _rows(logits, labels, temperature, *options)
+    _C.token_logprobs(rows, logp.data_ptr(), address(entropy), stats.data_ptr())
     return logp, entropy, stats
 
 
-@cpu_kernel(_backward)
-def _backward_cpu(grad_logp, grad_entropy, entropy, stats, logits, labels, temperature, *options):
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    logits, labels, temperature = _addressable(logits, labels, temperature)
+@cpu_kernel(_logp)
+def _logp_cpu(*args):
+    return _forward_cpu(False, *args)[::2]
+
+
+@cpu_kernel(_logp_entropy)
+def _logp_entropy_cpu(*args):
+    return _forward_cpu(True, *args)
+
+
+@cpu_kernel(_backward_out)
+def _backward_out_cpu(out, grad_logp, grad_entropy, entropy, stats, *args):
+    logits, labels, temperature = _addressable(*args[:3])
     grad_logp = grad_logp.contiguous()  # sum() hands an expanded one over
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     per_row = grad_logp.data_ptr(), address(grad_entropy), address(entropy), stats.data_ptr()
-    rows = _rows(logits, labels, temperature, *options)
-    _C.token_logprobs_backward(rows, *per_row, grad.data_ptr())
+    rows = _rows(logits, labels, temperature, *args[3:])
+    _C.token_logprobs_backward(rows, *per_row, out.data_ptr())
+
+
+@cpu_kernel(_backward)
+def _backward_cpu(*args):
+    grad = torch.empty_like(args[4], memory_format=torch.contiguous_format)
+    _backward_out_cpu(grad, *args)
     return grad
 
 
-triton_kernels(__name__, _logp, _logp_entropy, _backward)
+triton_kernels(__name__, _logp, _logp_entropy, _backward, _backward_out)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -184,39 +201,11 @@ class _TokenLogprobs(torch.autograd.Function):
         return None, grad, None, None, None, None
 
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
 def _check(logits: Tensor, labels: Tensor) -> None:
     check_tensors("token_logprobs", logits=logits, labels=labels)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"token_logprobs: logits must be [..., V], got {tuple(logits.shape)}")
-    if labels.dtype not in _INTEGERS:
-        raise TypeError(f"token_logprobs: labels must be integers, got {labels.dtype}")
-    check_shape("token_logprobs", "labels", labels, logits, logits.shape[:-1])
-
-
-def _positive(name: str, value: float, dtype: torch.dtype) -> float:
-    """value, by which the kernels divide, or multiply with its inverse, in dtype."""
-    most = torch.finfo(dtype).max
-    if not 1 / most < value < most:
-        needs = f"and its inverse must be finite and > 0 in {dtype}"
-        raise ValueError(f"token_logprobs: {name} {needs}, got {value}")
-    return value
-
-
-def _temperature(temperature: float | Tensor, dtype: torch.dtype, labels: Tensor) -> Tensor:
-    """0-d, or one per label. Always a tensor, so that a new value compiles nothing anew."""
-    if not isinstance(temperature, Tensor):
-        return scalar(_positive("temperature", temperature, dtype), dtype, labels.device)
-    check_device("token_logprobs", "temperature", temperature, labels)
-    try:
-        return temperature.detach().to(dtype).expand(labels.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"token_logprobs: temperature {tuple(temperature.shape)} does not broadcast to labels "
-            f"{tuple(labels.shape)}"
-        ) from None
+    check_labels("token_logprobs", labels, logits)
 
 
 def token_logprobs(
@@ -240,8 +229,8 @@ def token_logprobs(
     """
     _check(logits, labels)
     dtype = compute_dtype("token_logprobs", logits=logits)
-    softcap = 0.0 if softcap is None else _positive("softcap", softcap, dtype)
-    t = _temperature(temperature, dtype, labels)
+    softcap = 0.0 if softcap is None else positive("token_logprobs", "softcap", softcap, dtype)
+    t = label_temperature("token_logprobs", temperature, dtype, labels)
     args = logits, labels.long(), t, softcap, ignore_index
     if not constant(logits):
         return _TokenLogprobs.apply(return_entropy, *args)

@@ -254,7 +254,10 @@ def backward_kernel(
     ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One program per slice of a row. A row that no gradient reaches is written, not read."""
+    """One program per slice of a row. A row that no gradient reaches is written, not read.
+
+    out may be logits: a thread reads what it writes before it does so, the label's logit too.
+    """
     row = tl.program_id(0) // slices
     begin = (tl.program_id(0) % slices).to(tl.int64) * (BLOCK * BLOCKS)
     length = tl.minimum(vocab - begin, BLOCK * BLOCKS).to(tl.int32)
@@ -373,10 +376,8 @@ def token_logprobs_entropy(*args):
 
 
 @fp64_by_reference
-def token_logprobs_backward(grad_logp, grad_entropy, entropy, stats, logits, *args):
-    rows = Rows(logits, *args)
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    with_entropy = grad_entropy is not None
+def token_logprobs_backward_out(out, grad_logp, grad_entropy, entropy, stats, *args):
+    rows, with_entropy = Rows(*args), grad_entropy is not None
     grad_logp = grad_logp.contiguous()
     per_row = (grad_entropy.contiguous(), entropy) if with_entropy else (grad_logp, grad_logp)
     compiled = rows.options(forward=False, entropy=with_entropy)
@@ -385,4 +386,9 @@ def token_logprobs_backward(grad_logp, grad_entropy, entropy, stats, logits, *ar
         backward_kernel[(rows.scalars[0] * slices,)](
             grad_logp, *per_row, stats, *rows.tensors, out, *rows.scalars, slices, **compiled
         )
+
+
+def token_logprobs_backward(*args):
+    out = torch.empty_like(args[4], memory_format=torch.contiguous_format)
+    token_logprobs_backward_out(out, *args)
     return out

@@ -8,6 +8,7 @@ from .ops.gae import gae
 from .ops.group_center import group_center
 from .ops.importance_weights import importance_weights
 from .ops.kl_estimate import kl_estimate
+from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.merge_stats import merge_stats
 from .ops.policy_loss import policy_loss
 from .ops.preference_loss import preference_loss
@@ -31,6 +32,7 @@ __all__ = [
     "importance_weights",
     "kernels_of",
     "kl_estimate",
+    "linear_token_logprobs",
     "merge_stats",
     "policy_loss",
     "preference_loss",

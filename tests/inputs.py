@@ -18,3 +18,13 @@ def logits_and_labels(rows, vocab, dtype=torch.float32, *, scale=3.0, seed=0):
     logits = (torch.randn(*rows, vocab, generator=random) * scale).to(dtype)
     gumbel = -torch.empty(*rows, vocab).exponential_(generator=random).log()
     return logits, (logits.float() + gumbel).argmax(-1)
+
+
+def head_and_labels(rows, vocab, width, dtype=torch.float32, *, scale=2.0, seed=0):
+    """Hidden states [*rows, width], a head's weight and bias, labels [*rows]."""
+    random = generator(seed)
+    hidden = torch.randn(*rows, width, generator=random)
+    weight = torch.randn(vocab, width, generator=random) * (scale / width**0.5)
+    bias = torch.randn(vocab, generator=random)
+    labels = torch.randint(vocab, tuple(rows), generator=random)
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), labels

@@ -1,4 +1,4 @@
-"""What several pages ask of token tensors: [B, T], or packed [N] with cu_seqlens."""
+"""What several pages ask: token tensors [B, T] or packed [N] with cu_seqlens; and of labels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._library import DTYPE_CODE
+from .._flags import record_labels
+from .._library import DTYPE_CODE, scalar
 
 
 def check_tensors(op: str, **values: object) -> None:
@@ -159,3 +160,51 @@ def is_last(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         beyond = torch.nn.functional.pad(left, (0, 1))[cu_seqlens[1:].long()]
         left = left - to_tokens(beyond, mask, cu_seqlens)
     return mask & (left == 1)
+
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_labels(op: str, labels: Tensor, rows: Tensor) -> None:
+    """labels [...] for rows [..., V] or [..., H]. Their values are checked by the kernels."""
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"{op}: labels must be integers, got {labels.dtype}")
+    check_shape(op, "labels", labels, rows, rows.shape[:-1])
+
+
+def check_label_values(op, labels, legal, kept, vocab, ignore_index, temperature):
+    """What the kernels check too. Elsewhere it would synchronise: there bad labels are recorded."""
+    if labels.device.type != "cpu":
+        return record_labels(op, labels, kept & ~legal)
+    bad = labels[kept & ~legal]
+    if len(bad):
+        where = f"outside [0, {vocab}) and not ignore_index={ignore_index}"
+        raise IndexError(f"{op}: labels holds {bad[0].item()}, {where}")
+    bad = temperature.expand(labels.shape)[kept & ~((temperature > 0) & temperature.isfinite())]
+    if len(bad):
+        raise ValueError(f"{op}: temperature holds {bad[0]}, must be finite and > 0")
+
+
+def positive(op: str, name: str, value: float, dtype: torch.dtype) -> float:
+    """value, by which the kernels divide, or multiply with its inverse, in dtype."""
+    most = torch.finfo(dtype).max
+    if not 1 / most < value < most:
+        needs = f"and its inverse must be finite and > 0 in {dtype}"
+        raise ValueError(f"{op}: {name} {needs}, got {value}")
+    return value
+
+
+def label_temperature(
+    op: str, temperature: float | Tensor, dtype: torch.dtype, labels: Tensor
+) -> Tensor:
+    """0-d, or one per label. Always a tensor, so that a new value compiles nothing anew."""
+    if not isinstance(temperature, Tensor):
+        return scalar(positive(op, "temperature", temperature, dtype), dtype, labels.device)
+    check_device(op, "temperature", temperature, labels)
+    try:
+        return temperature.detach().to(dtype).expand(labels.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: temperature {tuple(temperature.shape)} does not broadcast to labels "
+            f"{tuple(labels.shape)}"
+        ) from None

@@ -18,10 +18,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._flags import record_labels
 from .._library import _C, DTYPE_CODE, address, cpu_kernel, define, triton_kernels
-from ._checks import check_tensors, compute_dtype, constant
-from ._vocab import check_labels, label_temperature, positive
+from ._checks import (
+    check_label_values,
+    check_labels,
+    check_tensors,
+    compute_dtype,
+    constant,
+    label_temperature,
+    positive,
+)
 
 
 def _scaled(logits, labels, temperature, softcap, ignore_index, top=None):
@@ -34,25 +40,12 @@ def _scaled(logits, labels, temperature, softcap, ignore_index, top=None):
     return kept, capped, top, (capped - origin[..., None]) / temperature[..., None]
 
 
-def _check_values(labels, legal, kept, vocab, ignore_index, temperature):
-    """What the kernels check too. Elsewhere it would synchronise: there bad labels are recorded."""
-    if labels.device.type != "cpu":
-        return record_labels("token_logprobs", labels, kept & ~legal)
-    bad = labels[kept & ~legal]
-    if len(bad):
-        where = f"outside [0, {vocab}) and not ignore_index={ignore_index}"
-        raise IndexError(f"token_logprobs: labels holds {bad[0].item()}, {where}")
-    bad = temperature.expand(labels.shape)[kept & ~((temperature > 0) & temperature.isfinite())]
-    if len(bad):
-        raise ValueError(f"token_logprobs: temperature holds {bad[0]}, must be finite and > 0")
-
-
 def reference(logits, labels, temperature, softcap, ignore_index):
     """[..., V] logits -> logp [...], entropy [...], stats [2, ...]: (max, log_sum) of each row."""
     vocab = logits.shape[-1]
     kept, _, top, d = _scaled(logits, labels, temperature, softcap, ignore_index)
     legal = kept & (labels >= 0) & (labels < vocab)
-    _check_values(labels, legal, kept, vocab, ignore_index, temperature)
+    check_label_values("token_logprobs", labels, legal, kept, vocab, ignore_index, temperature)
     e = d.exp()
     total = e.sum(-1)
     log_sum = torch.where(total == 0, 0.0, total.log())

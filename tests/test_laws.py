@@ -173,6 +173,25 @@ def test_weights_of_completions_undo_the_sampling_policy():
     assert (grads[1] - exact).norm() > 0.1 * exact.norm()
 
 
+def test_vtrace_values_one_policy_from_the_samples_of_another():
+    """Uncapped, the expected target is V of the new policy, whatever values it starts from."""
+    theta, other = table(), table(3)
+    logp, behavior = log_probs(theta), log_probs(other)
+    ratio, _ = importance_weights(logp, behavior, EVERY)
+    guess = table(4).detach()[:, 0][STATES]
+    _, targets = gae(REWARDS, guess, rho=ratio, c=ratio)
+    torch.testing.assert_close(expected(chances(other), targets[:, 0]), exact_values(theta)[0, 0])
+
+
+def test_vtrace_with_one_cap_is_the_advantage_times_the_ratio():
+    """A_t = ρ_t (r_t + γ target_{t+1} − V_t), IMPALA's policy gradient, where c = ρ and λ = 1."""
+    ratio, _ = importance_weights(log_probs(table()), log_probs(table(3)), EVERY, high=1.0)
+    guess = table(4).detach()[:, 0][STATES]
+    advantages, targets = gae(REWARDS, guess, gamma=0.9, rho=ratio, c=ratio)
+    after = torch.nn.functional.pad(targets[:, 1:], (0, 1))
+    torch.testing.assert_close(advantages, ratio * (REWARDS + 0.9 * after - guess))
+
+
 def test_kl_in_the_reward_is_kl_in_the_objective():
     """∇ E[R − β Σ_t k1_t] by REINFORCE on token_rewards is ∇ (E[R] − β KL(π ‖ ref))."""
     theta, beta = table(), 0.3

@@ -1,8 +1,7 @@
 """Numbers that other projects publish in their tests, computed by our calls.
 
-Each test names the project, the file and the tests its numbers come from; the vectors of rlax's
-truncated_generalized_advantage_estimation are in test_gae.py. Tolerances are those of the source,
-which printed four to seven digits.
+Each test names the project, the file and the tests its numbers come from; rlax's vectors of GAE and
+V-trace are in test_gae.py. Tolerances are those of the sources, which printed four to seven digits.
 """
 
 import pytest
@@ -287,3 +286,21 @@ def test_torchrl_loop_and_vectorised_gae(lam):
         advantages, returns = getattr(functional, theirs)(0.99, lam, *columns)
         near(ours[0], advantages[..., 0], rtol=1e-6, atol=1e-6)
         near(ours[1], returns[..., 0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchrl and tensordict, when they are imported
+def test_torchrl_vtrace():
+    """vtrace_advantage_estimate, whose values are our returns; one episode in each row."""
+    functional = pytest.importorskip("torchrl.objectives.value.functional")
+    rewards, values, logp, behavior = torch.randn(4, 7, 50, dtype=torch.float64)
+    after, last = torch.randn(7, dtype=torch.float64), torch.arange(50) == 49
+    following = torch.where(last, after[:, None], values.roll(-1, 1))
+    every = torch.ones(7, 50)
+    rho, c = (importance_weights(logp, behavior, every, high=high)[0] for high in (1.5, 0.8))
+    _, returns = gae(rewards, values, gamma=0.99, bootstrap=after, rho=rho, c=c)
+    ends = last.expand(7, 50)
+    columns = [x[..., None] for x in (logp, behavior, values, following, rewards, ends)]
+    _, theirs = functional.vtrace_advantage_estimate(
+        0.99, *columns, terminated=torch.zeros_like(columns[-1]), rho_thresh=1.5, c_thresh=0.8
+    )
+    near(returns, theirs[..., 0], rtol=1e-6, atol=1e-6)

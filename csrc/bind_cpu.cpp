@@ -164,17 +164,16 @@ void bind_policy_loss(py::module_& m) {
   def(m, "policy_loss",
       [](int dtype, int64_t count, Address logp, Address advantages, Address weight,
          Address old_logp, Address ratio, Address ref_logp, Address entropy, int surrogate, int kl,
-         const std::array<double, 7>& options, Address loss, Address coefficient, Address stats) {
-        const auto [low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef] =
-            options;
-        const PolicyOptions of = {
-            Surrogate(surrogate), PolicyKl(kl), low,     high,        dual_clip,
-            tau_positive,         tau_negative, kl_coef, entropy_coef};
+         const std::array<double, 7>& numbers, Address on_device, Address loss, Address coefficient,
+         Address stats) {
         with_compute_dtype(dtype, [&](auto x) {
           using T = decltype(x);
           policy_loss<T>({at<T>(logp), at<T>(advantages), at<T>(weight), at<T>(old_logp),
                           at<T>(ratio), at<T>(ref_logp), at<T>(entropy)},
-                         count, of, {at<T>(loss), at<T>(coefficient), at<double>(stats)});
+                         count,
+                         {Surrogate(surrogate), PolicyKl(kl),
+                          __builtin_bit_cast(PolicyNumbers, numbers), at<PolicyNumbers>(on_device)},
+                         {at<T>(loss), at<T>(coefficient), at<PolicyStats>(stats)});
         });
       });
   def(m, "policy_loss_sequence_ratio",

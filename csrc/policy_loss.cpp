@@ -19,12 +19,6 @@ PolicyTokens<T> from(const PolicyTokens<T>& t, int64_t i) {
           at(t.ratio), at(t.ref_logp),   at(t.entropy)};
 }
 
-void add(double* total, const double* part) {
-  for (int i = 0; i < kPolicySums; ++i) total[i] += part[i];
-  for (int i = kPolicySums; i < kPolicyMinima; ++i) total[i] = smaller(total[i], part[i]);
-  for (int i = kPolicyMinima; i < kPolicyFields; ++i) total[i] = larger(total[i], part[i]);
-}
-
 // In eight interleaved sums, so that the additions do not wait for one another.
 template <typename T>
 double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t begin,
@@ -47,21 +41,18 @@ void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptio
                  const PolicyOut<T>& out) {
   const PolicyLossKernels<T>& kernel = kernels();
   const int64_t blocks = ceil_div(count, kTokenBlock);
-  std::vector<double> parts(blocks * kPolicyFields);
+  std::vector<PolicyStats> parts(blocks);
   parallel_for(blocks, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * kTokenBlock;
       kernel.policy_block(from(tokens, first), smaller(kTokenBlock, count - first), options,
-                          out.coefficient + first, &parts[i * kPolicyFields]);
+                          out.coefficient + first, parts[i].x);
     }
   });
-  for (int i = 0; i < kPolicyFields; ++i)
-    out.stats[i] = i < kPolicySums     ? 0
-                   : i < kPolicyMinima ? infinity<double>()
-                                       : -infinity<double>();
-  for (int64_t i = 0; i < blocks; ++i) add(out.stats, &parts[i * kPolicyFields]);
-  show_nan(out.stats);
-  *out.loss = T(out.stats[kLoss]);
+  clear(*out.stats);
+  for (const PolicyStats& part : parts) merge(*out.stats, part);
+  show_nan(*out.stats);
+  *out.loss = T(out.stats->x[kLoss]);
 }
 
 template <typename T>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elementary.h"
+#include "stream.h"
 
 namespace fpg {
 
@@ -33,6 +34,28 @@ enum PolicyField {
   kPolicyFields
 };
 
+struct PolicyStats {
+  double x[kPolicyFields];
+};
+
+FPG_HD void clear(PolicyStats& stats) {
+  for (int i = 0; i < kPolicyFields; ++i)
+    stats.x[i] = i < kPolicySums ? 0 : i < kPolicyMinima ? infinity<double>() : -infinity<double>();
+}
+
+FPG_HD void merge(PolicyStats& total, const PolicyStats& part) {
+  for (int i = 0; i < kPolicyFields; ++i)
+    total.x[i] = i < kPolicySums     ? total.x[i] + part.x[i]
+                 : i < kPolicyMinima ? smaller(total.x[i], part.x[i])
+                                     : larger(total.x[i], part.x[i]);
+}
+
+// A NaN ratio must show: minima and maxima skip it, but the sum of positive ratios does not.
+FPG_HD void show_nan(PolicyStats& stats) {
+  const double sum = stats.x[kRatio];
+  if (sum != sum) stats.x[kRatioMin] = stats.x[kRatioMax] = sum;
+}
+
 template <typename T>
 struct PolicyTokens {  // all but the first three may be null
   const T *logp, *advantages, *weight;
@@ -41,13 +64,22 @@ struct PolicyTokens {  // all but the first three may be null
   const T *ref_logp, *entropy;
 };
 
-struct PolicyOptions {  // the numbers in the order of Options in fastpg/ops/_surrogates.py
-  Surrogate surrogate;
-  PolicyKl kl;
+struct PolicyNumbers {          // in the order of Options in fastpg/ops/_surrogates.py
   double low, high, dual_clip;  // bounds of the ratio; infinite: none
   double tau_positive, tau_negative;
   double kl_coef, entropy_coef;
 };
+
+struct PolicyOptions {
+  Surrogate surrogate;
+  PolicyKl kl;
+  PolicyNumbers numbers;
+  const PolicyNumbers* on_device;  // in place of the others, or null
+};
+
+FPG_HD PolicyNumbers numbers_of(const PolicyOptions& options) {
+  return options.on_device ? *options.on_device : options.numbers;
+}
 
 // For one token: a summand of its loss, and the derivative of that by the token's log-prob.
 template <typename T>
@@ -68,8 +100,8 @@ struct Bounds {
 };
 
 template <typename T>
-FPG_HD Bounds<T> bounds(const PolicyOptions& o) {
-  return {T(o.low), T(o.high), T(o.dual_clip), T(o.tau_positive), T(o.tau_negative)};
+FPG_HD Bounds<T> bounds(const PolicyNumbers& x) {
+  return {T(x.low), T(x.high), T(x.dual_clip), T(x.tau_positive), T(x.tau_negative)};
 }
 
 // A surrogate's term, and 1 where the lower and the upper bound of the ratio are in force.
@@ -139,25 +171,26 @@ FPG_HD LossTerm<T> reference_kl(T d, T ratio) {
   return {k3, d - k3};  // 1 - e^-d without its cancellation
 }
 
-// loss: one T; coefficient [count] in T: dL/dlogp; stats [kPolicyFields].
+// loss: one T; coefficient [count] in T: dL/dlogp.
 template <typename T>
 struct PolicyOut {
   T *loss, *coefficient;
-  double* stats;
+  PolicyStats* stats;
 };
-
-// A NaN ratio must show: minima and maxima skip it, but the sum of positive ratios does not.
-FPG_HD void show_nan(double* stats) {
-  if (stats[kRatio] != stats[kRatio]) stats[kRatioMin] = stats[kRatioMax] = stats[kRatio];
-}
 
 template <typename T>
 void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptions& options,
                  const PolicyOut<T>& out);
+template <typename T>
+void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptions& options,
+                 const PolicyOut<T>& out, const Scratch<PolicyStats>& scratch, Stream stream);
 
 // The ratio of each token's sequence, exp(mean (logp - old_logp)); 0 at masked tokens.
 template <typename T>
 void policy_loss_sequence_ratio(const Sequences& sequences, const T* logp, const T* old_logp,
                                 const T* weight, T* ratio);
+template <typename T>
+void policy_loss_sequence_ratio(const Sequences& sequences, const T* logp, const T* old_logp,
+                                const T* weight, T* ratio, Stream stream);
 
 }  // namespace fpg

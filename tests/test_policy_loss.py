@@ -137,9 +137,9 @@ def test_registration(layout, case):
     names = (*NAMES[:4], "ratio", *NAMES[4:])
     args = [change(x[n]) if n in (*NAMES[:3], *given) else None for n in names]
     options = [0.8, 1.27, 3.0, 1.0, 1.05, 0.13, 0.07]
-    torch.library.opcheck(page._policy_loss, (*args, "ppo", "k3", options))
+    torch.library.opcheck(page._policy_loss, (*args, "ppo", "k3", options, None))
     on_device = torch.tensor(options, dtype=torch.float64)
-    torch.library.opcheck(page._policy_loss, (*args, "sapo", "k2", [], on_device))
+    torch.library.opcheck(page._policy_loss, (*args, "sapo", "k2", options, on_device))
     logp, old_logp, weight = (change(x[n]) for n in ("logp", "old_logp", "weight"))
     torch.library.opcheck(page._sequence_ratio, (logp, old_logp, weight, None))
 

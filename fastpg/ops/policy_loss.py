@@ -26,7 +26,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define, scalar
+from .._library import (
+    _C,
+    DTYPE_CODE,
+    address,
+    contiguous,
+    cpu_kernel,
+    cuda_kernel,
+    define,
+    scalar,
+    scratch,
+)
 from . import _surrogates
 from ._checks import alike, check_cu_seqlens, constant, sequence_count, to_sequences, to_tokens
 from ._stats import PolicyStats
@@ -35,7 +45,7 @@ from ._surrogates import KLS, SURROGATES, Options, check_options, log_ratio, ref
 
 def reference(
     logp, advantages, weight, old_logp, ratio, ref_logp, entropy,
-    surrogate, kl, options, device_options=None,
+    surrogate, kl, options, device_options,
 ):  # fmt: skip
     """-> loss [], coefficient (dL/dlogp, of the shape of logp), stats [16].
 
@@ -72,27 +82,34 @@ def _fake(logp, *_):
 _policy_loss = define(
     "policy_loss(Tensor logp, Tensor advantages, Tensor weight, Tensor? old_logp, "
     "Tensor? ratio, Tensor? ref_logp, Tensor? entropy, str surrogate, str kl, float[] options, "
-    "Tensor? device_options=None) -> (Tensor loss, Tensor coefficient, Tensor stats)",
+    "Tensor? device_options) -> (Tensor loss, Tensor coefficient, Tensor stats)",
     fake=_fake,
     reference=reference,
 )
 
 
+def _launch(run, *args):
+    logp, (surrogate, kl, options, device_options), scratch = args[0], args[7:11], args[11:]
+    if logp.numel() == 0:  # an empty tensor has no address
+        return reference(*args[:11])
+    tensors = contiguous(*args[:7])
+    out = _fake(logp)
+    run(
+        DTYPE_CODE[logp.dtype], logp.numel(), *map(address, tensors), SURROGATES[surrogate],
+        KLS[kl], options, address(device_options), *map(address, out), *scratch,
+    )  # fmt: skip
+    return out
+
+
 @cpu_kernel(_policy_loss)
 def _policy_loss_cpu(*args):
-    logp, (surrogate, kl, options), device_options = args[0], args[7:10], args[10:]
-    if logp.numel() == 0:  # an empty tensor has no address
-        return reference(*args)
-    if device_options and device_options[0] is not None:
-        options = device_options[0].tolist()
-    tensors = contiguous(*args[:7])
-    loss, coefficient = logp.new_empty(()), torch.empty_like(tensors[0])
-    stats = logp.new_empty(16, dtype=torch.float64)
-    _C.policy_loss(
-        DTYPE_CODE[logp.dtype], logp.numel(), *map(address, tensors), SURROGATES[surrogate],
-        KLS[kl], options, loss.data_ptr(), coefficient.data_ptr(), stats.data_ptr(),
-    )  # fmt: skip
-    return loss, coefficient, stats
+    return _launch(_C.policy_loss, *args)
+
+
+@cuda_kernel(_policy_loss)
+def _policy_loss_cuda(run, *args):
+    room, _alive = scratch(args[0], fields=16)
+    return _launch(run, *args, room)
 
 
 def reference_sequence_ratio(logp, old_logp, weight, cu_seqlens):
@@ -114,16 +131,20 @@ _sequence_ratio = define(
 )
 
 
-@cpu_kernel(_sequence_ratio)
-def _sequence_ratio_cpu(logp, old_logp, weight, cu_seqlens):
-    logp, old_logp, weight, cu_seqlens = contiguous(logp, old_logp, weight, cu_seqlens)
-    ratio = torch.empty_like(logp)
+def _launch_sequence_ratio(run, logp, old_logp, weight, cu_seqlens):
+    tensors = contiguous(cu_seqlens, logp, old_logp, weight)
+    ratio = logp.new_empty(logp.shape)
     count = len(logp) if cu_seqlens is None else len(cu_seqlens) - 1
-    _C.policy_loss_sequence_ratio(
-        DTYPE_CODE[logp.dtype], count, logp.shape[-1], address(cu_seqlens), logp.data_ptr(),
-        old_logp.data_ptr(), weight.data_ptr(), ratio.data_ptr(),
-    )  # fmt: skip
+    run(DTYPE_CODE[logp.dtype], count, logp.shape[-1], *map(address, [*tensors, ratio]))
     return ratio
+
+
+@cpu_kernel(_sequence_ratio)
+def _sequence_ratio_cpu(*args):
+    return _launch_sequence_ratio(_C.policy_loss_sequence_ratio, *args)
+
+
+cuda_kernel(_sequence_ratio)(_launch_sequence_ratio)
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -162,7 +183,9 @@ def _on_device(options, device):
     """As the op takes them: in a graph as a tensor, since a float compiles anew for each value."""
     if not torch.compiler.is_compiling():
         return options, None
-    return [], torch.stack([scalar(number, torch.float64, device) for number in options])
+    return [0.0] * len(options), torch.stack(
+        [scalar(number, torch.float64, device) for number in options]
+    )
 
 
 def policy_loss(

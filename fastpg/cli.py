@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(argv[1:])
     parser = argparse.ArgumentParser("fastpg", description=print_kernels.__doc__)
     commands = parser.add_subparsers(title="commands")
-    commands.add_parser("train", help="train by PPO; `fastpg train --help` lists the settings")
+    commands.add_parser("train", help="train a policy; `fastpg train --help` lists the settings")
     parser.parse_args(argv)
     print_kernels()
     return 0
@@ -82,7 +82,7 @@ def _build_trainer(argv: Sequence[str]) -> "PPOTrainer":
     own = {name: options.get(name) for name in ("model", "dataset", "reward")}
     if not any(own.values()):
         args = from_mapping(RunConfig, reviews.DEFAULTS | options)
-        print(reviews.INTRODUCTION, flush=True)
+        print(reviews.INTRODUCTION.format(algorithm=args.row.title), flush=True)
         return reviews.build_trainer(args)
     if missing := [f"--{name}" for name, value in own.items() if value is None]:
         raise InputError(f"Your own run also needs {' and '.join(missing)}.")

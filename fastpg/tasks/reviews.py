@@ -2,7 +2,7 @@
 
 Everything is made here, so nothing is downloaded: a grammar of one-line reviews, a word-level
 tokenizer over its 43 words, and a Qwen3 of 0.3 million parameters. The model first learns the
-grammar from text that is half praise, half scorn (score about 0), and PPO then rewards praise:
+grammar from text that is half praise, half scorn (score about 0); then praise is rewarded:
 
     score = (positive - negative) / (positive + negative)    over the adjectives of the completion
 
@@ -32,7 +32,7 @@ SUPERVISED_STEPS = 300
 
 INTRODUCTION = """\
 No --model given, so here is the embedded task. A tiny model first learns to write film
-reviews (supervised, some 15 seconds); then PPO teaches it to praise."""
+reviews (supervised, some 15 seconds); then {algorithm} teaches it to praise."""
 
 DEFAULTS = {
     "output_dir": "out/reviews",

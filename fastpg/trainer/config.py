@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from fastpg.algorithms import ALGORITHMS, Algorithm
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one plain sentence."""
@@ -23,7 +25,7 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass
 class PPOConfig:
-    """Settings of `PPOTrainer`. The names are those of TRL's PPO where it had them.
+    """Settings of `PPOTrainer`. The names are those of TRL where it has them.
 
     A *step* is one rollout of `rollout_batch_size` episodes and the optimisation on it:
     `num_ppo_epochs` passes of `num_mini_batches` optimiser steps each. `micro_batch_size` only
@@ -32,12 +34,16 @@ class PPOConfig:
     Raises `InputError` naming the field and the value when one is out of range.
     """
 
+    algorithm: str = option("ppo", f"one of {', '.join(ALGORITHMS)}")
     output_dir: str = option("out", "directory for metrics, samples, summary and model")
     seed: int = option(0, "seed of prompts, sampling and minibatches")
     num_steps: int = option(100, "rollouts to train on")
     mixed_precision: str = option("no", "no, bf16 or fp16: the autocast dtype of the forward")
 
     rollout_batch_size: int = option(64, "episodes per step and process")
+    num_generations: int | None = option(
+        None, "completions per prompt; by default 8 if the algorithm compares them, else 1"
+    )
     max_prompt_length: int = option(512, "tokens of a prompt; longer ones lose their beginning")
     max_new_tokens: int = option(128, "tokens of a completion at most")
     temperature: float = option(1.0, "of sampling, and of every log-probability")
@@ -51,9 +57,18 @@ class PPOConfig:
     max_grad_norm: float = option(1.0, "the gradient is clipped to this norm")
 
     gamma: float = option(1.0, "discount per token")
-    lam: float = option(0.95, "lambda of generalised advantage estimation")
-    kl_coef: float = option(0.05, "weight of the KL penalty to the starting model")
-    cliprange: float = option(0.2, "the ratio is clipped to 1 - cliprange, 1 + cliprange")
+    lam: float | None = option(
+        None, "lambda of generalised advantage estimation; by default the algorithm's"
+    )
+    kl_coef: float | None = option(
+        None,
+        "weight of the KL penalty to the starting model, of which no copy is kept if it is 0; by "
+        "default the algorithm's",
+    )
+    cliprange: float | None = option(
+        None, "the ratio is clipped to 1 - cliprange, 1 + cliprange; by default the algorithm's"
+    )
+    cliprange_high: float | None = option(None, "1 + cliprange_high, if the two sides differ")
     cliprange_value: float | None = option(None, "clip range of the values; none by default")
     vf_coef: float = option(0.1, "weight of the value loss")
     entropy_coef: float = option(0.0, "weight of the entropy bonus")
@@ -69,6 +84,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
             setattr(self, name, _convert(name, getattr(self, name), hint))
+        self._take_from_algorithm()
         for wanted, (holds, names) in _BOUNDS.items():
             for name in names.split():
                 value = getattr(self, name)
@@ -79,6 +95,45 @@ class PPOConfig:
                 f"num_mini_batches={self.num_mini_batches} is more than "
                 f"rollout_batch_size={self.rollout_batch_size}."
             )
+        self._check_groups()
+
+    def _take_from_algorithm(self) -> None:
+        """The settings that are None by default, as the row of the algorithm has them."""
+        if self.algorithm not in ALGORITHMS:
+            raise InputError(
+                f"Unknown algorithm {self.algorithm!r}{did_you_mean(self.algorithm, ALGORITHMS)}"
+            )
+        row = ALGORITHMS[self.algorithm]
+        if self.num_generations is None:
+            self.num_generations = 1 if row.center is None else 8
+        self.lam = row.gae["lam"] if self.lam is None else self.lam
+        self.kl_coef = row.kl_coef if self.kl_coef is None else self.kl_coef
+        clip = row.surrogate.get("clip")
+        if clip is None and (self.cliprange, self.cliprange_high) != (None, None):
+            raise InputError(f"cliprange means nothing to algorithm={self.algorithm}.")
+        if clip is not None:
+            high = clip[1] if self.cliprange is None else self.cliprange
+            self.cliprange_high = high if self.cliprange_high is None else self.cliprange_high
+            self.cliprange = clip[0] if self.cliprange is None else self.cliprange
+
+    def _check_groups(self) -> None:
+        if self.rollout_batch_size % self.num_generations:
+            raise InputError(
+                f"rollout_batch_size={self.rollout_batch_size} must be a multiple of "
+                f"num_generations={self.num_generations}."
+            )
+        if ALGORITHMS[self.algorithm].center is not None and self.num_generations < 2:
+            raise InputError(f"algorithm={self.algorithm} needs num_generations of 2 or more.")
+
+    @property
+    def row(self) -> Algorithm:
+        """The algorithm with these settings in place of its own."""
+        row = ALGORITHMS[self.algorithm]
+        surrogate = dict(row.surrogate)
+        if "clip" in surrogate:
+            surrogate["clip"] = (self.cliprange, self.cliprange_high)
+        gae = {"gamma": self.gamma, "lam": self.lam}
+        return dataclasses.replace(row, kl_coef=self.kl_coef, gae=gae, surrogate=surrogate)
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML, in the order they are declared."""
@@ -89,8 +144,8 @@ _BOUNDS = {
     "positive": (
         lambda x: x > 0,
         "num_steps rollout_batch_size max_prompt_length max_new_tokens temperature num_ppo_epochs "
-        "num_mini_batches micro_batch_size max_grad_norm cliprange cliprange_value eval_steps "
-        "num_eval_samples",
+        "num_mini_batches micro_batch_size max_grad_norm cliprange cliprange_high cliprange_value "
+        "eval_steps num_eval_samples num_generations",
     ),
     "0 or more": (
         lambda x: x >= 0,

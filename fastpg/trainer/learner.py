@@ -1,4 +1,5 @@
-"""The learning half of PPO: credit for a rollout, then clipped updates. The maths is in the ops."""
+"""The learning half: credit for a rollout, then updates on it. The maths is in the ops, and which
+of them are called with what is a row of fastpg.algorithms."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -22,24 +23,29 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Experience:
-    """What the optimiser learns from: a rollout and, for each of its tokens, float32 [B, T]."""
+    """What the optimiser learns from: a rollout and, for each of its tokens, float32 [B, T].
+
+    values: of algorithms with a critic. ref_logp: where there is a reference.
+    """
 
     rollout: Rollout
     logp: Tensor
-    values: Tensor
+    values: Tensor | None
+    ref_logp: Tensor | None
     advantages: Tensor
     returns: Tensor
 
     def __getitem__(self, rows: Tensor) -> "Experience":
         """The episodes `rows`, int64 [n], in that order."""
-        return Experience(*(getattr(self, f.name)[rows] for f in fields(self)))
+        columns = (getattr(self, f.name) for f in fields(self))
+        return Experience(*(None if x is None else x[rows] for x in columns))
 
 
 class Step(NamedTuple):
     """One optimiser step: the statistics of its micro-batches, the norm of its gradient."""
 
     policy: tuple[fastpg.PolicyStats, ...]
-    value: tuple[fastpg.ValueStats, ...]
+    value: tuple[fastpg.ValueStats | None, ...]
     grad_norm: Tensor
 
 
@@ -50,14 +56,16 @@ class Learner:
     accelerator: Accelerator
     model: nn.Module
     """A prepared `PolicyWithValue`."""
-    reference: PreTrainedModel
-    """The frozen policy of the KL penalty."""
+    reference: PreTrainedModel | None
+    """The frozen policy of the KL penalty, if there is a penalty."""
     optimizer: torch.optim.Optimizer
     args: PPOConfig
 
     def __post_init__(self) -> None:
+        self.row = self.args.row
         try:
-            self.head = find_head(self.reference, self.accelerator.autocast)
+            policy = self.accelerator.unwrap_model(self.model).policy
+            self.head = find_head(policy, self.accelerator.autocast)
         except UnknownHead as reason:
             logger.warning(f"Log-probs come from the model's logits, for {reason}.")
             self.head = None
@@ -69,28 +77,38 @@ class Learner:
         The old log-probs come from the training forward, in the micro-batches of the first pass,
         and not from `generate`: the first ratio is then exactly 1, in bf16 too.
         """
-        args, mask = self.args, rollout.mask
-        logp, values, kl = self._before_update(rollout)
-        rewards = fastpg.token_rewards(scores.to(kl.device), mask, kl=kl, kl_coef=args.kl_coef)
-        advantages, returns = fastpg.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
-        whitened = fastpg.whiten(advantages, mask, process_group=self._process_group)
-        # How well the values foresaw returns that they were not fitted to yet.
-        _, foresight = fastpg.value_loss(values, returns, fastpg.token_weights(mask))
-        metrics = {
-            "objective/kl": self.accelerator.reduce(kl.sum(-1).mean(), "mean").item(),
-            "value/explained_variance": self._merge([foresight])["explained_variance"],
-        }
-        return Experience(rollout, logp, values, whitened, returns), metrics
+        mask = rollout.mask
+        logp, values, ref_logp = self._before_update(rollout)
+        kl = None if ref_logp is None else fastpg.kl_estimate(logp, ref_logp, kind="k1")
+        group = torch.arange(len(mask), device=mask.device) // self.args.num_generations
+        advantages, returns = self.row.advantages(
+            scores.to(mask.device),
+            mask,
+            group=group,
+            values=values,
+            kl=kl,
+            process_group=self._process_group,
+        )
+        metrics = {}
+        if kl is not None:
+            metrics["objective/kl"] = self.accelerator.reduce(kl.sum(-1).mean(), "mean").item()
+        if values is not None:
+            # How well the values foresaw returns that they were not fitted to yet.
+            _, foresight = fastpg.value_loss(values, returns, fastpg.token_weights(mask))
+            metrics["value/explained_variance"] = self._merge([foresight])["explained_variance"]
+        return Experience(rollout, logp, values, ref_logp, advantages, returns), metrics
 
-    def _before_update(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, values and KL to the reference of every token, float32 [B, T]."""
+    def _before_update(self, rollout: Rollout) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs, values if any, and those of the reference if any: float32 [B, T]."""
         parts = [
             (*self._policy(rollout[rows]), self._reference_logp(rollout[rows]))
             for minibatch in self._minibatches(torch.arange(len(rollout.mask)))
             for rows in minibatch.split(self.args.micro_batch_size)
         ]
-        logp, _, values, ref_logp = (torch.cat(column) for column in zip(*parts, strict=True))
-        return logp, values, fastpg.kl_estimate(logp, ref_logp, kind="k1")
+        logp, _, values, ref_logp = (
+            None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+        )
+        return logp, values, ref_logp
 
     def update(self, experience: Experience) -> dict[str, float]:
         """`num_ppo_epochs` passes of `num_mini_batches` optimiser steps. Returns metrics."""
@@ -102,28 +120,31 @@ class Learner:
             steps += [self._step(experience, rows) for rows in self._minibatches(order)]
         first = self._merge(steps[0].policy)
         policy = self._merge([part for step in steps for part in step.policy])
-        value = self._merge([part for step in steps for part in step.value])
-        return {
+        metrics = {
             **{f"policy/{name}": x for name, x in policy.items()},
             "policy/loss": policy["loss"] / len(steps),
             "policy/clip_frac": policy["clip_frac_low"] + policy["clip_frac_high"],
             "policy/first_ratio_deviation": max(first["ratio_max"] - 1, 1 - first["ratio_min"]),
-            "value/loss": value["loss"] / len(steps),
-            "value/clip_frac": value["clip_frac"],
             "grad_norm": torch.stack([step.grad_norm for step in steps]).mean().item(),
         }
+        if self.row.critic:
+            value = self._merge([part for step in steps for part in step.value])
+            metrics["value/loss"] = value["loss"] / len(steps)
+            metrics["value/clip_frac"] = value["clip_frac"]
+        return metrics
 
     def _minibatches(self, order: Tensor) -> Iterator[Tensor]:
         return iter(order.tensor_split(self.args.num_mini_batches))
 
     def _step(self, experience: Experience, rows: Tensor) -> Step:
         """One optimiser step on the episodes `rows`, whose micro-batches add up exactly."""
-        tokens = self.accelerator.reduce(experience.rollout.mask[rows].sum(), "sum")
+        count = self.row.denom(experience.rollout.mask[rows], self.args.max_new_tokens)
+        denom = self.accelerator.reduce(count, "sum")
         parts = rows.split(self.args.micro_batch_size)
         stats = []
         for i, part in enumerate(parts, start=1):
             with self._synchronized_if(i == len(parts)):
-                loss, *part_stats = self._loss(experience[part], tokens)
+                loss, *part_stats = self._loss(experience[part], denom)
                 # Processes average their gradients; the losses are parts of a sum.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             stats.append(part_stats)
@@ -133,33 +154,37 @@ class Learner:
         return Step(*zip(*stats, strict=True), norm)
 
     def _loss(
-        self, experience: Experience, tokens: Tensor
-    ) -> tuple[Tensor, fastpg.PolicyStats, fastpg.ValueStats]:
-        """The share of these episodes in the loss of an optimiser step over `tokens` tokens."""
+        self, experience: Experience, denom: Tensor
+    ) -> tuple[Tensor, fastpg.PolicyStats, fastpg.ValueStats | None]:
+        """The share of these episodes in the loss of an optimiser step with that denominator."""
         args = self.args
         logp, entropy, values = self._policy(experience.rollout)
-        weight = fastpg.token_weights(experience.rollout.mask, denom=tokens)
-        policy_loss, policy_stats = fastpg.policy_loss(
+        weight = self.row.weights(experience.rollout.mask, denom)
+        loss, policy_stats = self.row.loss(
             logp,
             experience.advantages,
             weight,
             old_logp=experience.logp,
-            clip=(args.cliprange, args.cliprange),
+            ref_logp=experience.ref_logp,
             entropy=entropy,
             entropy_coef=args.entropy_coef,
         )
+        if values is None:
+            return loss, policy_stats, None
         clip = args.cliprange_value
         old_values = None if clip is None else experience.values
         value_loss, value_stats = fastpg.value_loss(
             values, experience.returns, weight, old_values=old_values, clip=clip
         )
-        return policy_loss + args.vf_coef * value_loss, policy_stats, value_stats
+        return loss + args.vf_coef * value_loss, policy_stats, value_stats
 
-    def _policy(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs and entropy of the completion tokens, and values: float32 [B, T]."""
+    def _policy(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probs and entropy of the completion tokens, and values, if any: float32 [B, T]."""
         return self.model(*self._batch(rollout))
 
-    def _reference_logp(self, rollout: Rollout) -> Tensor:
+    def _reference_logp(self, rollout: Rollout) -> Tensor | None:
+        if self.reference is None:
+            return None
         with self.accelerator.autocast():
             return completion_logprobs(self.reference, *self._batch(rollout))[0]
 

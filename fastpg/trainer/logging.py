@@ -28,7 +28,7 @@ COLUMNS = {
     "exp. var": ("value/explained_variance", "{:+.2f}"),
     "tokens/s": ("tokens_per_second", "{:.0f}"),
 }
-"""Heading, metric and format of what is shown of a step."""
+"""Heading, metric and format of what is shown of a step, if the algorithm has it."""
 
 VISIBLE_STEPS = 15
 
@@ -63,28 +63,31 @@ class Display:
         self.num_steps = num_steps
         self.console = Console(highlight=False)
         self.live = Live(console=self.console) if self.console.is_terminal else None
-        self._rows: deque[list[str]] = deque(maxlen=VISIBLE_STEPS)
+        self._rows: deque[dict[str, str]] = deque(maxlen=VISIBLE_STEPS)
         self._seconds = 0.0
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Show the metrics of `step`, counted from 1."""
         self._seconds += metrics["time/step"]
         minutes, seconds = divmod(round(self._seconds / step * (self.num_steps - step)), 60)
-        values = [form.format(metrics[name]) for name, form in COLUMNS.values()]
-        cells = [f"{step}/{self.num_steps}", *values, f"{minutes}:{seconds:02}"]
+        shown = {
+            heading: form.format(metrics[name])
+            for heading, (name, form) in COLUMNS.items()
+            if name in metrics
+        }
+        cells = {"step": f"{step}/{self.num_steps}", **shown, "left": f"{minutes}:{seconds:02}"}
         if self.live is None:
-            named = zip(("step", *COLUMNS, "left"), cells, strict=True)
-            print("  ".join(f"{name} {cell:>6}" for name, cell in named), flush=True)
+            print("  ".join(f"{name} {cell:>6}" for name, cell in cells.items()), flush=True)
         else:
             self._rows.append(cells)
             self.live.update(self._table(), refresh=True)
 
     def _table(self) -> Table:
         table = Table()
-        for heading in ("step", *COLUMNS, "left"):
+        for heading in self._rows[-1]:
             table.add_column(heading, justify="right", min_width=8)
         for cells in self._rows:
-            table.add_row(*cells)
+            table.add_row(*cells.values())
         return table
 
 
@@ -144,7 +147,8 @@ class RunLog:
         """Show and write the summary of a finished run."""
         if self.accelerator.is_main_process:
             device = self.accelerator.device.type.upper()
-            report = Report(before, after, self.rows, seconds, device, self.directory)
+            title = self.args.row.title
+            report = Report(title, before, after, self.rows, seconds, device, self.directory)
             report.write()
             report.show(self.display.console)
 

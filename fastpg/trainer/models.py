@@ -18,15 +18,18 @@ from fastpg.trainer.head import Head, completion_logprobs
 
 
 class PolicyWithValue(nn.Module):
-    """A causal language model and a linear value head on the same trunk.
+    """A causal language model and, for algorithms with a critic, a value head on the same trunk.
 
     One module, so that one `accelerator.prepare` wraps it and one forward serves both losses.
     The head starts at zero: the first advantages are then those of no baseline, not of noise.
     """
 
-    def __init__(self, policy: PreTrainedModel) -> None:
+    def __init__(self, policy: PreTrainedModel, critic: bool = True) -> None:
         super().__init__()
         self.policy = policy
+        self.value_head = None
+        if not critic:
+            return
         # Not hidden_size: some models project their last states before the LM head.
         self.value_head = nn.Linear(policy.get_output_embeddings().in_features, 1)
         self.value_head.to(policy.device)
@@ -40,15 +43,17 @@ class PolicyWithValue(nn.Module):
         labels: Tensor,
         temperature: float,
         head: Head | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """input_ids, attention_mask: [B, P + T], completions in the last T slots. labels: [B, T].
 
         Returns log-probs and entropy of the completions, from the model's logits if there is no
-        `head`, and the values of the states they are drawn from: float32 [B, T].
+        `head`, and the values of the states they are drawn from, if any: float32 [B, T].
         """
         logp, entropy, hidden = completion_logprobs(
             self.policy, input_ids, attention_mask, labels, temperature, head
         )
+        if self.value_head is None:
+            return logp, entropy, None
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 values are too coarse
             values = self.value_head(hidden.float()).squeeze(-1)
         return logp, entropy, values

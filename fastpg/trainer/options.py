@@ -37,7 +37,7 @@ def read_options(argv: Sequence[str]) -> dict[str, Any]:
             f"--{f.name}",
             metavar=f.name.rpartition("_")[2].upper(),
             default=argparse.SUPPRESS,
-            help=f"{f.metadata['help']} (default: {f.default})",
+            help=f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})"),
         )
     flags, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -58,8 +58,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A finished run. `before`, `after`: the evaluations; `seconds`: of each phase of training."""
+    """A finished run. `title`: of the algorithm; `before`, `after`: the evaluations; `seconds`: of
+    each phase of training."""
 
+    title: str
     before: Episodes
     after: Episodes
     rows: list[dict[str, Any]]
@@ -71,7 +73,9 @@ class Report:
         """Write `summary.md` and its plot."""
         self._plot().savefig(self.directory / "reward_and_kl.png", dpi=120)
         sections = [section.markdown() for section in self._sections()]
-        text = "\n".join(["# PPO run", "", *sections, "![reward and KL](reward_and_kl.png)", ""])
+        text = "\n".join(
+            [f"# {self.title} run", "", *sections, "![reward and KL](reward_and_kl.png)", ""]
+        )
         (self.directory / "summary.md").write_text(text)
 
     def show(self, console: Console) -> None:
@@ -116,12 +120,13 @@ class Report:
         figure = Figure(figsize=(7, 4), layout="tight")
         steps = [row["step"] for row in self.rows]
         reward = figure.subplots()
-        kl = reward.twinx()
         reward.plot(steps, [row["reward/mean"] for row in self.rows], color="tab:blue")
-        kl.plot(steps, [row["objective/kl"] for row in self.rows], color="tab:orange")
         reward.set_xlabel("step")
         reward.set_ylabel("mean reward", color="tab:blue")
-        kl.set_ylabel("KL to the starting model, nats per episode", color="tab:orange")
+        if "objective/kl" in self.rows[0]:  # not without a reference model
+            kl = reward.twinx()
+            kl.plot(steps, [row["objective/kl"] for row in self.rows], color="tab:orange")
+            kl.set_ylabel("KL to the starting model, nats per episode", color="tab:orange")
         return figure
 
 

@@ -88,9 +88,11 @@ class PPOTrainer:
             project_dir=self.args.output_dir,
         )
         self.stopwatch = Stopwatch(self.accelerator.device)
-        reference = frozen_copy(policy).to(self.accelerator.device)
+        reference = None
+        if self.args.kl_coef > 0:
+            reference = frozen_copy(policy).to(self.accelerator.device)
         disable_dropout(policy)
-        self._prepare(PolicyWithValue(policy), reference)
+        self._prepare(PolicyWithValue(policy, critic=self.args.row.critic), reference)
 
     def _check(self) -> None:
         """Refuse what would fail later, after work was done."""
@@ -111,12 +113,12 @@ class PPOTrainer:
                 f"reward_weights has {len(weights)} values for {len(names)} reward functions."
             )
 
-    def _prepare(self, model: PolicyWithValue, reference: PreTrainedModel) -> None:
+    def _prepare(self, model: PolicyWithValue, reference: PreTrainedModel | None) -> None:
         args = self.args
-        parameters = [
-            {"params": model.policy.parameters(), "lr": args.learning_rate},
-            {"params": model.value_head.parameters(), "lr": args.value_learning_rate},
-        ]
+        parameters = [{"params": model.policy.parameters(), "lr": args.learning_rate}]
+        if model.value_head is not None:
+            head = model.value_head.parameters()
+            parameters.append({"params": head, "lr": args.value_learning_rate})
         # With torch's second beta, 0.999, one outlier in a rollout of otherwise equal rewards
         # moves every weight by several learning rates, for steps on end.
         optimizer = torch.optim.AdamW(
@@ -129,16 +131,22 @@ class PPOTrainer:
         self.learner = Learner(self.accelerator, model, reference, optimizer, args)
 
     def _prompts(self) -> DataLoader:
-        """One batch of rows per step and process: permutation after permutation of the dataset."""
+        """One batch of rows per step and process: permutation after permutation of the dataset.
+
+        A row comes `num_generations` times in a batch, one after the other.
+        """
         args = self.args
+        num_prompts = args.rollout_batch_size // args.num_generations
         sampler = RandomSampler(
             self.train_dataset,
-            num_samples=args.num_steps * args.rollout_batch_size * self.accelerator.num_processes,
+            num_samples=args.num_steps * num_prompts * self.accelerator.num_processes,
             generator=torch.Generator().manual_seed(args.seed),
         )
-        return DataLoader(
-            self.train_dataset, args.rollout_batch_size, sampler=sampler, collate_fn=list
-        )
+
+        def collate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [row for row in rows for _ in range(args.num_generations)]
+
+        return DataLoader(self.train_dataset, num_prompts, sampler=sampler, collate_fn=collate)
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -176,8 +184,8 @@ class PPOTrainer:
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write a directory that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
-        It is `model` in the settings' `output_dir` by default. The value head goes beside the
-        model as `value_head.safetensors`.
+        It is `model` in the settings' `output_dir` by default. The value head, if any, goes beside
+        the model as `value_head.safetensors`.
         """
         if not self.accelerator.is_main_process:
             return
@@ -185,7 +193,8 @@ class PPOTrainer:
         model = self.accelerator.unwrap_model(self.model)
         model.policy.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        save_file(model.value_head.state_dict(), directory / "value_head.safetensors")
+        if model.value_head is not None:
+            save_file(model.value_head.state_dict(), directory / "value_head.safetensors")
 
     def _play_evaluation(self) -> Episodes:
         count = min(self.args.num_eval_samples, len(self.eval_dataset))

@@ -1,0 +1,88 @@
+"""What `--algorithm` makes of the trainer: groups, critics, references, denominators, settings."""
+
+import re
+
+import pytest
+import torch
+from test_trainer import parameters_after_a_step
+from tiny_trainer import make_trainer, metrics_of
+
+from fastpg.algorithms import ALGORITHMS
+from fastpg.trainer import InputError, PPOConfig
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "gspo"])
+def test_a_group_algorithm_learns_without_a_critic(tmp_path, algorithm):
+    trainer = make_trainer(
+        tmp_path,
+        algorithm=algorithm,
+        num_steps=20,
+        rollout_batch_size=32,
+        micro_batch_size=16,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    rows = metrics_of(tmp_path)
+    assert rows[0]["reward/mean"] < 0.4
+    assert rows[-1]["reward/mean"] > 0.8
+    assert rows[0]["policy/first_ratio_deviation"] == 0.0
+    assert not any(name.startswith("value/") for name in rows[0])
+    assert not (tmp_path / "model" / "value_head.safetensors").exists()
+
+
+def test_without_a_penalty_there_is_no_reference(tmp_path):
+    trainer = make_trainer(tmp_path, algorithm="dapo", num_generations=5)
+    trainer.train()
+    assert trainer.learner.reference is None
+    assert "objective/kl" not in metrics_of(tmp_path)[0]
+
+
+def test_completions_of_a_prompt_are_a_group(tmp_path):
+    trainer = make_trainer(tmp_path, algorithm="dr_grpo", num_generations=5)
+    rows = next(iter(trainer.loader))
+    assert [row["prompt"] for row in rows[:5]] == [rows[0]["prompt"]] * 5
+    assert rows[5]["prompt"] != rows[0]["prompt"]
+    rollout = trainer._sample(rows)
+    scores = torch.arange(10.0) ** 2
+    experience, _ = trainer.learner.experience(rollout, scores)
+    expected = scores - scores.view(2, 5).mean(1).repeat_interleave(5)
+    torch.testing.assert_close(experience.advantages[:, 0], expected)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo"])
+def test_micro_batches_of_sequences_add_up(tmp_path, algorithm):
+    settings = {"algorithm": algorithm, "num_generations": 5, "kl_coef": 0.1}
+    whole = parameters_after_a_step(tmp_path / "whole", micro_batch_size=10, **settings)
+    split = parameters_after_a_step(tmp_path / "split", micro_batch_size=2, **settings)
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
+
+
+def test_settings_take_the_place_of_the_algorithms_own():
+    assert PPOConfig(algorithm="dapo").row.surrogate["clip"] == (0.2, 0.28)
+    assert PPOConfig(algorithm="dapo", cliprange=0.1).row.surrogate["clip"] == (0.1, 0.1)
+    row = PPOConfig(algorithm="grpo", cliprange_high=0.3, kl_coef=0.5, gamma=0.9).row
+    assert row.surrogate == {"surrogate": "ppo", "clip": (0.2, 0.3), "kl": "k3"}
+    assert (row.kl_coef, row.gae) == (0.5, {"gamma": 0.9, "lam": 1.0})
+    for name, own in ALGORITHMS.items():
+        assert PPOConfig(algorithm=name).row == own
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"algorithm": "rlo"}, "Unknown algorithm 'rlo'; did you mean 'rloo'?"),
+        (
+            {"algorithm": "grpo", "rollout_batch_size": 10, "num_generations": 4},
+            "rollout_batch_size=10 must be a multiple of num_generations=4.",
+        ),
+        (
+            {"algorithm": "rloo", "num_generations": 1},
+            "algorithm=rloo needs num_generations of 2 or more.",
+        ),
+        ({"algorithm": "sapo", "cliprange": 0.2}, "cliprange means nothing to algorithm=sapo."),
+        ({"num_generations": 0}, "num_generations must be positive, not 0."),
+    ],
+)
+def test_settings_that_do_not_fit_the_algorithm_are_refused(settings, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        PPOConfig(**settings)

@@ -60,9 +60,8 @@ def completion_logprobs(
     model = causal_lm(policy)
     hidden = model.get_decoder()(**inputs).last_hidden_state[:, -labels.shape[1] - 1 : -1]
     h, weight, bias = head_product(model.get_output_embeddings(), hidden)
-    options["softcap"] = head.softcap
-    logits = nn.functional.linear(h, weight, bias) * head.scale
-    return *fastpg.token_logprobs(logits, labels, **options), hidden
+    options |= {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
+    return *fastpg.linear_token_logprobs(h, weight, labels, **options), hidden
 
 
 def causal_lm(policy: nn.Module) -> PreTrainedModel:

@@ -1,11 +1,11 @@
 // The module fastpg._C: addresses, sizes and strides in, nothing out. The pages have checked them.
 // Each function is a lambda of numbers and addresses; what a forward and its backward share is a
 // tuple.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 
+#include "bind.h"
 #include "dtype.h"
 #include "gae.h"
 #include "importance_weights.h"
@@ -24,13 +24,6 @@ namespace fpg {
 TorchParallelFor torch_parallel_for = nullptr;
 
 namespace {
-
-using Address = uintptr_t;  // 0: absent
-
-template <typename T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Defines an op without the interpreter's lock.
 template <typename F>
@@ -65,32 +58,6 @@ void bind_token_logprobs(py::module_& m) {
                                 {at(grad_logp), at(grad_entropy), at(entropy), at(stats)},
                                 at(grad_logits));
       });
-}
-
-// The fields of GaeInputs.
-using GaeTuple =
-    std::tuple<int64_t, int64_t, Address, int, Address, Address, Address, Address, bool, bool,
-               double, double, Address, Address, Address, Address, Address, Address>;
-
-GaeInputs gae_inputs(const GaeTuple& in) {
-  const auto [count, length, cu_seqlens, dtype, rewards, values, gammas, lams, gamma_per_token,
-              lam_per_token, gamma, lam, rho, c, mask, terminated, truncated, bootstrap] = in;
-  return {{count, length, at<int32_t>(cu_seqlens)},
-          dtype,
-          at(rewards),
-          at(values),
-          at(gammas),
-          at(lams),
-          gamma_per_token,
-          lam_per_token,
-          gamma,
-          lam,
-          at(rho),
-          at(c),
-          at<bool>(mask),
-          at<bool>(terminated),
-          at<bool>(truncated),
-          at(bootstrap)};
 }
 
 void bind_gae(py::module_& m) {

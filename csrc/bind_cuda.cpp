@@ -1,9 +1,9 @@
 // The module fastpg._cuda: as fastpg._C, with a stream first. Nothing waits for the GPU.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 
+#include "bind.h"
 #include "dtype.h"
 #include "policy_loss.h"
 #include "sequences.h"
@@ -13,13 +13,6 @@ namespace py = pybind11;
 
 namespace fpg {
 namespace {
-
-using Address = uintptr_t;  // 0: absent
-
-template <typename T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Address of the parts, their number, address of the ticket.
 using ScratchTuple = std::tuple<Address, int64_t, Address>;
@@ -59,6 +52,18 @@ void bind_policy_loss(py::module_& m) {
         });
 }
 
+void bind_gae(py::module_& m) {
+  m.def("gae", [](Address stream, const GaeTuple& in, Address advantages, Address returns) {
+    gae(gae_inputs(in), at(advantages), at(returns), at<CUstream_st>(stream));
+  });
+  m.def("gae_backward",
+        [](Address stream, const GaeTuple& in, Address grad_advantages, Address grad_returns,
+           Address grad_rewards, Address grad_values, Address grad_bootstrap) {
+          gae_backward(gae_inputs(in), at(grad_advantages), at(grad_returns), at(grad_rewards),
+                       at(grad_values), at(grad_bootstrap), at<CUstream_st>(stream));
+        });
+}
+
 void bind_value_loss(py::module_& m) {
   m.def("value_loss", [](Address stream, int dtype, int64_t count, Address values, Address returns,
                          Address weight, Address old_values, double clip, Address loss,
@@ -76,6 +81,7 @@ void bind_value_loss(py::module_& m) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.attr("gpus") = FPG_GPUS;
+  bind_gae(m);
   bind_policy_loss(m);
   bind_value_loss(m);
 }

@@ -9,9 +9,6 @@ namespace {
 constexpr int kLanes = 4;          // sequences in flight: each hides the latency of the others
 constexpr int64_t kGrain = 16384;  // tokens a thread should have at least
 
-// What a loop must look up for each token, so that the usual batches look up nothing else.
-enum class Look { kNothing, kMask, kEverything };
-
 template <typename X, Look kLook>
 struct Tokens {
   const GaeInputs in;
@@ -157,12 +154,16 @@ struct Backward : Tokens<X, kLook> {
 template <template <typename, Look> class Walk, typename... Pointers>
 void dispatch(const GaeInputs& in, Pointers... pointers) {
   in.sequences.check("gae");
-  const bool everything = in.terminated || in.truncated || in.gammas || in.lams || in.rho || in.c;
   with_compute_dtype(in.dtype, [&](auto x) {
     using X = decltype(x);
-    if (everything) return run(Walk<X, Look::kEverything>(in, pointers...), in.sequences);
-    if (in.mask) return run(Walk<X, Look::kMask>(in, pointers...), in.sequences);
-    run(Walk<X, Look::kNothing>(in, pointers...), in.sequences);
+    switch (look_of(in)) {
+      case Look::kNothing:
+        return run(Walk<X, Look::kNothing>(in, pointers...), in.sequences);
+      case Look::kMask:
+        return run(Walk<X, Look::kMask>(in, pointers...), in.sequences);
+      case Look::kEverything:
+        return run(Walk<X, Look::kEverything>(in, pointers...), in.sequences);
+    }
   });
 }
 

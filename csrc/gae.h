@@ -4,6 +4,7 @@
 
 #include "common.h"
 #include "sequences.h"
+#include "stream.h"
 
 namespace fpg {
 
@@ -44,8 +45,20 @@ struct GaeInputs {
   const void* bootstrap;  // [tokens] if truncated is given, else [sequences]; null: 0
 };
 
+// What a loop must look up for each token, so that the usual batches look up nothing else.
+enum class Look { kNothing, kMask, kEverything };
+
+inline Look look_of(const GaeInputs& in) {
+  if (in.terminated || in.truncated || in.gammas || in.lams || in.rho || in.c)
+    return Look::kEverything;
+  return in.mask ? Look::kMask : Look::kNothing;
+}
+
 void gae(const GaeInputs& in, void* advantages, void* returns);
 void gae_backward(const GaeInputs& in, const void* grad_advantages, const void* grad_returns,
                   void* grad_rewards, void* grad_values, void* grad_bootstrap);
+void gae(const GaeInputs& in, void* advantages, void* returns, Stream stream);
+void gae_backward(const GaeInputs& in, const void* grad_advantages, const void* grad_returns,
+                  void* grad_rewards, void* grad_values, void* grad_bootstrap, Stream stream);
 
 }  // namespace fpg

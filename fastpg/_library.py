@@ -83,6 +83,13 @@ def cuda_kernel(op: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
     return attach
 
 
+def cpp_kernels(op: torch._ops.OpOverload, launcher: Callable) -> None:
+    """Attaches launcher(run, *args) for both extensions, which hold a function of the op's name."""
+    if _C is not None:
+        cpu_kernel(op)(partial(launcher, getattr(_C, op._opname)))
+    cuda_kernel(op)(launcher)
+
+
 def _on_device(launcher: Callable, run: Callable, args: tuple) -> object:
     device = args[0].get_device()
     if device != torch.cuda.current_device():

@@ -77,7 +77,7 @@ def test_without_the_extension_the_references_serve():
         "x = torch.randn(3, 5, requires_grad=True)\n"
         "fastpg.token_logprobs(x, torch.tensor([0, 1, 2])).sum().backward()\n"
         "assert x.grad.abs().sum() > 0\n"
-        "assert all(k['CPU'] == 'reference' for k in fastpg.kernels_of().values())\n"
+        "assert all(k['CPU'] != 'C++' for k in fastpg.kernels_of().values())\n"
         "print(fastpg.extension_status())"
     )
     assert out.startswith("not loaded (")
@@ -87,7 +87,7 @@ def test_without_the_cuda_extension_no_op_needs_it():
     out = python(
         "import sys; sys.modules['fastpg._cuda'] = None\n"
         "import fastpg\n"
-        "print({k['CUDA'] for k in fastpg.kernels_of().values()} <= {'Triton', 'reference'})\n"
+        "print('CUDA C++' not in {k['CUDA'] for k in fastpg.kernels_of().values()})\n"
         "print(fastpg.extension_status())"
     )
     assert out.startswith("True\n") and "CUDA C++: not loaded (" in out

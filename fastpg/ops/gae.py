@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define
+from .._library import DTYPE_CODE, address, contiguous, cpp_kernels, define
 from . import _checks
 from . import _gae_options as _options
 
@@ -147,21 +147,23 @@ def _inputs(*args):
     return inputs, tensors
 
 
-@cpu_kernel(_gae)
-def _gae_cpu(*args):
+def _launch(run, *args):
     inputs, (rewards, *_alive) = _inputs(*args)
     out = torch.empty_like(rewards), torch.empty_like(rewards)
-    _C.gae(inputs, *map(address, out))
+    run(inputs, *map(address, out))
     return out
 
 
-@cpu_kernel(_backward)
-def _backward_cpu(grad_advantages, grad_returns, *args):
+def _launch_backward(run, grad_advantages, grad_returns, *args):
     inputs, (rewards, *rest) = _inputs(*args)
     grads = grad_advantages.contiguous(), grad_returns.contiguous()  # sum() hands expanded ones
     out = _new(rewards, rewards, *rest[:2])
-    _C.gae_backward(inputs, *map(address, grads + out))
+    run(inputs, *map(address, grads + out))
     return out
+
+
+cpp_kernels(_gae, _launch)
+cpp_kernels(_backward, _launch_backward)
 
 
 class _Gae(torch.autograd.Function):

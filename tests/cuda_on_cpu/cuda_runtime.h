@@ -114,14 +114,24 @@ inline void run_block(unsigned threads) {
       throw std::logic_error("a barrier that not every thread reaches");
 }
 
-template <typename T>
-T shuffle(unsigned mask, T x, unsigned source) {
-  if (mask != 0xffffffffu) throw std::logic_error("a shuffle of less than a warp");
+// Each lane shows x; then result(shown), where shown(i) is what lane i shows.
+template <typename T, typename Result>
+auto together(unsigned mask, const T& x, const Result& result) {
+  if (mask != 0xffffffffu) throw std::logic_error("less than a warp together");
   memcpy(self().slot, &x, sizeof x);
   wait(State::kAtWarpBarrier);
-  memcpy(&x, fibers[threadIdx.x / kWarp * kWarp + source].slot, sizeof x);
+  const auto out = result([](unsigned lane) {
+    T shown;
+    memcpy(&shown, fibers[threadIdx.x / kWarp * kWarp + lane].slot, sizeof shown);
+    return shown;
+  });
   wait(State::kAtWarpBarrier);
-  return x;
+  return out;
+}
+
+template <typename T>
+T shuffle(unsigned mask, T x, unsigned source) {
+  return together(mask, x, [&](const auto& shown) { return shown(source); });
 }
 
 inline unsigned lane() { return threadIdx.x % kWarp; }
@@ -146,11 +156,13 @@ T __shfl_up_sync(unsigned mask, T x, unsigned by) {
   return cuda_on_cpu::shuffle(mask, x, lane >= by ? lane - by : lane);
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
-  unsigned votes = 0;
-  for (unsigned i = 0; i < cuda_on_cpu::kWarp; ++i)
-    votes |= unsigned(__shfl_sync(mask, vote, i)) << i;
-  return votes;
+  return cuda_on_cpu::together(mask, vote, [](const auto& votes) {
+    unsigned ballot = 0;
+    for (unsigned i = 0; i < cuda_on_cpu::kWarp; ++i) ballot |= unsigned(votes(i)) << i;
+    return ballot;
+  });
 }
+inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline unsigned atomicInc(unsigned* x, unsigned last) {
   const unsigned old = *x;
   *x = old >= last ? 0 : old + 1;

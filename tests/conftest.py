@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ INSTRUCTION_SETS = _C.instruction_sets() if _C is not None else []
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, at its first launch
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic, as the tests demand
 TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -52,17 +54,21 @@ def op_of(module):
     return module.__name__.removeprefix("test_")
 
 
+def served_on_gpu(op):
+    return fastpg.kernels_of().get(op, {"CUDA": "reference"})["CUDA"]
+
+
 def pytest_generate_tests(metafunc):
     """`kernel` is each implementation of the op that the file is named after."""
     if "kernel" not in metafunc.fixturenames:
         return
     op = op_of(metafunc.module)
-    kernels = ["reference", *INSTRUCTION_SETS]
-    if TRITON and not GPU and f"{op}_triton" in NAMES:
+    kernels, on_gpu = ["reference", *INSTRUCTION_SETS], served_on_gpu(op)
+    if TRITON and f"{op}_triton" in NAMES and not (GPU and on_gpu == "Triton"):
         kernels.append("triton")
     if not GPU and Path(cuda_on_cpu.CSRC, f"{op}.cu").exists():
         kernels.append("cuda-on-cpu")
-    if GPU and fastpg.kernels_of()[op]["CUDA"] != "reference":
+    if GPU and on_gpu != "reference":
         kernels.append("cuda")
     metafunc.parametrize("kernel", kernels, indirect=True)
 
@@ -85,28 +91,46 @@ def cuda_launcher(op, module):
 @pytest.fixture
 def kernel(request, monkeypatch):
     """The implementation under test; the public function is called as a user would."""
-    if request.param == "reference":
+    kind, op = request.param, op_of(request.module)
+    if kind == "reference":
         for page in PAGES:
             replace_ops(monkeypatch, page, REFERENCES.get)
-        yield request.param
-    elif request.param == "triton":
-        op = op_of(request.module)
+    elif kind == "triton":
         launchers = vars(importlib.import_module(f"fastpg.ops.{op}_triton"))
         page = importlib.import_module(f"fastpg.ops.{op}")
         replace_ops(monkeypatch, page, lambda op: launchers.get(op._opname))
-        with importlib.import_module("numpy").errstate(all="ignore"):  # which interprets, and warns
-            yield request.param
-    elif request.param == "cuda-on-cpu":
+    elif kind == "cuda-on-cpu":
         module = cuda_on_cpu.load(request.config.cache.mkdir("cuda_on_cpu"))
-        page = importlib.import_module(f"fastpg.ops.{op_of(request.module)}")
+        page = importlib.import_module(f"fastpg.ops.{op}")
         replace_ops(monkeypatch, page, lambda op: cuda_launcher(op, module))
-        yield request.param
-    elif request.param == "cuda":
-        with torch.device("cuda"):  # where tests make their tensors
-            yield request.param
-        fastpg.check()
-    else:
+    elif kind in INSTRUCTION_SETS:
         best = _C.instruction_set()
-        _C.use_instruction_set(request.param)
-        yield request.param
-        _C.use_instruction_set(best)
+        _C.use_instruction_set(kind)
+        request.addfinalizer(partial(_C.use_instruction_set, best))
+    with surroundings(kind, monkeypatch, request.module):
+        yield kind
+
+
+def surroundings(kind, monkeypatch, module):
+    """Where the tests of a kind of kernel run: on the GPU, if it needs one and there is one."""
+    if kind == "triton" and not GPU:
+        numpy = importlib.import_module("numpy")  # which interprets, and warns
+        return numpy.errstate(all="ignore")
+    return on_gpu(monkeypatch, module) if kind in ("cuda", "triton") else nullcontext()
+
+
+@contextmanager
+def on_gpu(monkeypatch, module):
+    """Moves the tensors of a test file there, and what its tests make."""
+
+    class Generator(torch.Generator):
+        def __new__(cls, device="cuda"):
+            return super().__new__(cls, device)
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    for name, x in list(vars(module).items()):
+        if isinstance(x, torch.Tensor):
+            monkeypatch.setattr(module, name, x.cuda())
+    with torch.device("cuda"):
+        yield
+    fastpg.check()

@@ -29,11 +29,11 @@ format: .stamp
 bench: .stamp
 	$(RUN) -m bench
 
-# Tests and benchmarks on a machine with a GPU, within nine minutes; results go to bench/results/.
+# Tests, sanitizer and benchmarks on a machine with a GPU, within nine minutes; results go to
+# bench/results/, a short table comes last.
 gpu: .stamp
 	$(RUN) -c "import torch; torch.cuda.is_available() or exit('make gpu: torch sees no GPU')"
-	timeout 300 $(RUN) -m pytest -x -k "cuda"
-	timeout 240 $(RUN) -m bench --device cuda --seconds 3
+	$(RUN) -m bench.gpu
 
 ifeq ($(HAVE),1)
 INSTALL = $(PY) -m pip install -q --no-build-isolation --no-deps -e .

@@ -96,14 +96,17 @@ class Build(build_ext):
             ("nvcc", f"{nvcc} {' '.join(NVCCFLAGS + GENCODE)} $includes -MD"),
         ):
             out.rule(rule, f"{command} -c $in -o $out", depfile="$out.d", deps="gcc")
-        out.rule("link", f"{cxx} {' '.join(shared)} $in $libs -o $out")
+        out.rule("link", f"{cxx} {' '.join(shared)} $in -o $out")
+        # The static runtime: no CUDA library is needed to import the module.
+        out.rule("link_cuda", f"{nvcc} -shared -cudart static $in -o $out")
         objects = []
         for source in map(Path, ext.sources):
             objects.append(str(folder / f"{source.stem}{source.suffix}.o"))
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             flags = {"flags": FILE_FLAGS.get(source.stem, [])}
             out.build(objects[-1], rule, str(source.absolute()), variables=flags)
-        out.build(str(target), "link", objects, variables={"libs": ext.extra_link_args})
+        cuda = any(source.endswith(".cu") for source in ext.sources)
+        out.build(str(target), "link_cuda" if cuda else "link", objects)
 
 
 def extensions():
@@ -112,12 +115,7 @@ def extensions():
     cpu = [f for f in sources(".cpp") if Path(f).stem != "bind_cuda"]
     found = [Pybind11Extension("fastpg._C", cpu)]
     if cuda and nvcc:
-        # The static runtime: no CUDA library is needed to import the module.
-        lib = Path(nvcc).parent.parent / "lib64"
-        link = [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        found.append(
-            Pybind11Extension("fastpg._cuda", [*cuda, "csrc/bind_cuda.cpp"], extra_link_args=link)
-        )
+        found.append(Pybind11Extension("fastpg._cuda", [*cuda, "csrc/bind_cuda.cpp"]))
     return found
 
 

@@ -6,6 +6,8 @@ import subprocess
 import cuda_on_cpu
 import pytest
 
+from bench import once
+
 SOURCE = """
 #include <stdio.h>
 #include "cuda.h"
@@ -58,3 +60,7 @@ def reverse(tmp_path_factory):
 def test_a_wrong_barrier_shows(reverse, barrier, outcome):
     done = subprocess.run([reverse, barrier], capture_output=True, text=True, check=False)
     assert done.stdout == outcome + "\n", done.stderr
+
+
+def test_the_script_for_the_sanitizer_runs():
+    once.main("cpu")

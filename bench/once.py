@@ -1,0 +1,61 @@
+"""python -m bench.once [cpu]: the ops in CUDA C++, once on each of their paths, for a sanitizer.
+
+On the CPU this only tells whether the script runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+
+from fastpg import gae, policy_loss, value_loss
+
+LENGTHS = (1, 127, 1500)  # less than a lane's four, less than a warp's tile, more than a block's
+
+
+def tokens(*shape: int, count: int) -> list[torch.Tensor]:
+    return list(torch.rand(count, *shape))
+
+
+def backward(out: tuple) -> None:
+    sum(x.sum() for x in out if isinstance(x, torch.Tensor)).backward()
+
+
+def run_gae(length: int, dtype: torch.dtype) -> None:
+    rewards, values, bootstrap, ratio = (x.to(dtype) for x in tokens(3, length, count=4))
+    rewards.requires_grad_(), values.requires_grad_(), bootstrap.requires_grad_()
+    mask, cut = values > 0.3, bootstrap > 0.8
+    backward(gae(rewards, values, gamma=0.9, lam=0.9))
+    backward(gae(rewards, values, mask, bootstrap=bootstrap[:, 0]))
+    every = {"gamma": ratio, "lam": ratio[:, 0], "rho": ratio, "c": ratio, "truncated": cut}
+    backward(gae(rewards, values, mask, bootstrap=bootstrap, terminated=~cut, **every))
+    cu_seqlens = torch.tensor([0, 0, length, 3 * length], dtype=torch.int32)
+    backward(gae(rewards.flatten(), values.flatten(), mask.flatten(), cu_seqlens=cu_seqlens))
+
+
+def run_losses(length: int, dtype: torch.dtype) -> None:
+    logp, old, ref, entropy, values, returns = (x.to(dtype) for x in tokens(2, length, count=6))
+    weight = (values > 0.3).to(dtype)
+    logp.requires_grad_(), values.requires_grad_()
+    backward(value_loss(values, returns, weight))
+    backward(value_loss(values, returns, weight, old_values=old, clip=0.2))
+    for surrogate in ("ppo", "reinforce", "cispo", "sapo"):
+        backward(policy_loss(logp, returns, weight, old_logp=old, surrogate=surrogate))
+    kl = {"ref_logp": ref, "kl_coef": 0.1, "entropy": entropy, "entropy_coef": 0.1}
+    backward(policy_loss(logp, returns, weight, old_logp=old, dual_clip=3.0, **kl))
+    backward(policy_loss(logp, returns, weight, old_logp=old, level="sequence"))
+
+
+def main(device: str) -> None:
+    with torch.device(device):
+        for length, dtype in itertools.product(LENGTHS, (torch.float32, torch.float64)):
+            run_gae(length, dtype)
+            run_losses(length, dtype)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "cuda")

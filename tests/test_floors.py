@@ -13,8 +13,14 @@ PACKAGE = ROOT / "fastpg"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-# Pages, and their helpers, that stand on other pages.
-STOREYS = {"_head": 3, "merge_stats": 3, "linear_token_logprobs": 4, "linear_token_loss": 5}
+# Pages, and their helpers, that stand on others.
+STOREYS = {
+    "_shards": 1.5,
+    "_head": 3,
+    "merge_stats": 3,
+    "linear_token_logprobs": 4,
+    "linear_token_loss": 5,
+}
 ALGORITHMS, USERS = 6, 7
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,6 +29,7 @@ from ._checks import (
     label_temperature,
     positive,
 )
+from ._shards import logprobs_of_shards
 
 
 def _scaled(logits, labels, temperature, softcap, ignore_index, top=None):
@@ -174,10 +176,16 @@ def _backward_cpu(*args):
 triton_kernels(__name__, _logp, _logp_entropy, _backward, _backward_out)
 
 
+def _forward(group, return_entropy, *args):
+    """(logp, entropy if wanted, stats), and the arguments that backward takes."""
+    op = _logp_entropy if return_entropy else _logp
+    return (op(*args), args) if group is None else logprobs_of_shards(op, group, *args)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, return_entropy, *args):
-        logp, *entropy, stats = (_logp_entropy if return_entropy else _logp)(*args)
+    def forward(ctx, group, return_entropy, *args):
+        (logp, *entropy, stats), args = _forward(group, return_entropy, *args)
         ctx.save_for_backward(stats, *args[:3], *entropy)
         ctx.options = args[3:]
         ctx.set_materialize_grads(False)  # an entropy that is only looked at costs nothing
@@ -191,7 +199,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_logp = torch.zeros_like(stats[0])
         rows = stats, logits, labels, temperature, *ctx.options
         grad = _backward(grad_logp, grad_entropy, entropy[0] if entropy else None, *rows)
-        return None, grad, None, None, None, None
+        return None, None, grad, None, None, None, None
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
@@ -209,12 +217,15 @@ def token_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each label under softmax(softcap(logits) / temperature), and the entropy.
 
     logits: [..., V], bf16, fp16, fp32 or fp64, any strides; differentiable.
     labels: [...] integers in [0, V), or ignore_index: outputs and gradient 0, row not read.
     temperature: a float, or a tensor that broadcasts to labels (constant: it gets no gradient).
+    process_group: the vocabulary is in shards, one on each rank in turn: logits are [..., V_rank],
+        labels and result are of the whole and the same on each, which gets its shard's gradient.
     Returns logp [...], or (logp, entropy) each [...], in nats; fp32 (fp64 for fp64 logits).
 
     A -inf logit has probability 0 (softcap makes it an ordinary one). NaN makes its own row NaN. A
@@ -226,5 +237,6 @@ def token_logprobs(
     t = label_temperature("token_logprobs", temperature, dtype, labels)
     args = logits, labels.long(), t, softcap, ignore_index
     if not constant(logits):
-        return _TokenLogprobs.apply(return_entropy, *args)
-    return _logp_entropy(*args)[:2] if return_entropy else _logp(*args)[0]
+        return _TokenLogprobs.apply(process_group, return_entropy, *args)
+    *outputs, _ = _forward(process_group, return_entropy, *args)[0]
+    return tuple(outputs) if return_entropy else outputs[0]

@@ -10,7 +10,8 @@ import torch
 
 from fastpg.algorithms import ALGORITHMS
 
-DOCS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+ROOT = Path(__file__).parent.parent
+README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
 
 
 def python_blocks(page):
@@ -32,7 +33,14 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page):
         assert printed.getvalue().splitlines() == said
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_the_ops_of_the_readme_run():
+    names = {}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(next(python_blocks(README)), names)
+    assert "'ess': 1.0" in printed.getvalue() and names["logits"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.stem)
 def test_links_lead_to_files_and_to_tests_of_that_name(page):
     links = re.findall(r"\[([^\]]+)\]\(([^)]+)\)", page.read_text())
     assert links

@@ -229,6 +229,21 @@ def test_nemo_gae():
     assert torch.equal(ours[mask.bool()], short[0]) and ours[0, 2] == 0
 
 
+def test_verl_multi_turn_gae():
+    """verl tests/trainer/ppo/test_core_algos_on_cpu.py, test_multi_turn_compute_gae*
+
+    Values at observation tokens are drawn at random, and must not show.
+    """
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0]])
+    rewards = torch.tensor([[0, 0, 0.1, 0.1, 0.1, 0, 0, 0.1, 1.0, 0, 0]])
+    values = torch.tensor([[0.0, 0, 4, 5, 6, 0, 0, 7, 9, 0, 0]])
+    seen = []
+    for noise in torch.empty(2, 1, 11).uniform_(-100, 100):
+        out = gae(rewards, torch.where(mask == 1, values, noise), mask, gamma=0.7, lam=0.6)
+        seen.append([whiten(out[0], mask), *out])
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
 def test_torchtune_rewards():
     """torchtune tests/torchtune/rlhf/test_rewards.py, test_get_rewards_ppo"""
     logp = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.6, 0.7, 0.8]])

@@ -21,13 +21,15 @@ struct ExpExcess {
   T exp, excess;
 };
 
-// e^x and e^x - 1 - x for |x| <= 87: e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2 and a
-// minimax polynomial for e^r (Cephes). Where n = 0 the excess is the tail of the polynomial, which
-// keeps its digits as x -> 0; elsewhere the subtraction loses less than a digit.
+// e^x and e^x - 1 - x for |x| <= 87: e^x = s e^r with s = 2^n, n = round(x / ln 2), |r| <= ln(2)/2
+// and a minimax polynomial for e^r (Cephes). The excess is s (e^r - 1 - r) + (s r + s - 1 - x):
+// where n = 0 the second summand is exactly 0, so that digits are kept as x -> 0; elsewhere less
+// than one is lost. A NaN stays one.
 FPG_HD ExpExcess<float> exp_excess(float x) {
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  constexpr float kRound = 12582912.f + 127.f;  // 1.5 * 2^23 + the exponent's bias
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
+  const float s = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, shifted) << 23);
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -36,19 +38,15 @@ FPG_HD ExpExcess<float> exp_excess(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const float tail = p * (r * r);
-  const uint32_t exponent = __builtin_bit_cast(uint32_t, shifted) << 23;
-  const uint32_t mantissa = __builtin_bit_cast(uint32_t, tail + r + 1.f);
-  // Those of a NaN may add up to a number.
-  const float e = select(x == x, __builtin_bit_cast(float, mantissa + exponent), x);
-  return {e, select(n == 0.f, tail, (e - 1.f) - x)};
+  return {s * (tail + r) + s, s * tail + (s * r + (s - 1.f - x))};
 }
 FPG_HD ExpExcess<double> exp_excess(double x) { return {exp(x), expm1(x) - x}; }
 
-// Below -87.33 the result would be subnormal: it is 0. NaN stays NaN.
+// Below -87.33 the result would be subnormal: it is 0. Above 88.37 it is infinite, a little early.
 FPG_HD float exp(float x) {
-  const float bounded = exp_excess(clamp(x, -87.33654f, 88.72283f)).exp;
+  const float bounded = exp_excess(clamp(x, -87.33654f, 88.37626f)).exp;
   const float not_below = x < -87.33654f ? 0.f : bounded;
-  return x > 88.72283f ? infinity<float>() : not_below;
+  return x > 88.37626f ? infinity<float>() : not_below;
 }
 
 // Where 2^y rounds to 0, and the smallest argument of exp2.

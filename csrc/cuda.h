@@ -1,4 +1,4 @@
-// Floor 0 of CUDA: how a kernel is launched, and how its threads load.
+// Floor 0 of CUDA: how a kernel is launched, where its sequences lie, how its threads load.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,6 +8,7 @@
 #include <string>
 
 #include "common.h"
+#include "sequences.h"
 
 namespace fpg {
 
@@ -27,6 +28,17 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStre
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, Parameters(args)...);
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("fastpg: CUDA says: ") + cudaGetErrorString(status));
+}
+
+struct Sequence {
+  int64_t index, begin, end;
+};
+
+// The page cannot check cu_seqlens on a GPU; whatever it holds, no other memory is touched.
+__device__ inline Sequence sequence_at(const Sequences& all, int64_t i) {
+  if (!all.cu_seqlens) return {i, i * all.length, (i + 1) * all.length};
+  const int64_t begin = clamp<int64_t>(all.cu_seqlens[i], 0, all.length);
+  return {i, begin, clamp<int64_t>(all.cu_seqlens[i + 1], begin, all.length)};
 }
 
 // Four neighbours, moved by one instruction where their address allows it.

@@ -29,17 +29,6 @@ __device__ inline GaeNext<double> from_lane(GaeNext<double> x, int lane) {
   return {from_lane(x.advantage, lane), from_lane(x.value, lane)};
 }
 
-struct Sequence {
-  int64_t index, begin, end;
-};
-
-// The page cannot check cu_seqlens on a GPU; whatever it holds, no other memory is touched.
-__device__ inline Sequence sequence_at(const Sequences& all, int64_t i) {
-  if (!all.cu_seqlens) return {i, i * all.length, (i + 1) * all.length};
-  const int64_t begin = clamp<int64_t>(all.cu_seqlens[i], 0, all.length);
-  return {i, begin, clamp<int64_t>(all.cu_seqlens[i + 1], begin, all.length)};
-}
-
 // What four neighbours bring besides numbers to be scanned.
 template <typename X>
 struct Options {

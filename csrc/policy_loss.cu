@@ -106,17 +106,6 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   *out.loss = T(stats.x[kLoss]);
 }
 
-struct Sequence {
-  int64_t begin, end;
-};
-
-// The page cannot check cu_seqlens on a GPU; whatever it holds, no other memory is touched.
-__device__ inline Sequence sequence_at(const Sequences& all, int64_t i) {
-  if (!all.cu_seqlens) return {i * all.length, (i + 1) * all.length};
-  const int64_t begin = clamp<int64_t>(all.cu_seqlens[i], 0, all.length);
-  return {begin, clamp<int64_t>(all.cu_seqlens[i + 1], begin, all.length)};
-}
-
 // Threads take turns from the sequence's first token, so that no bit depends on the batch.
 template <typename T>
 __global__ void __launch_bounds__(kSequenceThreads)

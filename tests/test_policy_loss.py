@@ -229,6 +229,13 @@ def test_old_logp_equal_to_logp_is_reinforce(kernel):
         assert ratios["ess"] == 1 and ratios["clip_frac_low"] == ratios["clip_frac_high"] == 0
 
 
+def test_the_loss_shares_no_memory_with_the_statistics(kernel):
+    loss, stats, *_ = run(sample((3,), torch.float64), "ppo")
+    before = stats.clone()
+    loss += 1  # as an all-reduce would
+    assert torch.equal(stats, before)
+
+
 def test_cispo_keeps_the_gradient_of_clipped_tokens(kernel):
     """Ratios 0.5, 0.905, 1.105, 2 and 2 within [0.8, 1.28]; a loss without the detach gives 0."""
     logp = torch.tensor([0.5, 0.905, 1.105, 2.0, 2.0], dtype=torch.float64).log()

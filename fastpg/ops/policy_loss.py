@@ -71,7 +71,7 @@ def reference(
     stats = PolicyStats.tally(
         kept, weight, loss, surrogate_loss, ratio, d, too_low, too_high, ref_kl, entropy
     )
-    return stats[2].to(logp.dtype), weight * slope, stats
+    return stats[2].to(logp.dtype, copy=True), weight * slope, stats
 
 
 def _fake(logp, *_):

@@ -81,7 +81,8 @@ def _build_trainer(argv: Sequence[str]) -> "PPOTrainer":
     options = read_options(argv)
     own = {name: options.get(name) for name in ("model", "dataset", "reward")}
     if not any(own.values()):
-        args = from_mapping(RunConfig, reviews.DEFAULTS | options)
+        usual = reviews.DEFAULTS | reviews.OF_ALGORITHM.get(str(options.get("algorithm")), {})
+        args = from_mapping(RunConfig, usual | options)
         print(reviews.INTRODUCTION.format(algorithm=args.row.title), flush=True)
         return reviews.build_trainer(args)
     if missing := [f"--{name}" for name, value in own.items() if value is None]:

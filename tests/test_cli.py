@@ -88,6 +88,7 @@ def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys)
         (["--num_steps", "2.5"], "num_steps must be a whole number, not '2.5'."),
         (["--seed", "-1"], "seed must be 0 or more, not -1."),
         (["--gamma", "1.5"], "gamma must be between 0 and 1, not 1.5."),
+        (["--algorithm", "dapoo"], "Unknown algorithm 'dapoo'; did you mean 'dapo'?"),
         (["--config", "no.yaml"], "Cannot read the config file no.yaml: No such file"),
         (
             ["--config", "typo.yaml"],

@@ -9,6 +9,7 @@ from .ops.group_center import group_center
 from .ops.importance_weights import importance_weights
 from .ops.kl_estimate import kl_estimate
 from .ops.linear_token_logprobs import linear_token_logprobs
+from .ops.linear_token_loss import linear_token_loss
 from .ops.merge_stats import merge_stats
 from .ops.policy_loss import policy_loss
 from .ops.preference_loss import preference_loss
@@ -33,6 +34,7 @@ __all__ = [
     "kernels_of",
     "kl_estimate",
     "linear_token_logprobs",
+    "linear_token_loss",
     "merge_stats",
     "policy_loss",
     "preference_loss",

@@ -7,13 +7,22 @@ token_logprobs. Parts of a row merge, be they slices here or the shards of sever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_labels, check_shape
-from .token_logprobs import _logp_entropy
+from ._checks import (
+    check_device,
+    check_label_values,
+    check_labels,
+    check_shape,
+    check_tensors,
+    compute_dtype,
+    label_temperature,
+    positive,
+)
+from .token_logprobs import _backward_out, _logp_entropy
 
 NEVER = -(2**63)  # an ignore_index that no label is, however shifted
 
@@ -23,18 +32,29 @@ NEVER = -(2**63)  # an ignore_index that no label is, however shifted
 WIDTH = {"cpu": 4096, "cuda": 16384}
 
 
+Slice = tuple[int, int, Tensor]  # begin, end, logits [N, end - begin], contiguous
+
+
 def logits_of_slices(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Iterator[tuple[int, int, Tensor]]:
-    """begin, end and logits [N, end - begin] of each part of the vocabulary, in one buffer."""
-    width, vocab = WIDTH[weight.device.type], len(weight)
-    buffer = hidden.new_empty(len(hidden) * min(width, vocab), dtype=dtype)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    memory: Tensor | None = None,
+) -> Iterator[Slice]:
+    """The logits of each part of the vocabulary: one after another in the same place.
+
+    memory: [N * V] of dtype, in which each gets a place of its own.
+    """  # fmt: skip
+    width, vocab, count = WIDTH[weight.device.type], len(weight), len(hidden)
+    place = hidden.new_empty(count * min(width, vocab), dtype=dtype) if memory is None else memory
     upcast = dtype is not hidden.dtype
     if upcast and not hidden.is_cuda:  # whose BLAS has no product of bf16 to fp32
         hidden = hidden.to(dtype)
     for begin in range(0, vocab, width):
         end = min(begin + width, vocab)
-        logits = buffer[: len(hidden) * (end - begin)].view(len(hidden), end - begin)
+        at = 0 if memory is None else count * begin
+        logits = place[at : at + count * (end - begin)].view(count, end - begin)
         part = weight[begin:end].to(hidden.dtype).t()
         if upcast and hidden.is_cuda:
             torch.mm(hidden, part, out_dtype=dtype, out=logits)
@@ -64,14 +84,16 @@ def merge(top: Tensor, log_sum: Tensor, entropy: Tensor, temperature: Tensor) ->
     return most, merged, mixed
 
 
-def statistics(hidden, weight, bias, labels, temperature, softcap, logits_dtype):
+def statistics(
+    slices: Iterable[Slice], labels: Tensor, temperature: Tensor, softcap: float
+) -> tuple[Tensor, ...]:
     """label_logit, top, log_sum, entropy: each [N], of the rows over this part of the vocabulary.
 
-    label_logit is capped, and 0 where the label is in no part of it.
+    label_logit is capped, and that of 0 where the label is in no slice.
     """
     label_logit, parts = torch.zeros_like(labels, dtype=temperature.dtype), []
     anything = torch.zeros_like(labels)
-    for begin, end, logits in logits_of_slices(hidden, weight, bias, logits_dtype):
+    for begin, end, logits in slices:
         _, entropy, stats = _logp_entropy(logits, anything, temperature, softcap, NEVER)
         parts.append(torch.stack([*stats, entropy]))
         here = (labels >= begin) & (labels < end)
@@ -82,14 +104,51 @@ def statistics(hidden, weight, bias, labels, temperature, softcap, logits_dtype)
     return label_logit, *merge(*torch.stack(parts, 1), temperature)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, of bf16 into fp32 too: there a CPU rounds each product to bf16 first."""
-    if total.dtype is a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+def logp_and_statistics(slices, labels, legal, temperature, softcap):
+    """logp, entropy, top, log_sum [N]; NaN where no label is, which a device cannot raise about."""
+    label_logit, top, log_sum, entropy = statistics(slices, labels, temperature, softcap)
+    log_sum = torch.where(legal, log_sum, math.nan)
+    logp = (label_logit - finite(top)) / temperature - log_sum
+    return logp, torch.where(legal, entropy, math.nan), top, log_sum
+
+
+def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """out = a @ b, or out += a @ b; of bf16 into fp32 too, where a CPU rounds a @ b to bf16."""
+    if out.dtype is a.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif not out.is_cuda:
+        out.add_(torch.mm(a, b)) if add else out.copy_(torch.mm(a, b))
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        total += torch.mm(a, b)
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def write_gradients(slices, upstream, rows, weight, into, *, add: bool = False) -> None:
+    """Turns logits into their gradient g, in place, and that into the gradients of the head.
+
+    upstream: grad_logp, grad_entropy, entropy, stats; rows: hidden, labels, temperature, softcap.
+    into: dhidden in the type that is computed in, dweight, dbias; None for what is not wanted.
+    With `add` dweight and dbias hold those of other rows already.
+    """
+    hidden, labels, temperature, softcap = rows
+    dhidden, dweight, dbias = into
+    for begin, end, x in slices:
+        _backward_out(x, *upstream, x, labels - begin, temperature, softcap, NEVER)
+        g = x.to(hidden.dtype)
+        if dhidden is not None:
+            product(dhidden, g, weight[begin:end], add=begin > 0)
+        if dweight is not None:
+            product(dweight[begin:end], g.t(), hidden, add=add)
+        if dbias is not None:
+            part = g.sum(0, dtype=temperature.dtype)
+            dbias[begin:end] = dbias[begin:end] + part if add else part
+
+
+def reached(grad_logp: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """The rows that have a gradient: not those of a clipped token, or of an advantage of 0."""
+    live = grad_logp != 0
+    return live if grad_entropy is None else live | (grad_entropy != 0)
 
 
 def kept_rows(kept: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
@@ -108,9 +167,7 @@ def filled(rows: Tensor, count: int, x: Tensor) -> Tensor:
     return x.new_zeros(count, *x.shape[1:]).index_copy_(0, rows, x)
 
 
-def check_head(
-    op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
-) -> None:
+def check_head(op, hidden, weight, labels, bias) -> None:
     if hasattr(weight, "full_tensor"):
         raise TypeError(f"{op}: weight is a DTensor: pass weight.full_tensor()")
     if weight.numel() == 0 and hasattr(weight, "ds_id"):
@@ -144,3 +201,32 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x if x is None or x.dtype is torch.float64 else x.to(dtype) for x in tensors]
+
+
+def head_arguments(
+    op: str, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,
+    logits_dtype,
+):  # fmt: skip
+    """What the user passes, checked and as the ops take it, rows in one axis.
+
+    The logit scale is part of temperature and softcap: that costs nothing and rounds nothing.
+    """
+    check_tensors(op, hidden=hidden, weight=weight, labels=labels)
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    check_head(op, hidden, weight, labels, bias)
+    dtype = compute_dtype(op, hidden=hidden)
+    scale = positive(op, "logit_scale", logit_scale, dtype)
+    t = label_temperature(op, temperature, dtype, labels) / scale
+    cap = 0.0 if softcap is None else positive(op, "softcap", softcap, dtype) / scale
+    logits_dtype = dtype_of_logits(op, logits_dtype, hidden.dtype)
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.long().reshape(-1)
+    t = t.reshape(-1) if t.dim() else t
+    return hidden, weight, bias, labels, t, cap, ignore_index, logits_dtype
+
+
+def legal_labels(op: str, labels, weight, temperature, ignore_index) -> tuple[Tensor, Tensor]:
+    """Where rows count, and where their labels are tokens. On the CPU bad values raise."""
+    kept = labels != ignore_index
+    legal = kept & (labels >= 0) & (labels < len(weight))
+    check_label_values(op, labels, legal, kept, len(weight), ignore_index, temperature)
+    return kept, legal

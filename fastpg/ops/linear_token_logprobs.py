@@ -18,35 +18,23 @@ are left out of every product.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._library import define, kernel
 from . import token_logprobs as page
-from ._checks import (
-    check_label_values,
-    check_tensors,
-    compute_dtype,
-    constant,
-    label_temperature,
-    positive,
-)
+from ._checks import constant
 from ._head import (
-    NEVER,
-    add_product,
-    autocast,
-    check_head,
-    dtype_of_logits,
     filled,
-    finite,
+    head_arguments,
     kept_rows,
+    legal_labels,
     logits_of_slices,
-    statistics,
-)  # fmt: skip
-from .token_logprobs import _backward_out
+    logp_and_statistics,
+    reached,
+    write_gradients,
+)
 
 OP = "linear_token_logprobs"
 
@@ -59,7 +47,7 @@ def _logits(hidden, weight, bias, logits_dtype):
 
 def reference(hidden, weight, bias, labels, temperature, softcap, ignore_index, logits_dtype):
     """hidden [N, H], weight [V, H], labels [N] -> logp [N], entropy [N], stats [2, N]."""
-    _kept(labels, weight, ignore_index, temperature)
+    legal_labels(OP, labels, weight, temperature, ignore_index)
     logits = _logits(hidden, weight, bias, logits_dtype)
     return page.reference(logits, labels, temperature, softcap, ignore_index)
 
@@ -111,27 +99,12 @@ _backward = define(
 )
 
 
-def _kept(labels, weight, ignore_index, temperature):
-    """Where rows count, and where their labels are tokens. On the CPU bad values raise."""
-    kept = labels != ignore_index
-    legal = kept & (labels >= 0) & (labels < len(weight))
-    check_label_values(OP, labels, legal, kept, len(weight), ignore_index, temperature)
-    return kept, legal
-
-
 def _forward_by_slices(hidden, weight, bias, labels, temperature, softcap, ignore_index, dtype):
-    kept, legal = _kept(labels, weight, ignore_index, temperature)
-    count = len(labels)
-    rows, inputs = kept_rows(kept, hidden, labels, temperature, legal)
-    hidden, labels, temperature, legal = inputs
-    head = hidden, weight, bias, labels, temperature, softcap, dtype
-    label_logit, top, log_sum, entropy = statistics(*head)
-    log_sum = torch.where(legal, log_sum, math.nan)  # spoils what a device cannot raise about
-    logp = (label_logit - finite(top)) / temperature - log_sum
-    entropy = torch.where(legal, entropy, math.nan)
-    logp, entropy, top, log_sum = (
-        filled(rows, count, x) for x in (logp, entropy, top, log_sum)
-    )  # fmt: skip
+    kept, legal = legal_labels(OP, labels, weight, temperature, ignore_index)
+    rows, inputs = kept_rows(kept, hidden, labels, legal, temperature)
+    slices = logits_of_slices(inputs[0], weight, bias, dtype)
+    outputs = logp_and_statistics(slices, *inputs[1:], softcap)
+    logp, entropy, top, log_sum = (filled(rows, len(kept), x) for x in outputs)
     return logp, entropy, torch.stack([top, log_sum])
 
 
@@ -139,28 +112,21 @@ def _backward_by_slices(
     grad_logp, grad_entropy, entropy, stats, hidden, weight, bias, labels, temperature, softcap,
     ignore_index, dtype, wanted,
 ):  # fmt: skip
-    count, reached = len(labels), grad_logp != 0
-    if grad_entropy is not None:
-        reached = reached | (grad_entropy != 0)
+    live = (labels != ignore_index) & reached(grad_logp, grad_entropy)
     per_row = grad_logp, grad_entropy, entropy, *stats, hidden, labels, temperature
-    rows, per_row = kept_rows(reached & (labels != ignore_index), *per_row)
-    *upstream, top, log_sum, hidden, labels, temperature = per_row
+    rows, (*upstream, top, log_sum, hidden, labels, temperature) = kept_rows(live, *per_row)
     upstream.append(torch.stack([top, log_sum]))
-    dhidden = temperature.new_zeros(hidden.shape) if wanted[0] else None
-    dweight = weight.new_empty(weight.shape if wanted[1] else 0)
-    dbias = weight.new_empty(len(weight) if wanted[2] else 0)
-    for begin, end, x in logits_of_slices(hidden, weight, bias, dtype):
-        _backward_out(x, *upstream, x, labels - begin, temperature, softcap, NEVER)
-        g = x.to(hidden.dtype)
-        if wanted[0]:
-            add_product(dhidden, g, weight[begin:end])
-        if wanted[1]:
-            torch.mm(g.t(), hidden, out=dweight[begin:end])
-        if wanted[2]:
-            dbias[begin:end] = g.sum(0, dtype=temperature.dtype)
-    if not wanted[0]:
-        return hidden.new_empty(0), dweight, dbias
-    return filled(rows, count, dhidden.to(hidden.dtype)), dweight, dbias
+    shapes = hidden.shape, weight.shape, weight.shape[:1]
+    dtypes = temperature.dtype, weight.dtype, weight.dtype
+    into = [
+        weight.new_empty(shape, dtype=kind) if want else None
+        for shape, kind, want in zip(shapes, dtypes, wanted, strict=True)
+    ]
+    slices = logits_of_slices(hidden, weight, bias, dtype)
+    write_gradients(slices, upstream, (hidden, labels, temperature, softcap), weight, into)
+    if wanted[0]:
+        into[0] = filled(rows, len(live), into[0].to(hidden.dtype))
+    return tuple(hidden.new_empty(0) if x is None else x for x in into)
 
 
 for device in ("CPU", "CUDA"):
@@ -187,6 +153,12 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         args = grad_logp, grad_entropy, entropy, stats, *head, *ctx.options, wanted
         grads = (x if want else None for x, want in zip(_backward(*args), wanted, strict=True))
         return *grads, None, None, None, None, None
+
+
+def logprobs(*args) -> tuple[Tensor, Tensor]:
+    """logp and entropy [N], of what head_arguments returns."""
+    op = _forward if constant(*args[:3]) else _LinearTokenLogprobs.apply
+    return op(*args)[:2]
 
 
 def linear_token_logprobs(
@@ -216,16 +188,9 @@ def linear_token_logprobs(
     -inf, NaN and bad labels are treated as by token_logprobs. On a GPU the call waits for the
     number of rows that are not ignored, and backward for that of those that a gradient reaches.
     """
-    check_tensors(OP, hidden=hidden, weight=weight, labels=labels)
-    hidden, weight, bias = autocast(hidden, weight, bias)
-    check_head(OP, hidden, weight, labels, bias)
-    dtype = compute_dtype(OP, hidden=hidden)
-    scale = positive(OP, "logit_scale", logit_scale, dtype)
-    t = label_temperature(OP, temperature, dtype, labels) / scale
-    cap = 0.0 if softcap is None else positive(OP, "softcap", softcap, dtype) / scale
-    shape, kind = labels.shape, dtype_of_logits(OP, logits_dtype, hidden.dtype)
-    rows = hidden.reshape(-1, hidden.shape[-1]), labels.long().reshape(-1)
-    args = rows[0], weight, bias, rows[1], t.reshape(-1) if t.dim() else t, cap, ignore_index, kind
-    op = _forward if constant(hidden, weight, bias) else _LinearTokenLogprobs.apply
-    logp, entropy = (x.view(shape) for x in op(*args)[:2])
+    args = head_arguments(
+        OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,
+        logits_dtype,
+    )  # fmt: skip
+    logp, entropy = (x.view(labels.shape) for x in logprobs(*args))
     return (logp, entropy) if return_entropy else logp

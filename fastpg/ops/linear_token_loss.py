@@ -1,0 +1,164 @@
+"""A loss of tokens from hidden states and the LM head, with gradients made while the logits exist.
+
+    logp, entropy = token_logprobs(hidden @ weightᵀ + bias, ...),   L = token_loss(logp, entropy)
+
+Chunk by chunk of rows: the logits, once; the loss, whose own backward pass gives a coefficient for
+each log-prob and entropy; the logits turned in place into their gradient g, by these; and
+
+    dhidden = g @ weight,   dweight += gᵀ @ hidden,   dbias += Σ g
+
+with dweight in one tensor of fp32. That is 6 N V H operations, as many as it takes with the logits
+kept. Ignored rows, and those of coefficient 0 (clipped, or of advantage 0), are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._checks import constant
+from ._head import (
+    head_arguments,
+    kept_rows,
+    legal_labels,
+    logits_of_slices,
+    logp_and_statistics,
+    reached,
+    write_gradients,
+)
+from .linear_token_logprobs import logprobs
+
+OP = "linear_token_loss"
+
+# Bytes of a chunk per token of the vocabulary: 384 rows in bf16 and 192 in fp32; on a GPU, which
+# adds to dweight as fast as it reads it, 4096 and 2048. The number of rows does not count.
+CHUNK_BYTES = {"cpu": 768, "cuda": 8192}
+
+
+def _checked(result) -> tuple[Tensor, object]:
+    """What token_loss returned, if it is a scalar and its stats."""
+    loss = result[0] if isinstance(result, tuple) and len(result) == 2 else None
+    if not isinstance(loss, Tensor) or loss.dim() > 0:
+        got = type(result).__name__ if loss is None else f"a loss {getattr(loss, 'shape', loss)}"
+        raise TypeError(f"{OP}: token_loss must return (0-d tensor, stats), got {got}")
+    return result
+
+
+def _coefficients(token_loss, logp, entropy, rows):
+    """loss, stats, dL/dlogp, dL/dentropy: None if the loss does not look at it."""
+    with torch.enable_grad():
+        leaves = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
+        loss, stats = _checked(token_loss(*leaves, rows))
+        if not loss.requires_grad:
+            raise ValueError(f"{OP}: token_loss returned a loss without a graph back to logp")
+        by_logp, by_entropy = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return loss.detach(), stats, torch.zeros_like(logp) if by_logp is None else by_logp, by_entropy
+
+
+def _chunk(token_loss, rows, inputs, head, into, memory, *, add):
+    """The loss and stats of some rows; their gradients go to dhidden, dweight and dbias."""
+    hidden, labels, legal, temperature = inputs
+    weight, bias, softcap = head
+    slices = [*logits_of_slices(hidden, weight, bias, memory.dtype, memory)]
+    logp, entropy, *of_row = logp_and_statistics(slices, labels, legal, temperature, softcap)
+    loss, stats, *grads = _coefficients(token_loss, logp, entropy, rows)
+    per_row = *grads, entropy, *of_row, hidden, labels, temperature, rows
+    live, per_row = kept_rows(reached(*grads), *per_row)
+    *upstream, top, log_sum, hidden, labels, temperature, rows = per_row
+    upstream.append(torch.stack([top, log_sum]))
+    if len(live) < len(logp):
+        slices = ((begin, end, x[live]) for begin, end, x in slices)
+    all_dhidden, dweight, dbias = into
+    dhidden = None if all_dhidden is None else all_dhidden.new_empty(hidden.shape)
+    given = hidden, labels, temperature, softcap
+    write_gradients(slices, upstream, given, weight, (dhidden, dweight, dbias), add=add)
+    if dhidden is not None:
+        all_dhidden[rows] = dhidden
+    return loss, stats
+
+
+def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * by, in dtype, in one pass; and in none where that is seen without waiting."""
+    if by.device.type == "cpu" and by == 1:
+        return grad.to(dtype)
+    return torch.mul(grad, by, out=grad.new_empty(grad.shape, dtype=dtype))
+
+
+class _LinearTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token_loss, hidden, weight, bias, labels, temperature, *options):
+        softcap, ignore_index, dtype = options
+        kept, legal = legal_labels(OP, labels, weight, temperature, ignore_index)
+        rows, inputs = kept_rows(kept, hidden, labels, legal, temperature)
+        dhidden, dweight, dbias = ctx.needs_input_grad[1:4]
+        into = (
+            temperature.new_zeros(hidden.shape) if dhidden else None,
+            temperature.new_empty(weight.shape) if dweight else None,
+            temperature.new_empty(weight.shape[:1]) if dbias else None,
+        )
+        size = CHUNK_BYTES[weight.device.type] // dtype.itemsize
+        memory = weight.new_empty(min(size, len(rows)) * len(weight), dtype=dtype)
+        results = []
+        for begin in range(0, max(len(rows), 1), size):
+            part = slice(begin, begin + size)
+            chunk = [x[part] if x.dim() else x for x in inputs]
+            args = rows[part], chunk, (weight, bias, softcap), into, memory
+            results.append(_chunk(token_loss, *args, add=begin > 0))
+        losses, stats = zip(*results, strict=True)
+        ctx.save_for_backward(*into)
+        ctx.dtype = hidden.dtype
+        return torch.stack(losses).sum(), list(stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        grads = (x if x is None else _scaled(x, grad_loss, ctx.dtype) for x in ctx.saved_tensors)
+        return None, *grads, None, None, None, None, None
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_loss: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, object]],
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
+    level: str = "token",
+) -> tuple[Tensor, list]:
+    """token_loss(*linear_token_logprobs(...)) with its gradients made on the way.
+
+    token_loss(logp, entropy, rows) -> (loss, stats): of the tokens `rows`, int64 indices into the
+        flattened labels, each tensor [n] of them; loss is 0-d. It is called once a chunk, and its
+        losses must add up over chunks, as all of fastpg do: policy_loss(logp, advantages[rows],
+        weight[rows], ...). An ignored token may be in rows or not: its weight must be 0.
+    level: "sequence" for a loss that needs all tokens at once (that of policy_loss with the same
+        level): then it is called once, rows are all of labels, and gradients are made in backward.
+    The other arguments are those of linear_token_logprobs.
+    Returns the loss, and the list of the stats that token_loss returned, for merge_stats.
+
+    The gradients of hidden, weight and bias are held, in fp32, until backward. On a GPU the call
+    waits for the number of rows of each chunk that have a gradient. torch.compile cannot take the
+    gradient of a callable within a graph: there every level goes the way of "sequence".
+    """
+    if not callable(token_loss):
+        raise TypeError(f"{OP}: token_loss must be callable, got {type(token_loss).__name__}")
+    if level not in ("token", "sequence"):
+        raise ValueError(f"{OP}: level must be token or sequence, got {level!r}")
+    args = head_arguments(
+        OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,
+        logits_dtype,
+    )  # fmt: skip
+    wanted = torch.is_grad_enabled() and not constant(*args[:3])
+    if level == "token" and wanted and not torch.compiler.is_compiling():
+        return _LinearTokenLoss.apply(token_loss, *args)
+    rows = torch.arange(labels.numel(), device=labels.device)
+    loss, stats = _checked(token_loss(*logprobs(*args), rows))
+    return loss, [stats]

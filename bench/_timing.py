@@ -25,6 +25,8 @@ class Case:
     targets: dict[str, str] = field(default_factory=dict)  # candidate -> its time over ours
     calls: int = 1  # calls per timing, for what takes microseconds
     device: str = "cpu"
+    results_mib: float = 0.0  # of what a call returns: any candidate must allocate that
+    least: int = 5  # rounds
 
 
 @dataclass
@@ -39,15 +41,22 @@ class Timing:
 
 
 def measure(case: Case, *, rounds: int, seconds: float) -> dict[str, Timing]:
-    """At least 5 rounds, at most `rounds`, for about `seconds`; after one that is not counted."""
+    """At most `rounds`, for about `seconds`, but the least of the case; after one not counted."""
     samples: dict[str, list[float]] = {name: [] for name in case.candidates}
-    memory = {name: peak_extra_mib(call, case.device) for name, call in case.candidates.items()}
+    memory = {name: _extra_mib(call, case) for name, call in case.candidates.items()}
     end = time.perf_counter() + seconds
-    while (done := len(samples[case.ours])) < rounds and (done < 5 or time.perf_counter() < end):
+    while (done := len(samples[case.ours])) < rounds and (
+        done < case.least or time.perf_counter() < end
+    ):
         for name, call in case.candidates.items():
             samples[name].append(_time(call, case))
     ours = samples[case.ours]
     return {name: _summary(times, ours, memory[name]) for name, times in samples.items()}
+
+
+def _extra_mib(call: Callable[[], object], case: Case) -> float | None:
+    extra = peak_extra_mib(call, case.device)
+    return None if extra is None else max(0.0, extra - case.results_mib)
 
 
 def keep_freed_memory() -> None:

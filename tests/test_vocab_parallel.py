@@ -7,8 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from inputs import head_and_labels
+from torch.library import opcheck
 
-from fastpg import token_logprobs
+import fastpg.ops.linear_token_logprobs as page
+from fastpg import linear_token_logprobs, token_logprobs
+from fastpg.ops._shards import NEVER
 
 SHARDS = {2: (30, 7), 4: (9, 1, 20, 7)}  # ragged; one of a single token
 VOCAB = 37
@@ -37,20 +41,55 @@ def same_on_all_ranks(x, group):
     return all(same_bits(x, other) for other in everyones)
 
 
-def compare(group, logits, labels, rtol, **options):
-    """Values, entropies and gradients of this rank's shard with those of the whole."""
+def results(call, inputs, labels, **options):
+    """Values, entropies and the gradients of the inputs, from one upstream gradient."""
     upstream = torch.randn(2, *labels.shape, generator=torch.Generator().manual_seed(1))
-    results = []
-    for x, more in ((logits, {}), (shard(logits, group), {"process_group": group})):
-        leaf = x.clone().requires_grad_()
-        outputs = token_logprobs(leaf, labels, return_entropy=True, **options, **more)
-        (gradient,) = torch.autograd.grad(outputs, leaf, tuple(upstream.to(outputs[0].dtype)))
-        results.append([*(x.detach() for x in outputs), gradient])
-    (*whole, whole_gradient), (*ours, gradient) = results
-    expected = [*whole, shard(whole_gradient, group)]
-    torch.testing.assert_close([*ours, gradient], expected, rtol=rtol, atol=rtol, equal_nan=True)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    outputs = call(*leaves, labels, return_entropy=True, **options)
+    gradients = torch.autograd.grad(outputs, leaves, tuple(upstream.to(outputs[0].dtype)))
+    return [*(x.detach() for x in outputs), *gradients]
+
+
+def compare(group, logits, labels, tolerance, **options):
+    """token_logprobs of this rank's shard with that of the whole."""
+    *whole, gradient = results(token_logprobs, [logits], labels, **options)
+    options["process_group"], own = group, shard(logits, group)
+    *ours, own_gradient = results(token_logprobs, [own], labels, **options)
+    expected = [*whole, shard(gradient, group)]
+    closeness = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+    torch.testing.assert_close([*ours, own_gradient], expected, **closeness)
     assert all(same_on_all_ranks(x, group) for x in ours)
-    assert same_bits(token_logprobs(leaf.detach(), labels, **options, **more), ours[0])
+    assert same_bits(token_logprobs(own, labels, **options), ours[0])
+
+
+def head_call(hidden, weight, bias, labels, **options):
+    return linear_token_logprobs(hidden, weight, labels, bias=bias, **options)
+
+
+def compare_heads(group, head, labels, tolerance, **options):
+    """linear_token_logprobs of this rank's part of the head with that of the whole."""
+    *whole, dweight, dbias = results(head_call, head, labels, **options)
+    own = [head[0], *(shard(x, group, 0) for x in head[1:])]
+    options["process_group"] = group
+    *ours, own_dweight, own_dbias = results(head_call, own, labels, **options)
+    expected = [*whole, shard(dweight, group, 0), shard(dbias, group, 0)]
+    actual = [*ours, own_dweight, own_dbias]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert all(same_on_all_ranks(x, group) for x in ours)
+    assert same_bits(head_call(*own, labels, **options), ours[0])
+
+
+def check_heads(group):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        *head, labels = head_and_labels((3, 4), VOCAB, 8, dtype)
+        labels[0, :3] = torch.tensor([0, VOCAB - 1, -100])
+        compare_heads(group, head, labels, tolerance)
+        temperature = torch.linspace(0.5, 2, 4)
+        options = {"softcap": 3.0, "logit_scale": 1.5, "temperature": temperature}
+        compare_heads(group, head, labels, tolerance, **options)
+    labels[1, 2] = VOCAB
+    with pytest.raises(IndexError, match=r"linear_token_logprobs: labels holds 37"):
+        head_call(head[0], *(shard(x, group, 0) for x in head[1:]), labels, process_group=group)
 
 
 def check_values(group):
@@ -84,6 +123,14 @@ def check_bad_input(group):
             token_logprobs(shard(logits, group), labels, process_group=group)
 
 
+def test_a_part_of_a_head_matches_its_reference():
+    hidden, weight, bias, labels = head_and_labels((5,), VOCAB, 8)
+    labels[2:] = torch.tensor([-3, VOCAB, NEVER])  # on other ranks, and ignored
+    args = hidden, weight, bias, labels, torch.tensor(0.7), 3.0, NEVER, torch.float32
+    opcheck(page._part, args)
+    torch.testing.assert_close(page._part(*args), page.reference_part(*args))
+
+
 def rank_main(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=4)
@@ -93,6 +140,7 @@ def rank_main(rank, folder):
         check_values(group)
         check_specials(group)
         check_bad_input(group)
+        check_heads(group)
     if rank < 2:
         logits, labels = logits_and_labels()
         with pytest.raises(

@@ -22,10 +22,8 @@ from ._checks import (
     label_temperature,
     positive,
 )
+from ._shards import NEVER, finite, merge
 from .token_logprobs import _backward_out, _logp_entropy
-
-NEVER = -(2**63)  # an ignore_index that no label is, however shifted
-
 
 # Tokens of a slice: one of a thousand rows stays in a CPU's last cache; a GPU wants large products.
 # It does not depend on the number of rows, nor do therefore the bits that this is to answer for.
@@ -66,24 +64,6 @@ def logits_of_slices(
         yield begin, end, logits
 
 
-def finite(top: Tensor) -> Tensor:
-    """The maximum to subtract: a row that is all -inf subtracts 0, else it would be NaN."""
-    return top.masked_fill(top == -math.inf, 0.0)
-
-
-def merge(top: Tensor, log_sum: Tensor, entropy: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
-    """The same statistics of the union of S parts of the vocabulary: [S, N] -> [N]."""
-    most = top.amax(0)
-    shift = (top - finite(most)) / temperature
-    part = torch.exp(log_sum + shift)
-    total = part.sum(0)
-    merged = torch.where(total == 0, 0.0, total.log())
-    # Entropy is log s - E d, and E d of a part is its own, moved by what its maximum is below.
-    d = torch.where(part == 0, 0.0, part * (shift + log_sum - entropy)).sum(0)
-    mixed = torch.where(total == 0, 0.0, merged - d / total).clamp(min=0.0)
-    return most, merged, mixed
-
-
 def statistics(
     slices: Iterable[Slice], labels: Tensor, temperature: Tensor, softcap: float
 ) -> tuple[Tensor, ...]:
@@ -101,7 +81,7 @@ def statistics(
         label_logit = torch.where(here, logits.gather(1, at)[:, 0], label_logit)
     if softcap:
         label_logit = softcap * torch.tanh(label_logit / softcap)
-    return label_logit, *merge(*torch.stack(parts, 1), temperature)
+    return label_logit, *merge(temperature, *torch.stack(parts, 1))
 
 
 def logp_and_statistics(slices, labels, legal, temperature, softcap):

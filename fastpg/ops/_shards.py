@@ -51,13 +51,13 @@ def of_all_ranks(
     labels: Tensor,
     temperature: Tensor,
     ignore_index: int,
-    part: Callable[[Tensor], tuple[Tensor, ...]],
+    part: Callable[[Tensor], Tensor],
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """(logp, entropy if any, stats) of rows whose vocabulary lies on the ranks of a group in turn.
 
     size: tokens of this rank's shard; ranks may differ. labels: [...], of the whole vocabulary.
-    part(local): label_logit, top, log_sum and perhaps entropy of the rows of this shard. A local
-        label outside [0, size) is on another rank, where label_logit is to be 0; NEVER is ignored.
+    part(local): label_logit, top, log_sum and perhaps entropy of the rows of this shard, stacked.
+        A local label outside [0, size) is elsewhere, and label_logit then 0; NEVER is ignored.
     Also returns the local labels. Collective: every rank must call, with the same labels.
     """
     labels = labels.contiguous()  # whose strides the outputs would take over
@@ -67,7 +67,7 @@ def of_all_ranks(
     if not torch.compiler.is_compiling():  # there a bad label's row is NaN, and nothing raises
         check_label_values(op, labels, legal, kept, vocab, ignore_index, temperature)
     local = torch.where(kept, labels - begin, NEVER)
-    label_logits, *stats = _gather(torch.stack(part(local)), group).unbind(1)
+    label_logits, *stats = _gather(part(local), group).unbind(1)
     top, log_sum, *entropy = merge(temperature, *stats)
     logp = (reduce(torch.add, label_logits.unbind()) - finite(top)) / temperature - log_sum
     spoilt = (torch.where(legal, x, math.nan) for x in (logp, *entropy, top, log_sum))
@@ -82,14 +82,15 @@ def logprobs_of_shards(op, group, logits, labels, temperature, softcap, ignore_i
     def part(local):
         anything = torch.where(local == NEVER, NEVER, 0)
         _, *entropy, stats = op(logits, anything, temperature, softcap, NEVER)
-        return _label_logit(logits, local, temperature.dtype, softcap), *stats, *entropy
+        found = label_logit(logits, local, temperature.dtype, softcap)
+        return torch.stack([found, *stats, *entropy])
 
     rows = logits.shape[-1], labels, temperature, ignore_index
     outputs, local = of_all_ranks("token_logprobs", group, *rows, part)
     return outputs, (logits, local, temperature, softcap, NEVER)
 
 
-def _label_logit(logits, labels, dtype, softcap):
+def label_logit(logits, labels, dtype, softcap):
     """The capped logit of each label, 0 for a label that is nowhere in its row."""
     here = (labels >= 0) & (labels < logits.shape[-1])
     x = logits.gather(-1, torch.where(here, labels, 0)[..., None])[..., 0].to(dtype)
@@ -103,6 +104,13 @@ def _position(op, group, size, device) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{op}: process_group does not hold this process, rank {dist.get_rank()}")
     ends = _gather(torch.full((1,), size, device=device), group)[:, 0].cumsum(0)
     return ends[rank] - size, ends[-1]
+
+
+def add_over_ranks(x: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> Tensor:
+    """The sum of x over the ranks, added up in dtype."""
+    total = x.to(dtype, copy=True)
+    dist.all_reduce(total, group=group)
+    return total.to(x.dtype)
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:

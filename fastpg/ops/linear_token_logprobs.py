@@ -19,6 +19,7 @@ are left out of every product.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,8 +34,10 @@ from ._head import (
     logits_of_slices,
     logp_and_statistics,
     reached,
+    statistics,
     write_gradients,
 )
+from ._shards import NEVER, add_over_ranks, label_logit, of_all_ranks
 
 OP = "linear_token_logprobs"
 
@@ -50,6 +53,14 @@ def reference(hidden, weight, bias, labels, temperature, softcap, ignore_index, 
     legal_labels(OP, labels, weight, temperature, ignore_index)
     logits = _logits(hidden, weight, bias, logits_dtype)
     return page.reference(logits, labels, temperature, softcap, ignore_index)
+
+
+def reference_part(hidden, weight, bias, labels, temperature, softcap, ignore_index, logits_dtype):
+    """label_logit, top, log_sum, entropy [4, N], weight being a part of the vocabulary's."""
+    logits = _logits(hidden, weight, bias, logits_dtype)
+    anything = torch.where(labels == ignore_index, ignore_index, 0)
+    _, entropy, stats = page.reference(logits, anything, temperature, softcap, ignore_index)
+    return torch.stack([label_logit(logits, labels, stats.dtype, softcap), *stats, entropy])
 
 
 def reference_backward(
@@ -91,6 +102,11 @@ _forward = define(
     fake=_fake,
     reference=reference,
 )
+_part = define(
+    f"linear_token_logprobs_part({_HEAD}) -> Tensor",
+    fake=lambda *args: args[3].new_empty((4, *args[3].shape), dtype=args[4].dtype),
+    reference=reference_part,
+)
 _backward = define(
     "linear_token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, Tensor entropy, "
     f"Tensor stats, {_HEAD}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
@@ -106,6 +122,13 @@ def _forward_by_slices(hidden, weight, bias, labels, temperature, softcap, ignor
     outputs = logp_and_statistics(slices, *inputs[1:], softcap)
     logp, entropy, top, log_sum = (filled(rows, len(kept), x) for x in outputs)
     return logp, entropy, torch.stack([top, log_sum])
+
+
+def _part_by_slices(hidden, weight, bias, labels, temperature, softcap, ignore_index, dtype):
+    rows, inputs = kept_rows(labels != ignore_index, hidden, labels, temperature)
+    slices = logits_of_slices(inputs[0], weight, bias, dtype)
+    outputs = statistics(slices, *inputs[1:], softcap)
+    return torch.stack([filled(rows, len(labels), x) for x in outputs])
 
 
 def _backward_by_slices(
@@ -131,13 +154,29 @@ def _backward_by_slices(
 
 for device in ("CPU", "CUDA"):
     kernel(_forward, device, "BLAS")(_forward_by_slices)
+    kernel(_part, device, "BLAS")(_part_by_slices)
     kernel(_backward, device, "BLAS")(_backward_by_slices)
+
+
+def _forward_of(group, *args):
+    """logp, entropy and stats, and what backward is of: this rank's shard, as a head of its own."""
+    if group is None:
+        return _forward(*args), args
+    hidden, weight, bias, labels, temperature, softcap, ignore_index, dtype = args
+
+    def part(local):
+        return _part(hidden, weight, bias, local, temperature, softcap, NEVER, dtype)
+
+    rows = len(weight), labels, temperature, ignore_index
+    outputs, local = of_all_ranks(OP, group, *rows, part)
+    return outputs, (hidden, weight, bias, local, temperature, softcap, NEVER, dtype)
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
-        logp, entropy, stats = _forward(*args)
+    def forward(ctx, group, *args):
+        (logp, entropy, stats), args = _forward_of(group, *args)
+        ctx.group = group
         ctx.save_for_backward(entropy, stats, *args[:5])
         ctx.options = args[5:]
         ctx.set_materialize_grads(False)  # an entropy that is only looked at costs nothing
@@ -149,16 +188,19 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         entropy, stats, *head = ctx.saved_tensors
         if grad_logp is None:
             grad_logp = torch.zeros_like(entropy)
-        wanted = list(ctx.needs_input_grad[:3])
+        wanted = list(ctx.needs_input_grad[1:4])
         args = grad_logp, grad_entropy, entropy, stats, *head, *ctx.options, wanted
-        grads = (x if want else None for x, want in zip(_backward(*args), wanted, strict=True))
-        return *grads, None, None, None, None, None
+        grads = [x if want else None for x, want in zip(_backward(*args), wanted, strict=True)]
+        if ctx.group is not None and wanted[0]:
+            grads[0] = add_over_ranks(grads[0], ctx.group, entropy.dtype)
+        return None, *grads, None, None, None, None, None
 
 
-def logprobs(*args) -> tuple[Tensor, Tensor]:
+def logprobs(group, *args) -> tuple[Tensor, Tensor]:
     """logp and entropy [N], of what head_arguments returns."""
-    op = _forward if constant(*args[:3]) else _LinearTokenLogprobs.apply
-    return op(*args)[:2]
+    if constant(*args[:3]):
+        return _forward_of(group, *args)[0][:2]
+    return _LinearTokenLogprobs.apply(group, *args)
 
 
 def linear_token_logprobs(
@@ -173,6 +215,7 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     logits_dtype: torch.dtype | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """token_logprobs(hidden @ weight.T + bias, labels, ...) without the logits [..., V].
 
@@ -183,6 +226,8 @@ def linear_token_logprobs(
     logit_scale, softcap: z = softcap(logit_scale * logits) / temperature, softcap as in Gemma.
     logits_dtype: None rounds logits to the dtype of hidden, as a model's own head does; fp32 keeps
         those of bf16 and fp16 operands (on a CPU by products in fp32, which take twice the time).
+    process_group: the vocabulary is in shards, one on each rank in turn: weight is [V_rank, H] and
+        bias [V_rank]. All else is the same on each, the result and the gradient of hidden too.
     Returns logp [...], or (logp, entropy) each [...], in nats; fp32 (fp64 for fp64 hidden).
 
     -inf, NaN and bad labels are treated as by token_logprobs. On a GPU the call waits for the
@@ -192,5 +237,5 @@ def linear_token_logprobs(
         OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,
         logits_dtype,
     )  # fmt: skip
-    logp, entropy = (x.view(labels.shape) for x in logprobs(*args))
+    logp, entropy = (x.view(labels.shape) for x in logprobs(process_group, *args))
     return (logp, entropy) if return_entropy else logp

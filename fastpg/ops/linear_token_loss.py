@@ -160,5 +160,5 @@ def linear_token_loss(
     if level == "token" and wanted and not torch.compiler.is_compiling():
         return _LinearTokenLoss.apply(token_loss, *args)
     rows = torch.arange(labels.numel(), device=labels.device)
-    loss, stats = _checked(token_loss(*logprobs(*args), rows))
+    loss, stats = _checked(token_loss(*logprobs(None, *args), rows))
     return loss, [stats]

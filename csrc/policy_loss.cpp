@@ -21,17 +21,20 @@ PolicyTokens<T> from(const PolicyTokens<T>& t, int64_t i) {
 
 // In eight interleaved sums, so that the additions do not wait for one another.
 template <typename T>
-double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t begin,
-                      int64_t end) {
+double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t n) {
   constexpr int64_t kSums = 8;
-  double sums[kSums] = {}, count = 0;
-  for (int64_t t = begin; t < end; ++t) {
+  double sums[kSums] = {}, counts[kSums] = {};
+  const auto add = [&](int64_t t, int64_t lane) {
     const bool kept = weight[t] != T(0);
-    sums[(t - begin) % kSums] += kept ? double(logp[t]) - double(old_logp[t]) : 0;
-    count += kept;
-  }
-  for (int64_t i = 1; i < kSums; ++i) sums[0] += sums[i];
-  return log_ratio(sums[0] / larger(count, 1.0), 0.0);
+    sums[lane] += select(kept, double(logp[t]) - double(old_logp[t]), 0.0);
+    counts[lane] += select(kept, 1.0, 0.0);
+  };
+  const int64_t whole = n - n % kSums;
+  for (int64_t t = 0; t < whole; t += kSums)
+    for (int64_t lane = 0; lane < kSums; ++lane) add(t + lane, lane);
+  for (int64_t t = whole; t < n; ++t) add(t, t - whole);
+  for (int64_t i = 1; i < kSums; ++i) sums[0] += sums[i], counts[0] += counts[i];
+  return log_ratio(sums[0] / larger(counts[0], 1.0), 0.0);
 }
 
 }  // namespace
@@ -62,8 +65,9 @@ void policy_loss_sequence_ratio(const Sequences& sequences, const T* logp, const
   parallel_for(sequences, kSequenceGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = sequences.begin(i), end = sequences.end(i);
-      const T value = T(exp(mean_log_ratio(logp, old_logp, weight, begin, end)));
-      for (int64_t t = begin; t < end; ++t) ratio[t] = weight[t] != T(0) ? value : T(0);
+      const double d = mean_log_ratio(logp + begin, old_logp + begin, weight + begin, end - begin);
+      const T value = T(exp(d));
+      for (int64_t t = begin; t < end; ++t) ratio[t] = select(weight[t] != T(0), value, T(0));
     }
   });
 }

@@ -151,18 +151,18 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, entropy, constants, options):
         loss, coefficient, stats = _policy_loss(logp, *constants, entropy, *options)
-        *_, numbers, device_numbers = options
-        ctx.entropy_coef = numbers[-1] if device_numbers is None else device_numbers[-1]
-        wanted = ctx.needs_input_grad[1] and (device_numbers is not None or ctx.entropy_coef != 0)
-        ctx.save_for_backward(coefficient, constants[1] if wanted else None)
+        *_, (*_, ctx.entropy_coef), device_options = options
+        wanted = ctx.needs_input_grad[1] and (device_options is not None or ctx.entropy_coef != 0)
+        ctx.save_for_backward(coefficient, constants[1] if wanted else None, device_options)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        coefficient, weight = ctx.saved_tensors
-        by_entropy = None if weight is None else grad_loss * -ctx.entropy_coef * weight
+        coefficient, weight, device_options = ctx.saved_tensors
+        entropy_coef = ctx.entropy_coef if device_options is None else device_options[-1]
+        by_entropy = None if weight is None else grad_loss * -entropy_coef * weight
         return grad_loss * coefficient, by_entropy, None, None
 
 
@@ -228,7 +228,7 @@ def policy_loss(
     if level == "sequence":
         sequence_count("policy_loss", "logp", logp, cu_seqlens)
         if old_logp is not None:
-            ratio = _sequence_ratio(logp.detach(), old_logp, weight, cu_seqlens)
+            ratio = _sequence_ratio(logp.detach(), old_logp.detach(), weight.detach(), cu_seqlens)
     elif level != "token":
         raise ValueError(f"policy_loss: level must be token or sequence, got {level!r}")
     constants = advantages, weight, old_logp, ratio, ref_logp

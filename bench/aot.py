@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from fastpg.ops import (
     _triton,
     kl_estimate_triton,
+    policy_loss_triton,
     token_logprobs_triton,
     token_rewards_triton,
     token_weights_triton,
@@ -73,7 +74,7 @@ class Variant:
 
 
 POINTERS = {"mask": "i1", "cu_seqlens": "i32", "lengths": "i32", "denom": "fp64"}
-POINTERS |= dict.fromkeys(("parts", "sums", "moments", "stats"), "fp64")
+POINTERS |= dict.fromkeys(("device_options", "parts", "sums", "moments", "stats"), "fp64")
 
 BOTH = (True, False)
 GIVEN_OR_NOT = (..., None)  # of a tensor
@@ -122,6 +123,19 @@ def value_loss(few: bool, _) -> Iterator[Variant]:
     yield from variants_of(value_loss_triton.merge_kernel, few)
 
 
+def policy_loss(few: bool, _) -> Iterator[Variant]:
+    page, surrogates = policy_loss_triton, ("sapo", "ppo", "cispo", "reinforce")
+    absent = dict.fromkeys(("ratio", "ref_logp", "entropy", "device_options"), (None,))
+    forward, kls = page.forward_kernel, ("k3", "k3_naive", "k2")
+    yield from variants_of(forward, few, SURROGATE=surrogates, KL=kls)
+    if not few:
+        yield from variants_of(
+            forward, few, old_logp=GIVEN_OR_NOT, SURROGATE=surrogates, KL=("k3",), **absent
+        )
+    yield from variants_of(page.merge_kernel, few)
+    yield from variants_of(page.sequence_ratio_kernel, few, cu_seqlens=GIVEN_OR_NOT)
+
+
 def token_logprobs(few: bool, capability: int) -> Iterator[Variant]:
     page, flags = token_logprobs_triton, BOTH[:1] if few else BOTH
     dtypes = list(TYPES)[: 2 if few else None]
@@ -137,7 +151,7 @@ def token_logprobs(few: bool, capability: int) -> Iterator[Variant]:
         yield Variant(kernel, "fp32", constants, options, tensors, names)
 
 
-OPS = (token_logprobs, kl_estimate, token_weights, token_rewards, whiten, value_loss)
+OPS = (token_logprobs, kl_estimate, token_weights, token_rewards, whiten, value_loss, policy_loss)
 
 
 def resources(cubin: bytes) -> tuple[int, int, int]:

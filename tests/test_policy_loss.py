@@ -118,7 +118,7 @@ def test_gradients(kernel, case):
         def loss(*tensors, names=names):
             return 3 * policy_loss(**{**x, **dict(zip(names, tensors, strict=False))}, **options)[0]
 
-        assert not inputs or torch.autograd.gradcheck(loss, inputs)
+        assert not inputs or torch.autograd.gradcheck(loss, inputs, fast_mode=kernel == "triton")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "empty"])

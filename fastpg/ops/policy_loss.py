@@ -36,6 +36,7 @@ from .._library import (
     define,
     scalar,
     scratch,
+    triton_kernels,
 )
 from . import _surrogates
 from ._checks import alike, check_cu_seqlens, constant, sequence_count, to_sequences, to_tokens
@@ -145,6 +146,7 @@ def _sequence_ratio_cpu(*args):
 
 
 cuda_kernel(_sequence_ratio)(_launch_sequence_ratio)
+triton_kernels(__name__, _policy_loss, _sequence_ratio)
 
 
 class _PolicyLoss(torch.autograd.Function):

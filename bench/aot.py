@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 
 from fastpg.ops import (
     _triton,
+    gae_triton,
     kl_estimate_triton,
     policy_loss_triton,
     token_logprobs_triton,
@@ -74,6 +75,7 @@ class Variant:
 
 
 POINTERS = {"mask": "i1", "cu_seqlens": "i32", "lengths": "i32", "denom": "fp64"}
+POINTERS |= dict.fromkeys(("terminated", "truncated"), "i1")
 POINTERS |= dict.fromkeys(("device_options", "parts", "sums", "moments", "stats"), "fp64")
 
 BOTH = (True, False)
@@ -136,6 +138,21 @@ def policy_loss(few: bool, _) -> Iterator[Variant]:
     yield from variants_of(page.sequence_ratio_kernel, few, cu_seqlens=GIVEN_OR_NOT)
 
 
+def gae(few: bool, _) -> Iterator[Variant]:
+    """Every optional tensor; none; the mask alone; each padded and packed."""
+    page, names = gae_triton, ("bootstrap", "mask", "gammas", "lams", "rho", "c", "terminated")
+    shape = {"BLOCK": (page.BLOCK,), "GAMMA_PER_TOKEN": BOTH, "LAM_PER_TOKEN": BOTH}
+    none = dict.fromkeys((*names, "truncated"), (None,))
+    for kernel in (page.forward_kernel, page.backward_kernel):
+        absent = {name: value for name, value in none.items() if name in kernel.arg_names}
+        packed = {"cu_seqlens": GIVEN_OR_NOT}
+        yield from variants_of(kernel, few, **shape, **packed)
+        if not few:
+            plain = absent | dict.fromkeys(("GAMMA_PER_TOKEN", "LAM_PER_TOKEN"), (False,))
+            yield from variants_of(kernel, few, **shape | plain, **packed)
+            yield from variants_of(kernel, few, **shape | plain | {"mask": (...,)}, **packed)
+
+
 def token_logprobs(few: bool, capability: int) -> Iterator[Variant]:
     page, flags = token_logprobs_triton, BOTH[:1] if few else BOTH
     dtypes = list(TYPES)[: 2 if few else None]
@@ -151,7 +168,16 @@ def token_logprobs(few: bool, capability: int) -> Iterator[Variant]:
         yield Variant(kernel, "fp32", constants, options, tensors, names)
 
 
-OPS = (token_logprobs, kl_estimate, token_weights, token_rewards, whiten, value_loss, policy_loss)
+OPS = (
+    token_logprobs,
+    kl_estimate,
+    token_weights,
+    token_rewards,
+    whiten,
+    value_loss,
+    policy_loss,
+    gae,
+)
 
 
 def resources(cubin: bytes) -> tuple[int, int, int]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import DTYPE_CODE, address, contiguous, cpp_kernels, define
+from .._library import DTYPE_CODE, address, contiguous, cpp_kernels, define, triton_kernels
 from . import _checks
 from . import _gae_options as _options
 
@@ -164,6 +164,7 @@ def _launch_backward(run, grad_advantages, grad_returns, *args):
 
 cpp_kernels(_gae, _launch)
 cpp_kernels(_backward, _launch_backward)
+triton_kernels(__name__, _gae, _backward)
 
 
 class _Gae(torch.autograd.Function):

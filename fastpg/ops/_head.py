@@ -98,8 +98,8 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif not out.is_cuda:
         out.add_(torch.mm(a, b)) if add else out.copy_(torch.mm(a, b))
-    elif add:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif add:  # older versions of addmm do not take an fp32 out beside bf16 operands
+        out.add_(torch.mm(a, b, out_dtype=out.dtype))
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 

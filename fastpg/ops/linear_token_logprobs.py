@@ -225,13 +225,18 @@ def linear_token_logprobs(
     temperature: a float, or a tensor that broadcasts to labels (constant: it gets no gradient).
     logit_scale, softcap: z = softcap(logit_scale * logits) / temperature, softcap as in Gemma.
     logits_dtype: None rounds logits to the dtype of hidden, as a model's own head does; fp32 keeps
-        those of bf16 and fp16 operands (on a CPU by products in fp32, which take twice the time).
+        those of bf16 and fp16 operands (a CPU upcasts these, slice by slice: twice the time).
     process_group: the vocabulary is in shards, one on each rank in turn: weight is [V_rank, H] and
         bias [V_rank]. All else is the same on each, the result and the gradient of hidden too.
     Returns logp [...], or (logp, entropy) each [...], in nats; fp32 (fp64 for fp64 hidden).
 
     -inf, NaN and bad labels are treated as by token_logprobs. On a GPU the call waits for the
     number of rows that are not ignored, and backward for that of those that a gradient reaches.
+
+    Off fp64 at H=896, V=151936 (256 peaked rows, on a CPU): log-probs at most 3e-6 in fp32, 0.03
+    from logits in bf16, 2e-6 from fp32 logits of bf16 operands; gradients, relative, 6e-7 in fp32
+    and 3e-3 in bf16. A row's bits depend on itself alone as far as BLAS keeps to that: the CPU's
+    does, but for fewer than 4 rows in fp32; a GPU's may choose its kernel by the number of rows.
     """
     args = head_arguments(
         OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,

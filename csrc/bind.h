@@ -2,6 +2,9 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "gae.h"
 
@@ -14,14 +17,15 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The fields of GaeInputs.
+// Sequences, their length, dtype, whether gamma and lam are per token, gamma, lam, and the tensors
+// of the op in the order of its schema.
 using GaeTuple =
-    std::tuple<int64_t, int64_t, Address, int, Address, Address, Address, Address, bool, bool,
-               double, double, Address, Address, Address, Address, Address, Address>;
+    std::tuple<int64_t, int64_t, int, bool, bool, double, double, std::array<Address, 11>>;
 
 inline GaeInputs gae_inputs(const GaeTuple& in) {
-  const auto [count, length, cu_seqlens, dtype, rewards, values, gammas, lams, gamma_per_token,
-              lam_per_token, gamma, lam, rho, c, mask, terminated, truncated, bootstrap] = in;
+  const auto& [count, length, dtype, gamma_per_token, lam_per_token, gamma, lam, tensors] = in;
+  const auto& [rewards, values, bootstrap, mask, gammas, lams, rho, c, terminated, truncated,
+               cu_seqlens] = tensors;
   return {{count, length, at<int32_t>(cu_seqlens)},
           dtype,
           at(rewards),

@@ -1,8 +1,6 @@
 // The module fastpg._C: addresses, sizes and strides in, nothing out. The pages have checked them.
 // Each function is a lambda of numbers and addresses; what a forward and its backward share is a
 // tuple.
-#include <pybind11/stl.h>
-
 #include <array>
 
 #include "bind.h"

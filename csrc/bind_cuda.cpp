@@ -1,6 +1,4 @@
 // The module fastpg._cuda: as fastpg._C, with a stream first. Nothing waits for the GPU.
-#include <pybind11/stl.h>
-
 #include <array>
 
 #include "bind.h"

@@ -134,17 +134,14 @@ _backward = define(
 
 
 def _inputs(*args):
-    """GaeInputs of csrc/gae.h, and the tensors that must outlive the call."""
+    """GaeTuple of csrc/bind.h, and the tensors that must outlive the call."""
     tensors = contiguous(*args[:11])
-    rewards, values, bootstrap, mask, gammas, lams, rho, c, *ends, cu_seqlens = tensors
-    inputs = (
-        len(rewards) if cu_seqlens is None else len(cu_seqlens) - 1, rewards.shape[-1],
-        address(cu_seqlens), DTYPE_CODE[rewards.dtype], rewards.data_ptr(), address(values),
-        address(gammas), address(lams), gammas is not None and gammas.shape == rewards.shape,
-        lams is not None and lams.shape == rewards.shape, *args[11:],
-        *map(address, (rho, c, mask, *ends, bootstrap)),
-    )  # fmt: skip
-    return inputs, tensors
+    rewards, gammas, lams, cu_seqlens = (tensors[i] for i in (0, 4, 5, 10))
+    shape = rewards.shape
+    sizes = shape if cu_seqlens is None else (cu_seqlens.shape[0] - 1, shape[0])
+    per_token = (x is not None and x.shape == shape for x in (gammas, lams))
+    addresses = [address(x) for x in tensors]
+    return (*sizes, DTYPE_CODE[rewards.dtype], *per_token, *args[11:], addresses), tensors
 
 
 def _launch(run, *args):

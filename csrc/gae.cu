@@ -3,31 +3,14 @@
 // A lane folds four tokens into one affine map; a warp scans the maps of its lanes in a tree, and
 // the warps, one after the other, apply theirs. Tiles of a warp are counted from the sequence's
 // first token, so its bits depend on its own tokens alone: not on the number of warps or the batch.
-#include "cuda.h"
+#include "cuda_scan.h"
 #include "dtype.h"
 #include "gae.h"
 
 namespace fpg {
 namespace {
 
-constexpr int kMaxWarps = 8, kWarpTokens = 4 * kWarp;
-
-// x -> b + a x, and b where a is 0: what is cut off is never read.
-struct Affine {
-  double a, b;
-};
-
-__device__ inline double apply(Affine f, double x) { return f.a == 0 ? f.b : f.b + f.a * x; }
-__device__ inline Affine compose(Affine f, Affine g) {  // f(g(x))
-  return {f.a == 0 ? 0.0 : f.a * g.a, apply(f, g.b)};
-}
-
-__device__ inline double up(double x, int by) { return __shfl_up_sync(kAllLanes, x, by); }
-__device__ inline float from_lane(float x, int lane) { return __shfl_sync(kAllLanes, x, lane); }
-__device__ inline double from_lane(double x, int lane) { return __shfl_sync(kAllLanes, x, lane); }
-__device__ inline GaeNext<double> from_lane(GaeNext<double> x, int lane) {
-  return {from_lane(x.advantage, lane), from_lane(x.value, lane)};
-}
+constexpr int kMaxWarps = 8;
 
 // What four neighbours bring besides numbers to be scanned.
 template <typename X>
@@ -42,6 +25,8 @@ struct Batch {
   GaeInputs in;
 
   static constexpr bool kAll = kLook == Look::kEverything;
+  static constexpr bool kUnmasked = kLook == Look::kNothing;
+  using Map = Affine<kAll>;
 
   template <typename T = X>
   __device__ static Four<T> four(const void* array, int64_t first, int count, T otherwise = T(0)) {
@@ -118,7 +103,8 @@ struct Forward : Batch<X, kLook> {
 
   __device__ Offer offer(const Tokens& of, int i, int64_t) const { return of.values.x[i]; }
 
-  __device__ Affine map(const Tokens& of, int i, int64_t sequence, Offer next) const {
+  __device__ typename Batch<X, kLook>::Map map(const Tokens& of, int i, int64_t sequence,
+                                               Offer next) const {
     const bool terminated = this->terminated(of, i), truncated = this->truncated(of, i);
     const double value = terminated ? X(0) : truncated ? of.bootstrap.x[i] : next;
     const GaeFactors<double> by = this->factors(of, i, sequence);
@@ -168,7 +154,7 @@ struct Backward : Batch<X, kLook> {
     return gae_adjoint(1.0, this->factors(of, i, sequence));
   }
 
-  __device__ Affine map(const Tokens& of, int i, int64_t, Offer from) const {
+  __device__ typename Batch<X, kLook>::Map map(const Tokens& of, int i, int64_t, Offer from) const {
     return {from.advantage, double(of.grad_advantages.x[i]) + of.grad_returns.x[i]};
   }
 
@@ -176,7 +162,7 @@ struct Backward : Batch<X, kLook> {
                         double before, double grad) const {
     const GaeFactors<double> by = this->factors(of, i, sequence);
     const double grad_reward = by.rho * grad;
-    const double received = apply({from.value, 0.0}, before);
+    const double received = from.value == 0 ? 0.0 : from.value * before;
     const bool reads = this->truncated(of, i) && !this->terminated(of, i);
     out.rewards.x[i] = X(grad_reward);
     out.values.x[i] = X(of.grad_returns.x[i] - grad_reward + received);
@@ -191,147 +177,128 @@ struct Backward : Batch<X, kLook> {
 
   __device__ void finish(int64_t sequence, Offer from, double grad) const {
     if (this->in.bootstrap && !this->in.truncated)
-      grad_bootstrap[sequence] = X(apply({from.value, 0.0}, grad));
+      grad_bootstrap[sequence] = X(from.value == 0 ? 0.0 : from.value * grad);
   }
 };
 
-// The last offer among some tokens, if one of them is unmasked.
-template <typename Offer>
-struct Latest {
-  Offer offer;
-  bool given;
-};
-
-// Of the whole warp; `before` becomes that of the lanes before this one.
-template <typename Offer>
-__device__ inline Latest<Offer> latest_of_warp(const Latest<Offer>& own, Latest<Offer>& before) {
-  const unsigned all = __ballot_sync(kAllLanes, own.given);
-  const unsigned lower = all & ((1u << threadIdx.x % kWarp) - 1);
-  before = {from_lane(own.offer, lower ? 31 - __clz(lower) : 0), lower != 0};
-  return {from_lane(own.offer, all ? 31 - __clz(all) : 0), all != 0};
-}
-
-// The maps of the lanes up to this one, composed; `before` becomes that without this one.
-__device__ inline Affine scan_warp(Affine f, Affine& before) {
-  const int lane = threadIdx.x % kWarp;
-  for (int by = 1; by < kWarp; by *= 2) {
-    const Affine other = {up(f.a, by), up(f.b, by)};
-    if (lane >= by) f = compose(f, other);
-  }
-  before = {up(f.a, 1), up(f.b, 1)};
-  if (lane == 0) before = {1.0, 0.0};
-  return f;
-}
-
-// What the warps of a block tell each other, and what a tile hands to the next.
-template <typename Offer>
+// What the warps of a block tell each other.
+template <typename Walk>
 struct Exchange {
-  Latest<Offer> latest[kMaxWarps];
-  Affine maps[kMaxWarps];
+  Latest<typename Walk::Offer> latest[kMaxWarps];
+  typename Walk::Map maps[kMaxWarps];
 };
 
-template <typename Offer>
+// What a tile hands to the next: offer and value of the last unmasked token.
+template <typename Walk>
 struct Carry {
-  Offer offer;
+  typename Walk::Offer offer;
   double x;
 
-  // After the first `warps` of the block.
-  __device__ Offer offer_after(const Exchange<Offer>& all, int warps) const {
+  // After the first `warps` of the block. kFull: each has given an offer.
+  template <bool kFull>
+  __device__ typename Walk::Offer offer_after(const Exchange<Walk>& all, int warps) const {
     for (int i = warps - 1; i >= 0; --i)
-      if (all.latest[i].given) return all.latest[i].offer;
+      if (kFull || all.latest[i].given) return all.latest[i].offer;
     return offer;
   }
-  __device__ double x_after(const Exchange<Offer>& all, int warps) const {
-    double out = x;
-    for (int i = 0; i < warps; ++i) out = apply(all.maps[i], out);
-    return out;
+
+  // Moves x past all warps; returns what it was before this one.
+  __device__ double pass(const Exchange<Walk>& all, int warp, int warps) {
+    for (int i = 0; i < warp; ++i) x = all.maps[i](x);
+    const double before = x;
+    for (int i = warp; i < warps; ++i) x = all.maps[i](x);
+    return before;
   }
 };
 
-template <typename Walk>
+// The four tokens of a lane, in the order of the scan. kFull: none is masked or missing.
+template <bool kFull, typename Walk>
 struct Lane {
   using Offer = typename Walk::Offer;
-  using Tokens = typename Walk::Tokens;
+  using Map = typename Walk::Map;
   const Walk& walk;
+  const typename Walk::Tokens& tokens;
   int64_t sequence;
+  Map maps[4];
 
-  // The tokens in the order of the scan, as constants for the compiler.
   template <typename Body>
-  __device__ void each(const Tokens& tokens, const Body& body) const {
+  __device__ void each(const Body& body) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = Walk::kReverse ? 3 - i : i;
-      if (walk.kept(tokens, at)) body(at);
+      if (kFull || walk.kept(tokens, at)) body(at);
     }
   }
 
-  __device__ Latest<Offer> latest(const Tokens& tokens) const {
+  __device__ Latest<Offer> latest() const {
     Latest<Offer> out = {{}, false};
-    each(tokens, [&](int i) { out = {walk.offer(tokens, i, sequence), true}; });
+    each([&](int i) { out = {walk.offer(tokens, i, sequence), true}; });
     return out;
   }
 
-  __device__ Affine map(const Tokens& tokens, Offer offer) const {
-    Affine out = {1.0, 0.0};
-    each(tokens, [&](int i) {
-      out = compose(walk.map(tokens, i, sequence, offer), out);
+  __device__ Map fold(Offer offer) {
+    Map out = {1.0, 0.0};
+    each([&](int i) {
+      maps[i] = walk.map(tokens, i, sequence, offer);
+      out = maps[i].after(out);
       offer = walk.offer(tokens, i, sequence);
     });
     return out;
   }
 
-  __device__ void write(const Tokens& tokens, Offer offer, double x, int64_t first) const {
+  __device__ typename Walk::Out unfold(Offer offer, double x) const {
     typename Walk::Out out = {};
-    each(tokens, [&](int i) {
+    each([&](int i) {
       const double before = x;
-      x = apply(walk.map(tokens, i, sequence, offer), x);
+      x = maps[i](x);
       walk.write(out, tokens, i, sequence, offer, before, x);
       offer = walk.offer(tokens, i, sequence);
     });
-    walk.store(out, first, tokens.count);
+    return out;
   }
 };
 
 // One tile: as many warps as the block has, each with 128 tokens.
-template <typename Walk, typename Offer = typename Walk::Offer>
-__device__ inline void scan_tile(const Lane<Walk>& lane, const typename Walk::Tokens& tokens,
-                                 int64_t first, Carry<Offer>& carry, Exchange<Offer>& all) {
+template <bool kFull, typename Walk>
+__device__ inline typename Walk::Out scan_tile(const Walk& walk, int64_t sequence,
+                                               const typename Walk::Tokens& tokens,
+                                               Carry<Walk>& carry, Exchange<Walk>& all) {
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  Latest<Offer> before;
-  const Latest<Offer> latest = latest_of_warp(lane.latest(tokens), before);
-  if (threadIdx.x % kWarp == 0) all.latest[warp] = latest;
+  const bool is_last_lane = threadIdx.x % kWarp == kWarp - 1;
+  Lane<kFull, Walk> lane = {walk, tokens, sequence, {}};
+  Latest<typename Walk::Offer> before;
+  const auto latest = latest_of_warp<kFull>(lane.latest(), before);
+  if (is_last_lane) all.latest[warp] = latest;
   __syncthreads();
-  const Offer offer = before.given ? before.offer : carry.offer_after(all, warp);
-  Affine maps_before;
-  const Offer last_offer = carry.offer_after(all, warps);
-  const Affine map = scan_warp(lane.map(tokens, offer), maps_before);
-  if (threadIdx.x % kWarp == kWarp - 1) all.maps[warp] = map;
+  const auto offer = before.given ? before.offer : carry.template offer_after<kFull>(all, warp);
+  const auto next_offer = carry.template offer_after<kFull>(all, warps);
+  typename Walk::Map lanes_before;
+  const auto map = scan_warp(lane.fold(offer), lanes_before);
+  if (is_last_lane) all.maps[warp] = map;
   __syncthreads();
-  lane.write(tokens, offer, apply(maps_before, carry.x_after(all, warp)), first);
-  carry = {last_offer, carry.x_after(all, warps)};
+  const double x = lanes_before(carry.pass(all, warp, warps));
+  carry.offer = next_offer;
+  return lane.unfold(offer, x);
 }
 
 template <typename Walk>
 __global__ void __launch_bounds__(kMaxWarps* kWarp) gae_kernel(Walk walk) {
-  using Offer = typename Walk::Offer;
-  __shared__ Exchange<Offer> all;
+  __shared__ Exchange<Walk> all;
   const Sequence sequence = sequence_at(walk.in.sequences, blockIdx.x);
-  const int64_t tiles = ceil_div(sequence.end - sequence.begin, kWarpTokens);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const auto first = [&](int64_t tile) {  // of this lane in its warp's tile, counted as scanned
-    const int64_t at = Walk::kReverse ? tiles - 1 - tile : tile;
-    return sequence.begin + at * kWarpTokens + 4 * (Walk::kReverse ? kWarp - 1 - lane : lane);
+  const Place<Walk::kReverse> place(sequence.end - sequence.begin);
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const auto load = [&](int tile) {
+    return walk.load(sequence.begin + place.first(tile), place.count(tile));
   };
-  const auto load = [&](int64_t tile) {
-    const int64_t left = tile < tiles ? sequence.end - first(tile) : 0;
-    return walk.load(first(tile), int(clamp<int64_t>(left, 0, 4)));
-  };
-  Carry<Offer> carry = {walk.start(sequence.index), 0.0};
+  Carry<Walk> carry = {walk.start(sequence.index), 0.0};
   auto next = load(warp);
-  for (int64_t tile = 0; tile < tiles; tile += warps) {
+  for (int tile = 0; tile < place.tiles; tile += warps) {
     const auto tokens = next;
     next = load(tile + warps + warp);  // on its way while this tile is scanned
-    scan_tile(Lane<Walk>{walk, sequence.index}, tokens, first(tile + warp), carry, all);
+    const bool full = Walk::kUnmasked && place.full(tile, warps);
+    const auto out = full ? scan_tile<Walk::kUnmasked>(walk, sequence.index, tokens, carry, all)
+                          : scan_tile<false>(walk, sequence.index, tokens, carry, all);
+    walk.store(out, sequence.begin + place.first(tile + warp), tokens.count);
   }
   if (threadIdx.x == 0) walk.finish(sequence.index, carry.offer, carry.x);
 }
@@ -347,6 +314,8 @@ const X* typed(const void* array) {
 
 template <template <typename, Look> class Walk, typename X, Look kLook, typename... Arrays>
 void run(const GaeInputs& in, Stream stream, Arrays... arrays) {
+  if (in.sequences.length > INT_MAX)
+    throw std::invalid_argument("gae: a sequence of more than 2^31 - 1 tokens");
   const int64_t mean = in.sequences.tokens() / larger<int64_t>(in.sequences.count, 1);
   const int64_t warps = clamp<int64_t>(ceil_div(mean, kWarpTokens), 1, kMaxWarps);
   using Typed = Walk<X, kLook>;

@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from fastpg.ops import (
     _triton,
     gae_triton,
+    importance_weights_triton,
     kl_estimate_triton,
     policy_loss_triton,
     token_logprobs_triton,
@@ -111,6 +112,13 @@ def token_rewards(few: bool, _) -> Iterator[Variant]:
     yield from variants_of(page.backward_kernel, few, grad_kl=GIVEN_OR_NOT, **packed)
 
 
+def importance_weights(few: bool, _) -> Iterator[Variant]:
+    page, packed = importance_weights_triton, {"cu_seqlens": GIVEN_OR_NOT}
+    yield from variants_of(page.token_kernel, few, ZERO=BOTH)
+    yield from variants_of(page.sequence_kernel, few, **packed, MEAN=BOTH, ZERO=BOTH)
+    yield from variants_of(page.merge_kernel, few, dtype=("fp64",))
+
+
 def whiten(few: bool, _) -> Iterator[Variant]:
     page = whiten_triton
     yield from variants_of(page.moments_kernel, few)
@@ -173,6 +181,7 @@ OPS = (
     kl_estimate,
     token_weights,
     token_rewards,
+    importance_weights,
     whiten,
     value_loss,
     policy_loss,

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accuracy import TOLERANCE, assert_no_worse
+from inputs import DEVICE
 from torch.library import opcheck
 
 import fastpg.ops.importance_weights as page
@@ -137,6 +138,8 @@ def test_edges(change, error, message):
 
 
 def test_packed_sequences_must_cover_the_tokens(kernel):
+    if kernel in DEVICE:
+        pytest.skip("a GPU would have to wait for the answer")
     flat = torch.zeros(20)
     with pytest.raises(ValueError, match="must rise from 0 to N = 20, got 4120 at index 6"):
         importance_weights(flat, flat, flat, cu_seqlens=CU)

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define
+from .._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define, triton_kernels
 from . import _checks
 from ._stats import ImportanceStats
 
@@ -88,6 +88,9 @@ def _weights_cpu(logp, behavior_logp, mask, cu_seqlens, level, low, high, outsid
         low, high, outside == "zero", weight.data_ptr(), stats.data_ptr(),
     )  # fmt: skip
     return weight, stats
+
+
+triton_kernels(__name__, _weights)
 
 
 def _bounds(low, high):

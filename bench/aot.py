@@ -43,7 +43,7 @@ from fastpg.ops import (
 BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 VOCABS = (151936, 1000)  # one for each row of the table
-COLUMNS = "{:7}{:16}{:22}{:>5}{:>7}{:>8}{:>9}{:>6}  {}"
+COLUMNS = "{:7}{:19}{:22}{:>5}{:>7}{:>8}{:>9}{:>6}  {}"
 HEADER = ("arch", "op", "kernel", "regs", "spill", "shared", "LDG.128", "s", "variant")
 
 

@@ -177,6 +177,8 @@ PACKED = {"level": "sequence", "old_logp": X}
 BAD = [
     ({"logp": X.long()}, TypeError, "logp must be floating point, got torch.int64"),
     ({"weight": X.bool()}, TypeError, "weight must be floating point, got torch.bool"),
+    ({"advantages": None}, TypeError, "advantages must be a tensor, got NoneType"),
+    ({"ref_logp": 0.0, "kl_coef": 0.1}, TypeError, "ref_logp must be a tensor, got float"),
     ({"advantages": X[:3]}, ValueError, r"advantages \(3,\) must have the shape of logp \(4,\)"),
     ({"old_logp": X[None]}, ValueError, r"old_logp \(1, 4\) must have the shape"),
     ({"entropy": X.to("meta")}, ValueError, "entropy on meta, logp on cpu"),

@@ -61,6 +61,7 @@ def test_compile():
 X = torch.zeros(3)
 BAD = [
     ({"chosen_scores": X.int()}, TypeError, "chosen_scores must be floating point, got torch.int"),
+    ({"rejected_scores": None}, TypeError, "rejected_scores must be a tensor, got NoneType"),
     ({"rejected_scores": X[:2]}, ValueError, r"\(2,\) must have the shape of chosen_scores \(3,\)"),
     ({"weight": X.bool()}, TypeError, "weight must be floating point, got torch.bool"),
 ]

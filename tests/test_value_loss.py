@@ -100,6 +100,7 @@ X = torch.zeros(4)
 BAD = [
     ({"values": X.int()}, TypeError, "values must be floating point, got torch.int32"),
     ({"weight": X.bool()}, TypeError, "weight must be floating point, got torch.bool"),
+    ({"returns": None}, TypeError, "returns must be a tensor, got NoneType"),
     ({"returns": X[:3]}, ValueError, r"returns \(3,\) must have the shape of values \(4,\)"),
     ({"returns": X.to("meta")}, ValueError, "returns on meta, values on cpu"),
     ({"clip": 0.2}, ValueError, "clip and old_values go together, old_values is None"),

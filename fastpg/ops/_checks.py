@@ -36,8 +36,14 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
-def alike(op: str, **tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the dtype to compute in; each must match the first in shape and device."""
+def alike(op: str, optional: tuple = (), **tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype to compute in; each must match the first in shape and device.
+
+    optional: the names of those that may be None.
+    """
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and not (x is None and name in optional):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     beside, first = next(iter(tensors.items()))
     shape, device, dtype = first.shape, first.device, first.dtype
     others = [

@@ -221,8 +221,8 @@ def policy_loss(
     Returns (loss, stats): a scalar, fp32 (fp64 if an input is fp64), and PolicyStats.
     """
     logp, advantages, weight, old_logp, ref_logp, entropy = alike(
-        "policy_loss", logp=logp, advantages=advantages, weight=weight, old_logp=old_logp,
-        ref_logp=ref_logp, entropy=entropy,
+        "policy_loss", ("old_logp", "ref_logp", "entropy"), logp=logp, advantages=advantages,
+        weight=weight, old_logp=old_logp, ref_logp=ref_logp, entropy=entropy,
     )  # fmt: skip
     options = check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef)
     _check_terms(kl, kl_coef, ref_logp, entropy_coef, entropy)

@@ -28,6 +28,7 @@ def preference_loss(
     """
     chosen, rejected, weight = alike(
         "preference_loss",
+        ("weight",),
         chosen_scores=chosen_scores,
         rejected_scores=rejected_scores,
         weight=weight,

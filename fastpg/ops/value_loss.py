@@ -123,8 +123,9 @@ def value_loss(
     Returns (loss, stats): a scalar, fp32 (fp64 if an input is fp64), and ValueStats.
     """
     values, *constants = alike(
-        "value_loss", values=values, returns=returns, weight=weight, old_values=old_values
-    )
+        "value_loss", ("old_values",), values=values, returns=returns, weight=weight,
+        old_values=old_values,
+    )  # fmt: skip
     if (old_values is None) != (clip is None):
         missing = "old_values" if old_values is None else "clip"
         raise ValueError(f"value_loss: clip and old_values go together, {missing} is None")

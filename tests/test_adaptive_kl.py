@@ -36,3 +36,6 @@ def test_bad_numbers_are_refused():
         AdaptiveKL(0.1, target=1, horizon=float("inf"))
     with pytest.raises(ValueError, match="kl_per_sequence must be finite, got nan"):
         AdaptiveKL(0.1, target=1, horizon=1).update(float("nan"), 1)
+    for n in (-1, 2, float("nan")):
+        with pytest.raises(ValueError, match=rf"n must be in \[0, horizon=1\], got {n}"):
+            AdaptiveKL(0.1, target=1, horizon=1).update(0.0, n)

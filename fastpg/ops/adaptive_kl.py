@@ -38,6 +38,8 @@ class AdaptiveKL:
         kl_per_sequence = float(kl_per_sequence)
         if not math.isfinite(kl_per_sequence):
             raise ValueError(f"AdaptiveKL: kl_per_sequence must be finite, got {kl_per_sequence}")
+        if not 0 <= n <= self.horizon:  # many more would turn the sign of the value
+            raise ValueError(f"AdaptiveKL: n must be in [0, horizon={self.horizon:g}], got {n}")
         error = min(max(kl_per_sequence / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n / self.horizon
         return self.value

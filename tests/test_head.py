@@ -156,11 +156,18 @@ def with_a_hook():
     return model
 
 
+def with_sharded_weights():
+    model = build(FAMILIES["llama"][0])
+    model.model.embed_tokens.weight = nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (lambda: with_another_head(nn.Sequential()), "LM head is a torch.*Sequential"),
         (with_a_hook, "hook"),
+        (with_sharded_weights, "weights are sharded"),
     ],
 )
 def test_a_head_that_is_no_plain_product_is_refused(make, reason):

@@ -93,6 +93,9 @@ def find_head(
     model = causal_lm(policy)
     if model.get_decoder() is model:
         raise UnknownHead(f"{type(model).__name__} has no decoder apart from its head")
+    weight = model.get_input_embeddings().weight
+    if hasattr(weight, "full_tensor") or weight.dim() != 2 or weight.numel() == 0:
+        raise UnknownHead("the model's weights are sharded, and whole only within its own forward")
     config = model.config.get_text_config()
     scale = 1.0
     for name, factor in _SCALES.items():

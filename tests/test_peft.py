@@ -47,6 +47,7 @@ def test_an_adapter_that_is_no_plain_product_is_refused(make, reason):
         {"use_rslora": True, "r": 1},
         {"lora_dropout": 0.5},  # of no effect in evaluation mode
         {"target_modules": ["q_proj"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ],
 )

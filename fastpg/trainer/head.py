@@ -111,7 +111,7 @@ def _compare(policy: PreTrainedModel, head: Head) -> None:
     """Raises `UnknownHead` unless the head gives the log-probs of the model's logits."""
     model = causal_lm(policy)
     generator = torch.Generator().manual_seed(0)
-    vocab = model.get_input_embeddings().num_embeddings
+    vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab, (2, 12), generator=generator).to(model.device)
     mask = torch.ones_like(ids)
     logits, _ = _logits(policy, _inputs(policy, ids, mask), 8)

@@ -165,6 +165,9 @@ SHARDED.full_tensor, TAKEN.ds_id = lambda: WEIGHT, 7
         (TypeError, "hidden must be floating point", {"hidden": HIDDEN.long(),
                                                       "weight": WEIGHT.long()}),
         (TypeError, "weight must be a tensor, got list", {"weight": [1]}),
+        (TypeError, "bias must be a tensor, got list", {"bias": [1]}),
+        (TypeError, "logit_scale must be a number, got Parameter",
+         {"logit_scale": torch.nn.Parameter(torch.ones(()))}),
         (ValueError, "logit_scale .* got 0", {"logit_scale": 0}),
         (ValueError, "softcap .* got -1", {"softcap": -1}),
         (ValueError, "temperature .* got 0", {"temperature": 0}),
@@ -323,6 +326,17 @@ def test_triton_kernels_serve_the_slices(monkeypatch):
         replace_ops(monkeypatch, module, lambda op: launchers.get(op._opname))
     for got, want in zip(results(), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+
+
+def test_a_placeholder_is_told_under_autocast():
+    """Whose cast is a tensor of no rows, as any other."""
+    placeholder = torch.nn.Parameter(torch.zeros(0))
+    placeholder.ds_id = 7
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match="weight is a ZeRO-3 placeholder"),
+    ):
+        linear_token_logprobs(HIDDEN.cpu(), placeholder, LABELS.cpu())
 
 
 def test_double_backward_raises(kernel):

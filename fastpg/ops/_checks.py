@@ -193,6 +193,8 @@ def check_label_values(op, labels, legal, kept, vocab, ignore_index, temperature
 
 def positive(op: str, name: str, value: float, dtype: torch.dtype) -> float:
     """value, by which the kernels divide, or multiply with its inverse, in dtype."""
+    if isinstance(value, (Tensor, str, type(None))):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     most = torch.finfo(dtype).max
     if not 1 / most < value < most:
         needs = f"and its inverse must be finite and > 0 in {dtype}"

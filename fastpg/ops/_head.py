@@ -147,13 +147,17 @@ def filled(rows: Tensor, count: int, x: Tensor) -> Tensor:
     return x.new_zeros(count, *x.shape[1:]).index_copy_(0, rows, x)
 
 
+def check_whole(op: str, **tensors: Tensor | None) -> None:
+    """Not a part of a tensor of which other ranks hold the rest. Casts lose what tells it."""
+    for name, x in tensors.items():
+        if hasattr(x, "full_tensor"):
+            raise TypeError(f"{op}: {name} is a DTensor: pass {name}.full_tensor()")
+        if hasattr(x, "ds_id") and x.numel() == 0:
+            needs = "call within deepspeed.zero.GatheredParameters"
+            raise ValueError(f"{op}: {name} is a ZeRO-3 placeholder: {needs}")
+
+
 def check_head(op, hidden, weight, labels, bias) -> None:
-    if hasattr(weight, "full_tensor"):
-        raise TypeError(f"{op}: weight is a DTensor: pass weight.full_tensor()")
-    if weight.numel() == 0 and hasattr(weight, "ds_id"):
-        raise ValueError(
-            f"{op}: weight is a ZeRO-3 placeholder: call within deepspeed.zero.GatheredParameters"
-        )
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[-1]:
         shapes = f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"{op}: hidden must be [..., H] and weight [V, H], {shapes}")
@@ -192,6 +196,9 @@ def head_arguments(
     The logit scale is part of temperature and softcap: that costs nothing and rounds nothing.
     """
     check_tensors(op, hidden=hidden, weight=weight, labels=labels)
+    if bias is not None:
+        check_tensors(op, bias=bias)
+    check_whole(op, hidden=hidden, weight=weight, bias=bias)
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_head(op, hidden, weight, labels, bias)
     dtype = compute_dtype(op, hidden=hidden)

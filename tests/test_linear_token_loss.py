@@ -129,6 +129,8 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(2, 4, requires_grad=True), torch.zeros(5, 4
         (TypeError, r"got a loss torch.Size\(\[2\]\)", lambda a, b, c: (a, None), {}),
         (TypeError, "got a loss 1.0", lambda a, b, c: (1.0, None), {}),
         (ValueError, "a loss without a graph", lambda a, b, c: (a.detach().sum(), None), {}),
+        (ValueError, "a loss without a graph",
+         lambda a, b, c: (a.detach().sum() * torch.ones((), requires_grad=True), None), {}),
         (TypeError, "token_loss must be callable, got int", 3, {}),
         (ValueError, "level must be token or sequence, got 'batch'", max, {"level": "batch"}),
         (ValueError, r"linear_token_loss: .* got \(2, 4\) and \(5, 3\)", max,
@@ -240,6 +242,17 @@ def test_the_gradient_of_the_weight_does_not_drift_with_chunks(kernel):
     in_two_steps(x64, w64, labels, loss)[0].backward()
     error = (weight.grad - w64.grad).norm() / w64.grad.norm()
     assert error < 2**-8  # of one rounding, 2^-9, and of what bf16 logits add
+
+
+def test_fp16_takes_a_scaled_loss(kernel):
+    """Gradients of logits of 1e-9 each, which would be 0 in fp16 but for the scale of the loss."""
+    (hidden, weight, _), labels, _ = problem(40, 150, 24, torch.float16)
+    exact, grads = leaves(hidden.double(), weight.double()), []
+    for inputs in ((hidden, weight), exact):
+        loss, _ = linear_token_loss(*inputs, labels, lambda a, b, c: (1e-6 * a.sum(), None))
+        grads.append(torch.autograd.grad(loss * 2**20, inputs))
+    for got, want in zip(*grads, strict=True):
+        assert (got - want).norm() < 4e-3 * want.norm()
 
 
 def test_retained_graph_and_checkpoint(kernel):

@@ -52,9 +52,11 @@ def _coefficients(token_loss, logp, entropy, rows):
     with torch.enable_grad():
         leaves = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
         loss, stats = _checked(token_loss(*leaves, rows))
-        if not loss.requires_grad:
+        by_logp, by_entropy = None, None
+        if loss.requires_grad:
+            by_logp, by_entropy = torch.autograd.grad(loss, leaves, allow_unused=True)
+        if by_logp is None and by_entropy is None:
             raise ValueError(f"{OP}: token_loss returned a loss without a graph back to logp")
-        by_logp, by_entropy = torch.autograd.grad(loss, leaves, allow_unused=True)
     return loss.detach(), stats, torch.zeros_like(logp) if by_logp is None else by_logp, by_entropy
 
 
@@ -138,7 +140,8 @@ def linear_token_loss(
     token_loss(logp, entropy, rows) -> (loss, stats): of the tokens `rows`, int64 indices into the
         flattened labels, each tensor [n] of them; loss is 0-d. It is called once a chunk, and its
         losses must add up over chunks, as all of fastpg do: policy_loss(logp, advantages[rows],
-        weight[rows], ...). An ignored token may be in rows or not: its weight must be 0.
+        weight[rows], ...). An ignored token may be in rows or not: its weight must be 0. Nothing
+        else that it looks at gets a gradient.
     level: "sequence" for a loss that needs all tokens at once (that of policy_loss with the same
         level): then it is called once, rows are all of labels, and gradients are made in backward.
     The other arguments are those of linear_token_logprobs.
@@ -147,7 +150,8 @@ def linear_token_loss(
     The gradients of hidden, weight and bias are held, in fp32, until backward; beside them a chunk
     takes 1 KiB (on a GPU 8) for each token of the vocabulary. A GPU is waited for once a chunk: for
     the number of rows that have a gradient. torch.compile cannot take the gradient of a callable
-    within a graph: there every level goes the way of "sequence".
+    within a graph: there every level goes the way of "sequence"; and so it does for fp16, whose
+    gradients underflow unless made after a GradScaler has scaled the loss.
     """
     if not callable(token_loss):
         raise TypeError(f"{OP}: token_loss must be callable, got {type(token_loss).__name__}")
@@ -158,7 +162,8 @@ def linear_token_loss(
         logits_dtype,
     )  # fmt: skip
     wanted = torch.is_grad_enabled() and not constant(*args[:3])
-    if level == "token" and wanted and not torch.compiler.is_compiling():
+    early = args[0].dtype is not torch.float16 and not torch.compiler.is_compiling()
+    if level == "token" and wanted and early:
         return _LinearTokenLoss.apply(token_loss, *args)
     rows = torch.arange(labels.numel(), device=labels.device)
     loss, stats = _checked(token_loss(*logprobs(None, *args), rows))

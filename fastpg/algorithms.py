@@ -74,6 +74,8 @@ class Algorithm:
         kl: k1 of every token, for rows that take the penalty off rewards or scores.
         process_group: whitening is over all its ranks.
         """
+        if self.critic and values is None:
+            raise ValueError(f"{self.title} needs values, got None")
         penalty = {}
         if self.kl == "reward" and self.kl_coef:
             penalty = {"kl": kl, "kl_coef": self.kl_coef}

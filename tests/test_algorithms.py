@@ -251,3 +251,18 @@ def test_two_processes_equal_one(tmp_path):
             torch.testing.assert_close(rank[name][0], loss)
             assert rank[name][1] == pytest.approx(merge_stats(stats), rel=1e-9)
         torch.testing.assert_close(torch.cat([rank[name][2] for rank in ranks]), grad)
+
+
+@pytest.mark.parametrize("name", ["vpg", "ppo"])
+def test_a_critic_without_values_is_refused(name):
+    x = sample()
+    with pytest.raises(ValueError, match="needs values, got None"):
+        ALGORITHMS[name].advantages(x["scores"], x["mask"], kl=x["old_logp"] - x["ref_logp"])
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "dr_grpo"])
+def test_an_episode_without_tokens_is_not_counted(name):
+    mask = torch.ones(3, T, dtype=torch.bool)
+    with_empty = torch.cat([mask, torch.zeros_like(mask)])
+    row = ALGORITHMS[name]
+    assert row.denom(with_empty, MAX_LENGTH) == row.denom(mask, MAX_LENGTH)

@@ -120,3 +120,10 @@ def test_the_summary_is_what_its_names_say():
         "loss": loss.item(), "accuracy": 1 / 3, "margin": -1 / 3, "chosen_mean": 8 / 3,
         "rejected_mean": 3, "count": 3,
     })  # fmt: skip
+
+
+@pytest.mark.parametrize("margin", [-700.0, -30.0, -6.0, 6.0, 30.0])
+def test_large_margins_keep_their_digits(margin):
+    loss, _ = preference_loss(torch.tensor([margin]), torch.zeros(1))
+    exact = math.log1p(math.exp(-abs(margin))) + max(-margin, 0.0)
+    assert loss.item() == pytest.approx(exact, rel=1e-6)

@@ -32,6 +32,7 @@ from fastpg.ops import (
     gae_triton,
     importance_weights_triton,
     kl_estimate_triton,
+    policy_loss_from_logits_triton,
     policy_loss_triton,
     token_logprobs_triton,
     token_rewards_triton,
@@ -176,8 +177,16 @@ def token_logprobs(few: bool, capability: int) -> Iterator[Variant]:
         yield Variant(kernel, "fp32", constants, options, tensors, names)
 
 
+def policy_loss_from_logits(few: bool, _) -> Iterator[Variant]:
+    gradients = ("bf16", "fp32", "fp64")
+    for dtype in gradients[: 1 if few else None]:
+        by = {"by": "fp64" if dtype == "fp64" else "fp32"}
+        yield Variant(policy_loss_from_logits_triton.scale_kernel, dtype, {}, pointers=by)
+
+
 OPS = (
     token_logprobs,
+    policy_loss_from_logits,
     kl_estimate,
     token_weights,
     token_rewards,

@@ -9,6 +9,7 @@
 #include "importance_weights.h"
 #include "kl_estimate.h"
 #include "parallel.h"
+#include "policy_loss_from_logits.h"
 #include "simd/kernels.h"
 #include "token_logprobs.h"
 #include "token_rewards.h"
@@ -152,6 +153,27 @@ void bind_policy_loss(py::module_& m) {
       });
 }
 
+void bind_policy_loss_from_logits(py::module_& m) {
+  def(m, "policy_loss_from_logits",
+      [](const LogitRowsTuple& rows, int dtype, Address advantages, Address weight,
+         Address old_logp, Address ref_logp, int surrogate, int kl,
+         const std::array<double, 7>& numbers, Address on_device, Address logp, Address entropy,
+         Address row_stats, Address coefficient, Address grad_entropy, Address out, Address loss,
+         Address stats) {
+        with_compute_dtype(dtype, [&](auto x) {
+          using T = decltype(x);
+          policy_loss_from_logits<T>(
+              logit_rows(rows),
+              {at<T>(logp), at<T>(advantages), at<T>(weight), at<T>(old_logp), nullptr,
+               at<T>(ref_logp), at<T>(entropy)},
+              {Surrogate(surrogate), PolicyKl(kl), __builtin_bit_cast(PolicyNumbers, numbers),
+               at<PolicyNumbers>(on_device)},
+              {at<T>(logp), at<T>(entropy), at<T>(row_stats), at<T>(grad_entropy), at(out)},
+              {at<T>(loss), at<T>(coefficient), at<PolicyStats>(stats)});
+        });
+      });
+}
+
 void bind_value_loss(py::module_& m) {
   def(m, "value_loss",
       [](int dtype, int64_t count, Address values, Address returns, Address weight,
@@ -210,6 +232,7 @@ PYBIND11_MODULE(_C, m) {
   bind_importance_weights(m);
   bind_whiten(m);
   bind_policy_loss(m);
+  bind_policy_loss_from_logits(m);
   bind_value_loss(m);
   bind_kl_estimate(m);
 }

@@ -12,13 +12,6 @@ namespace {
 constexpr int64_t kGrain = 16;             // blocks a thread should have at least
 constexpr int64_t kSequenceGrain = 32768;  // tokens, where sequences are the items
 
-template <typename T>
-PolicyTokens<T> from(const PolicyTokens<T>& t, int64_t i) {
-  const auto at = [i](const T* x) { return x ? x + i : nullptr; };
-  return {at(t.logp),  at(t.advantages), at(t.weight), at(t.old_logp),
-          at(t.ratio), at(t.ref_logp),   at(t.entropy)};
-}
-
 // In eight interleaved sums, so that the additions do not wait for one another.
 template <typename T>
 double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t n) {

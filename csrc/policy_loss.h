@@ -64,6 +64,14 @@ struct PolicyTokens {  // all but the first three may be null
   const T *ref_logp, *entropy;
 };
 
+// The tokens from i on.
+template <typename T>
+FPG_HD PolicyTokens<T> from(const PolicyTokens<T>& t, int64_t i) {
+  const auto at = [i](const T* x) { return x ? x + i : nullptr; };
+  return {at(t.logp),  at(t.advantages), at(t.weight), at(t.old_logp),
+          at(t.ratio), at(t.ref_logp),   at(t.entropy)};
+}
+
 struct PolicyNumbers {          // in the order of Options in fastpg/ops/_surrogates.py
   double low, high, dual_clip;  // bounds of the ratio; infinite: none
   double tau_positive, tau_negative;

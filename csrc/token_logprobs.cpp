@@ -92,6 +92,11 @@ struct Forward : Rows<X> {
     if (entropies) entropies[row] = T(0);
   }
 
+  void row(int64_t i) const {
+    if (this->ignored(i)) return ignore(i);
+    reduce(i, [&](int64_t index) { return slice(i, index); });
+  }
+
   // The statistics of a row from those of its slices, merged from left to right.
   template <typename Slice>
   void reduce(int64_t row, const Slice& slice_of) const {
@@ -103,13 +108,7 @@ struct Forward : Rows<X> {
 
   void by_rows() const {
     parallel_for(this->rows.count, kGrain / this->rows.vocab, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        if (this->ignored(row)) {
-          ignore(row);
-        } else {
-          reduce(row, [&](int64_t i) { return slice(row, i); });
-        }
-      }
+      for (int64_t i = begin; i < end; ++i) row(i);
     });
   }
 
@@ -169,6 +168,10 @@ struct Backward : Rows<X> {
             g.softcap == 0 ? label_gradient<false>(c, g) : label_gradient<true>(c, g));
   }
 
+  void row(int64_t i) const {
+    for (int64_t index = 0; index < ceil_div(this->rows.vocab, kSlice); ++index) slice(i, index);
+  }
+
   void run() const {
     const int64_t slices = ceil_div(this->rows.vocab, kSlice);
     const int64_t grain = kGrain / smaller(kSlice, this->rows.vocab);
@@ -191,6 +194,24 @@ void token_logprobs(const LogitRows& rows, const LogprobsOut& out) {
 
 void token_logprobs_backward(const LogitRows& rows, const LogprobsGradient& in, void* grad_logits) {
   with_float_dtype(rows.dtype, [&](auto x) { Backward<decltype(x)>(rows, in, grad_logits).run(); });
+}
+
+void token_logprobs_and_backward(const LogitRows& rows, const LogprobsOut& out,
+                                 const std::function<void(int64_t row)>& row_loss,
+                                 const LogprobsGradient& in, void* grad_logits) {
+  with_float_dtype(rows.dtype, [&](auto x) {
+    using X = decltype(x);
+    check<X>(rows);
+    const Forward<X> forward(rows, out);
+    const Backward<X> backward(rows, in, grad_logits);
+    parallel_for(rows.count, kGrain / rows.vocab, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        forward.row(row);
+        row_loss(row);
+        backward.row(row);
+      }
+    });
+  });
 }
 
 }  // namespace fpg

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include <functional>
+
 namespace fpg {
 
 // `count` rows of `vocab` logits. Row i begins at (i / inner) * outer_stride + (i % inner) *
@@ -31,5 +33,11 @@ struct LogprobsGradient {
 void token_logprobs(const LogitRows& rows, const LogprobsOut& out);
 // A label outside the row, but for ignore_index, is nowhere in it. grad_logits may be the logits.
 void token_logprobs_backward(const LogitRows& rows, const LogprobsGradient& in, void* grad_logits);
+
+// Both, row by row, while the row is near: between them row_loss(row) writes, from what `out` then
+// holds of the row, the gradients of it that `in` points to. grad_logits may be the logits.
+void token_logprobs_and_backward(const LogitRows& rows, const LogprobsOut& out,
+                                 const std::function<void(int64_t row)>& row_loss,
+                                 const LogprobsGradient& in, void* grad_logits);
 
 }  // namespace fpg

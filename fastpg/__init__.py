@@ -12,6 +12,7 @@ from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.linear_token_loss import linear_token_loss
 from .ops.merge_stats import merge_stats
 from .ops.policy_loss import policy_loss
+from .ops.policy_loss_from_logits import policy_loss_from_logits
 from .ops.preference_loss import preference_loss
 from .ops.token_logprobs import token_logprobs
 from .ops.token_rewards import token_rewards
@@ -37,6 +38,7 @@ __all__ = [
     "linear_token_loss",
     "merge_stats",
     "policy_loss",
+    "policy_loss_from_logits",
     "preference_loss",
     "token_logprobs",
     "token_rewards",

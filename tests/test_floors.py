@@ -19,6 +19,7 @@ STOREYS |= {
     "_shards": 1.5,
     "_head": 3,
     "merge_stats": 3,
+    "policy_loss_from_logits": 3,
     "linear_token_logprobs": 4,
     "linear_token_loss": 5,
 }

@@ -55,6 +55,7 @@ X, MASK, WEIGHT = torch.randn(B, T), torch.ones(B, T, dtype=torch.bool), torch.o
 LOGITS, LABELS = logits_and_labels((B,), 33)
 Y = -X
 PPO = {"old_logp": Y, "ref_logp": X, "kl_coef": 0.1, "entropy": Y, "entropy_coef": 0.1}
+FROM_LOGITS = {"old_logp": Y[:, 0], "entropy_coef": 0.1}
 CASES = {  # what is differentiated, and the most launches of forward and of backward
     "token_logprobs": (LOGITS, lambda x: fastpg.token_logprobs(x, LABELS), 3, 1),
     "kl_estimate": (X, lambda x: fastpg.kl_estimate(x, Y, kind="k3"), 1, 1),
@@ -64,6 +65,12 @@ CASES = {  # what is differentiated, and the most launches of forward and of bac
     "gae": (X, lambda x: fastpg.gae(x, X, MASK, gamma=0.9, lam=0.9)[0], 1, 2),
     "importance_weights": (None, lambda _: fastpg.importance_weights(X, Y, MASK)[0], 2, 0),
     "value_loss": (X, lambda x: fastpg.value_loss(x, Y, WEIGHT)[0], 2, 2),
+    "policy_loss_from_logits": (
+        LOGITS,
+        lambda x: fastpg.policy_loss_from_logits(x, LABELS, X[:, 0], X[:, 1], **FROM_LOGITS)[0],
+        16,
+        1,
+    ),
     "policy_loss": (X, lambda x: fastpg.policy_loss(x, X, WEIGHT, **PPO)[0], 2, 2),
 }
 

@@ -168,7 +168,7 @@ class _PolicyLoss(torch.autograd.Function):
         return grad_loss * coefficient, by_entropy, None, None
 
 
-def _check_terms(kl, kl_coef, ref_logp, entropy_coef, entropy):
+def check_terms(kl, kl_coef, ref_logp):
     if kl == "k1":
         raise ValueError("policy_loss: kl='k1' has expected gradient 0; put k1 in the rewards")
     if kl not in KLS:
@@ -177,11 +177,9 @@ def _check_terms(kl, kl_coef, ref_logp, entropy_coef, entropy):
         raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logp")
     if ref_logp is not None and kl_coef == 0:
         raise ValueError("policy_loss: ref_logp needs kl_coef > 0, got 0")
-    if entropy is None and entropy_coef != 0:
-        raise ValueError(f"policy_loss: entropy_coef={entropy_coef} needs entropy")
 
 
-def _on_device(options, device):
+def on_device(options, device):
     """As the op takes them: in a graph as a tensor, since a float compiles anew for each value."""
     if not torch.compiler.is_compiling():
         return options, None
@@ -225,7 +223,9 @@ def policy_loss(
         weight=weight, old_logp=old_logp, ref_logp=ref_logp, entropy=entropy,
     )  # fmt: skip
     options = check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef)
-    _check_terms(kl, kl_coef, ref_logp, entropy_coef, entropy)
+    check_terms(kl, kl_coef, ref_logp)
+    if entropy is None and entropy_coef != 0:
+        raise ValueError(f"policy_loss: entropy_coef={entropy_coef} needs entropy")
     ratio = None
     if level == "sequence":
         sequence_count("policy_loss", "logp", logp, cu_seqlens)
@@ -234,7 +234,7 @@ def policy_loss(
     elif level != "token":
         raise ValueError(f"policy_loss: level must be token or sequence, got {level!r}")
     constants = advantages, weight, old_logp, ratio, ref_logp
-    options = surrogate, kl, *_on_device(options, logp.device)
+    options = surrogate, kl, *on_device(options, logp.device)
     if constant(logp, *constants, entropy):
         loss, _, stats = _policy_loss(logp, *constants, entropy, *options)
     else:

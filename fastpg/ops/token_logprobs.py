@@ -202,11 +202,16 @@ class _TokenLogprobs(torch.autograd.Function):
         return None, None, grad, None, None, None, None
 
 
-def _check(logits: Tensor, labels: Tensor) -> None:
+def arguments(logits, labels, temperature, softcap, ignore_index):
+    """Those of the ops, from those of the public function, checked."""
     check_tensors("token_logprobs", logits=logits, labels=labels)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"token_logprobs: logits must be [..., V], got {tuple(logits.shape)}")
     check_labels("token_logprobs", labels, logits)
+    dtype = compute_dtype("token_logprobs", logits=logits)
+    softcap = 0.0 if softcap is None else positive("token_logprobs", "softcap", softcap, dtype)
+    t = label_temperature("token_logprobs", temperature, dtype, labels)
+    return logits, labels.long(), t, softcap, ignore_index
 
 
 def token_logprobs(
@@ -231,11 +236,7 @@ def token_logprobs(
     A -inf logit has probability 0 (softcap makes it an ordinary one). NaN makes its own row NaN. A
     label outside [0, V) raises IndexError on the CPU; elsewhere its row is NaN, and check() raises.
     """
-    _check(logits, labels)
-    dtype = compute_dtype("token_logprobs", logits=logits)
-    softcap = 0.0 if softcap is None else positive("token_logprobs", "softcap", softcap, dtype)
-    t = label_temperature("token_logprobs", temperature, dtype, labels)
-    args = logits, labels.long(), t, softcap, ignore_index
+    args = arguments(logits, labels, temperature, softcap, ignore_index)
     if not constant(logits):
         return _TokenLogprobs.apply(process_group, return_entropy, *args)
     *outputs, _ = _forward(process_group, return_entropy, *args)[0]

@@ -11,7 +11,9 @@ from inputs import head_and_labels
 from torch.library import opcheck
 
 import fastpg.ops.linear_token_logprobs as page
-from fastpg import linear_token_logprobs, token_logprobs
+from fastpg import linear_token_logprobs, linear_token_loss, token_logprobs
+from fastpg.ops import _head
+from fastpg.ops import linear_token_loss as loss_page
 from fastpg.ops._shards import NEVER
 
 SHARDS = {2: (30, 7), 4: (9, 1, 20, 7)}  # ragged; one of a single token
@@ -92,6 +94,38 @@ def check_heads(group):
         head_call(head[0], *(shard(x, group, 0) for x in head[1:]), labels, process_group=group)
 
 
+def loss_and_gradients(head, labels, token_loss, **options):
+    leaves = [x.clone().requires_grad_() for x in head]
+    loss, stats = linear_token_loss(
+        *leaves[:2], labels, token_loss, bias=leaves[2], temperature=0.7, softcap=3.0, **options
+    )
+    return [loss.detach(), *torch.autograd.grad(3 * loss, leaves), torch.stack(stats)]
+
+
+def check_losses(group):
+    """Chunks of 4 rows, slices of 8 tokens; a row in three has a coefficient of 0."""
+    factor = torch.randn(12, generator=torch.Generator().manual_seed(2))
+    factor[::3] = 0
+
+    def token_loss(logp, entropy, rows):
+        loss = (factor[rows] * (logp.sin() + entropy)).sum()
+        return loss, loss.detach()
+
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        *head, labels = head_and_labels((12,), VOCAB, 8, dtype)
+        labels[:3] = torch.tensor([0, VOCAB - 1, -100])
+        own = [head[0], *(shard(x, group, 0) for x in head[1:])]
+        for level in ("token", "sequence"):
+            whole, ours = (
+                loss_and_gradients(*args, labels, token_loss, level=level, process_group=to)
+                for *args, to in ((head, None), (own, group))
+            )
+            expected = [*whole[:2], *(shard(x, group, 0) for x in whole[2:4]), whole[4]]
+            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+            assert all(same_on_all_ranks(ours[i], group) for i in (0, 1, 4))
+            assert level == "sequence" or len(ours[4]) > 1
+
+
 def check_values(group):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6), (torch.bfloat16, 8e-3)):
         logits, labels = logits_and_labels(dtype)
@@ -133,6 +167,7 @@ def test_a_part_of_a_head_matches_its_reference():
 
 def rank_main(rank, folder):
     torch.set_num_threads(1)
+    _head.WIDTH, loss_page.CHUNK_BYTES = {"cpu": 8}, {"cpu": 16}
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=4)
     pair = dist.new_group([2, 3])
     groups = [dist.group.WORLD, *([pair] if rank >= 2 else [])]
@@ -141,6 +176,7 @@ def rank_main(rank, folder):
         check_specials(group)
         check_bad_input(group)
         check_heads(group)
+        check_losses(group)
     if rank < 2:
         logits, labels = logits_and_labels()
         with pytest.raises(

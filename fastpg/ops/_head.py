@@ -22,7 +22,7 @@ from ._checks import (
     label_temperature,
     positive,
 )
-from ._shards import NEVER, finite, merge
+from ._shards import NEVER, finite, local_labels, merge, over_ranks
 from .token_logprobs import _backward_out, _logp_entropy
 
 # Tokens of a slice: one of a thousand rows stays in a CPU's last cache; a GPU wants large products.
@@ -84,9 +84,15 @@ def statistics(
     return label_logit, *merge(temperature, *torch.stack(parts, 1))
 
 
-def logp_and_statistics(slices, labels, legal, temperature, softcap):
-    """logp, entropy, top, log_sum [N]; NaN where no label is, which a device cannot raise about."""
-    label_logit, top, log_sum, entropy = statistics(slices, labels, temperature, softcap)
+def logp_and_statistics(slices, labels, legal, temperature, softcap, group=None):
+    """logp, entropy, top, log_sum [N]; NaN where no label is, which a device cannot raise about.
+
+    With a group slices and labels are those of this rank's shard.
+    """
+    of_row = statistics(slices, labels, temperature, softcap)
+    if group is not None:
+        of_row = over_ranks(torch.stack(of_row), group, temperature)
+    label_logit, top, log_sum, entropy = of_row
     log_sum = torch.where(legal, log_sum, math.nan)
     logp = (label_logit - finite(top)) / temperature - log_sum
     return logp, torch.where(legal, entropy, math.nan), top, log_sum
@@ -217,3 +223,10 @@ def legal_labels(op: str, labels, weight, temperature, ignore_index) -> tuple[Te
     legal = kept & (labels >= 0) & (labels < len(weight))
     check_label_values(op, labels, legal, kept, len(weight), ignore_index, temperature)
     return kept, legal
+
+
+def labels_of_shard(op, group, labels, weight, temperature, ignore_index) -> tuple[Tensor, ...]:
+    """What legal_labels says, and with a group labels as those of this rank's shard."""
+    if group is None:
+        return *legal_labels(op, labels, weight, temperature, ignore_index), labels
+    return local_labels(op, group, len(weight), labels, temperature, ignore_index)

@@ -61,18 +61,30 @@ def of_all_ranks(
     Also returns the local labels. Collective: every rank must call, with the same labels.
     """
     labels = labels.contiguous()  # whose strides the outputs would take over
+    kept, legal, local = local_labels(op, group, size, labels, temperature, ignore_index)
+    label_logits, top, log_sum, *entropy = over_ranks(part(local), group, temperature)
+    logp = (label_logits - finite(top)) / temperature - log_sum
+    spoilt = (torch.where(legal, x, math.nan) for x in (logp, *entropy, top, log_sum))
+    *outputs, top, log_sum = (torch.where(kept, x, 0.0) for x in spoilt)
+    return (*outputs, torch.stack([top, log_sum])), local
+
+
+def local_labels(
+    op: str, group, size: int, labels: Tensor, temperature: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where rows count, where their labels are tokens, and labels as those of this rank's shard."""
     begin, vocab = _position(op, group, size, labels.device)
     kept = labels != ignore_index
     legal = kept & (labels >= 0) & (labels < vocab)
     if not torch.compiler.is_compiling():  # there a bad label's row is NaN, and nothing raises
         check_label_values(op, labels, legal, kept, vocab, ignore_index, temperature)
-    local = torch.where(kept, labels - begin, NEVER)
-    label_logits, *stats = _gather(part(local), group).unbind(1)
-    top, log_sum, *entropy = merge(temperature, *stats)
-    logp = (reduce(torch.add, label_logits.unbind()) - finite(top)) / temperature - log_sum
-    spoilt = (torch.where(legal, x, math.nan) for x in (logp, *entropy, top, log_sum))
-    *outputs, top, log_sum = (torch.where(kept, x, 0.0) for x in spoilt)
-    return (*outputs, torch.stack([top, log_sum])), local
+    return kept, legal, torch.where(kept, labels - begin, NEVER)
+
+
+def over_ranks(part: Tensor, group: dist.ProcessGroup, temperature: Tensor) -> tuple[Tensor, ...]:
+    """label_logit, top, log_sum and perhaps entropy of whole rows, from those of each shard."""
+    label_logits, *stats = _gather(part, group).unbind(1)
+    return reduce(torch.add, label_logits.unbind()), *merge(temperature, *stats)
 
 
 def logprobs_of_shards(op, group, logits, labels, temperature, softcap, ignore_index):

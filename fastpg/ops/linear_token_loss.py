@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,7 +24,7 @@ from ._checks import constant
 from ._head import (
     head_arguments,
     kept_rows,
-    legal_labels,
+    labels_of_shard,
     logits_of_slices,
     logp_and_statistics,
     reached,
@@ -60,12 +61,12 @@ def _coefficients(token_loss, logp, entropy, rows):
     return loss.detach(), stats, torch.zeros_like(logp) if by_logp is None else by_logp, by_entropy
 
 
-def _chunk(token_loss, rows, inputs, head, into, memory, *, add):
+def _chunk(token_loss, rows, inputs, head, into, memory, group, *, add):
     """The loss and stats of some rows; their gradients go to dhidden, dweight and dbias."""
     hidden, labels, legal, temperature = inputs
     weight, bias, softcap = head
     slices = [*logits_of_slices(hidden, weight, bias, memory.dtype, memory)]
-    logp, entropy, *of_row = logp_and_statistics(slices, labels, legal, temperature, softcap)
+    logp, entropy, *of_row = logp_and_statistics(slices, labels, legal, temperature, softcap, group)
     loss, stats, *grads = _coefficients(token_loss, logp, entropy, rows)
     per_row = *grads, entropy, *of_row, hidden, labels, temperature, rows
     live, per_row = kept_rows(reached(*grads), *per_row)
@@ -91,11 +92,12 @@ def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token_loss, hidden, weight, bias, labels, temperature, *options):
+    def forward(ctx, token_loss, group, hidden, weight, bias, labels, temperature, *options):
         softcap, ignore_index, dtype = options
-        kept, legal = legal_labels(OP, labels, weight, temperature, ignore_index)
-        rows, inputs = kept_rows(kept, hidden, labels, legal, temperature)
-        dhidden, dweight, dbias = ctx.needs_input_grad[1:4]
+        where = group, labels, weight, temperature, ignore_index
+        kept, legal, local = labels_of_shard(OP, *where)
+        rows, inputs = kept_rows(kept, hidden, local, legal, temperature)
+        dhidden, dweight, dbias = ctx.needs_input_grad[2:5]
         into = (
             temperature.new_zeros(hidden.shape) if dhidden else None,
             temperature.new_empty(weight.shape) if dweight else None,
@@ -107,8 +109,10 @@ class _LinearTokenLoss(torch.autograd.Function):
         for begin in range(0, max(len(rows), 1), size):
             part = slice(begin, begin + size)
             chunk = [x[part] if x.dim() else x for x in inputs]
-            args = rows[part], chunk, (weight, bias, softcap), into, memory
+            args = rows[part], chunk, (weight, bias, softcap), into, memory, group
             results.append(_chunk(token_loss, *args, add=begin > 0))
+        if group is not None and dhidden:
+            dist.all_reduce(into[0], group=group)
         losses, stats = zip(*results, strict=True)
         ctx.save_for_backward(*into)
         ctx.dtype = hidden.dtype
@@ -118,7 +122,7 @@ class _LinearTokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         grads = (x if x is None else _scaled(x, grad_loss, ctx.dtype) for x in ctx.saved_tensors)
-        return None, *grads, None, None, None, None, None
+        return None, None, *grads, None, None, None, None, None
 
 
 def linear_token_loss(
@@ -134,6 +138,7 @@ def linear_token_loss(
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
     level: str = "token",
+    process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, list]:
     """token_loss(*linear_token_logprobs(...)) with its gradients made on the way.
 
@@ -144,7 +149,8 @@ def linear_token_loss(
         else that it looks at gets a gradient.
     level: "sequence" for a loss that needs all tokens at once (that of policy_loss with the same
         level): then it is called once, rows are all of labels, and gradients are made in backward.
-    The other arguments are those of linear_token_logprobs.
+    The other arguments are those of linear_token_logprobs. With a process_group every rank must
+        call with a token_loss that computes the same: it is evaluated on each, on the same bits.
     Returns the loss, and the list of the stats that token_loss returned, for merge_stats.
 
     The gradients of hidden, weight and bias are held, in fp32, until backward; beside them a chunk
@@ -164,7 +170,7 @@ def linear_token_loss(
     wanted = torch.is_grad_enabled() and not constant(*args[:3])
     early = args[0].dtype is not torch.float16 and not torch.compiler.is_compiling()
     if level == "token" and wanted and early:
-        return _LinearTokenLoss.apply(token_loss, *args)
+        return _LinearTokenLoss.apply(token_loss, process_group, *args)
     rows = torch.arange(labels.numel(), device=labels.device)
-    loss, stats = _checked(token_loss(*logprobs(None, *args), rows))
+    loss, stats = _checked(token_loss(*logprobs(process_group, *args), rows))
     return loss, [stats]

@@ -1,5 +1,6 @@
 """What `--algorithm` makes of the trainer: groups, critics, references, denominators, settings."""
 
+import dataclasses
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_trainer import make_trainer, metrics_of
 
 from fastpg.algorithms import ALGORITHMS
 from fastpg.trainer import InputError, PPOConfig
+from fastpg.trainer.config import from_mapping, load_yaml
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "gspo"])
@@ -65,6 +67,17 @@ def test_settings_take_the_place_of_the_algorithms_own():
     assert (row.kl_coef, row.gae) == (0.5, {"gamma": 0.9, "lam": 1.0})
     for name, own in ALGORITHMS.items():
         assert PPOConfig(algorithm=name).row == own
+
+
+@pytest.mark.parametrize("other", ALGORITHMS)
+@pytest.mark.parametrize("first", ["ppo", "grpo"])
+def test_saved_settings_of_one_algorithm_do_for_another(tmp_path, first, other):
+    given = PPOConfig(algorithm=first, learning_rate=1e-4)
+    given.save(tmp_path / "config.yaml")
+    saved = from_mapping(PPOConfig, {**load_yaml(tmp_path / "config.yaml"), "algorithm": other})
+    assert saved == dataclasses.replace(given, algorithm=other)
+    assert saved.resolved() == PPOConfig(algorithm=other, learning_rate=1e-4).resolved()
+    assert saved.row == ALGORITHMS[other]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The settings of a run: one flat dataclass, from Python, YAML and the command line alike."""
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -84,39 +85,31 @@ class PPOConfig:
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
             setattr(self, name, _convert(name, getattr(self, name), hint))
-        self._take_from_algorithm()
+        self._check_algorithm()
+        settings = self.resolved()
         for wanted, (holds, names) in _BOUNDS.items():
             for name in names.split():
-                value = getattr(self, name)
+                value = getattr(settings, name)
                 if value is not None and not holds(value):
                     raise InputError(f"{name} must be {wanted}, not {value!r}.")
+        settings._check_sizes()
+
+    def _check_algorithm(self) -> None:
+        """Refuse an unknown algorithm, and settings that mean nothing to it."""
+        if self.algorithm not in ALGORITHMS:
+            raise InputError(
+                f"Unknown algorithm {self.algorithm!r}{did_you_mean(self.algorithm, ALGORITHMS)}"
+            )
+        clipped = "clip" in ALGORITHMS[self.algorithm].surrogate
+        if not clipped and (self.cliprange, self.cliprange_high) != (None, None):
+            raise InputError(f"cliprange means nothing to algorithm={self.algorithm}.")
+
+    def _check_sizes(self) -> None:
         if self.num_mini_batches > self.rollout_batch_size:
             raise InputError(
                 f"num_mini_batches={self.num_mini_batches} is more than "
                 f"rollout_batch_size={self.rollout_batch_size}."
             )
-        self._check_groups()
-
-    def _take_from_algorithm(self) -> None:
-        """The settings that are None by default, as the row of the algorithm has them."""
-        if self.algorithm not in ALGORITHMS:
-            raise InputError(
-                f"Unknown algorithm {self.algorithm!r}{did_you_mean(self.algorithm, ALGORITHMS)}"
-            )
-        row = ALGORITHMS[self.algorithm]
-        if self.num_generations is None:
-            self.num_generations = 1 if row.center is None else 8
-        self.lam = row.gae["lam"] if self.lam is None else self.lam
-        self.kl_coef = row.kl_coef if self.kl_coef is None else self.kl_coef
-        clip = row.surrogate.get("clip")
-        if clip is None and (self.cliprange, self.cliprange_high) != (None, None):
-            raise InputError(f"cliprange means nothing to algorithm={self.algorithm}.")
-        if clip is not None:
-            high = clip[1] if self.cliprange is None else self.cliprange
-            self.cliprange_high = high if self.cliprange_high is None else self.cliprange_high
-            self.cliprange = clip[0] if self.cliprange is None else self.cliprange
-
-    def _check_groups(self) -> None:
         if self.rollout_batch_size % self.num_generations:
             raise InputError(
                 f"rollout_batch_size={self.rollout_batch_size} must be a multiple of "
@@ -125,18 +118,40 @@ class PPOConfig:
         if ALGORITHMS[self.algorithm].center is not None and self.num_generations < 2:
             raise InputError(f"algorithm={self.algorithm} needs num_generations of 2 or more.")
 
+    def resolved(self) -> "PPOConfig":
+        """These settings with the algorithm's own for those that nobody gave.
+
+        The settings themselves keep None there, so that a saved file, or `dataclasses.replace`,
+        can be given another algorithm.
+        """
+        row = ALGORITHMS[self.algorithm]
+        low, high = row.surrogate.get("clip", (None, None))
+        own = {
+            "num_generations": 1 if row.center is None else 8,
+            "lam": row.gae["lam"],
+            "kl_coef": row.kl_coef,
+            "cliprange": low,
+            "cliprange_high": high if self.cliprange is None else self.cliprange,
+        }
+        settings = copy.copy(self)
+        for name, value in own.items():
+            if getattr(self, name) is None:
+                setattr(settings, name, value)
+        return settings
+
     @property
     def row(self) -> Algorithm:
         """The algorithm with these settings in place of its own."""
+        settings = self.resolved()
         row = ALGORITHMS[self.algorithm]
         surrogate = dict(row.surrogate)
         if "clip" in surrogate:
-            surrogate["clip"] = (self.cliprange, self.cliprange_high)
-        gae = {"gamma": self.gamma, "lam": self.lam}
-        return dataclasses.replace(row, kl_coef=self.kl_coef, gae=gae, surrogate=surrogate)
+            surrogate["clip"] = (settings.cliprange, settings.cliprange_high)
+        gae = {"gamma": settings.gamma, "lam": settings.lam}
+        return dataclasses.replace(row, kl_coef=settings.kl_coef, gae=gae, surrogate=surrogate)
 
     def save(self, path: Path) -> None:
-        """Write the settings as YAML, in the order they are declared."""
+        """Write the settings as they were given, as YAML, in the order they are declared."""
         path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
 

@@ -62,6 +62,7 @@ class Learner:
     args: PPOConfig
 
     def __post_init__(self) -> None:
+        self.args = self.args.resolved()
         self.row = self.args.row
         try:
             policy = self.accelerator.unwrap_model(self.model).policy

@@ -19,7 +19,7 @@ FILES = {
     "metrics.jsonl": "one row of metrics a step",
     "completions": "samples of every step",
     "tensorboard": "the metrics, for TensorBoard",
-    "config.yaml": "every setting, for `fastpg train --config`",
+    "config.yaml": "the settings as given, for `fastpg train --config`",
     "summary.md": "this report",
     "reward_and_kl.png": "reward and KL over the steps",
 }

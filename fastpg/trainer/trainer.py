@@ -89,7 +89,7 @@ class PPOTrainer:
         )
         self.stopwatch = Stopwatch(self.accelerator.device)
         reference = None
-        if self.args.kl_coef > 0:
+        if self.args.row.kl_coef > 0:
             reference = frozen_copy(policy).to(self.accelerator.device)
         disable_dropout(policy)
         self._prepare(PolicyWithValue(policy, critic=self.args.row.critic), reference)
@@ -135,7 +135,7 @@ class PPOTrainer:
 
         A row comes `num_generations` times in a batch, one after the other.
         """
-        args = self.args
+        args = self.args.resolved()
         num_prompts = args.rollout_batch_size // args.num_generations
         sampler = RandomSampler(
             self.train_dataset,

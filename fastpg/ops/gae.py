@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._library import DTYPE_CODE, address, contiguous, cpp_kernels, define, triton_kernels
 from . import _checks
 from . import _gae_options as _options
+from ._autograd import once_differentiable
 
 
 def _grid(x, default, tokens, cu_seqlens):

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._library import _C, DTYPE_CODE, cpu_kernel, define, triton_kernels
+from ._autograd import once_differentiable
 from ._checks import alike, constant
 
 KINDS = {"k1": 0, "k2": 1, "k3": 2}  # the codes of csrc/kl_estimate.h

@@ -21,10 +21,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._library import define, kernel
 from . import token_logprobs as page
+from ._autograd import once_differentiable
 from ._checks import constant
 from ._head import (
     filled,

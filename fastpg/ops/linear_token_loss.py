@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import once_differentiable
 from ._checks import constant
 from ._head import (
     head_arguments,

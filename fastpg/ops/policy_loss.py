@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._library import (
     _C,
@@ -39,6 +38,7 @@ from .._library import (
     triton_kernels,
 )
 from . import _surrogates
+from ._autograd import once_differentiable
 from ._checks import alike, check_cu_seqlens, constant, sequence_count, to_sequences, to_tokens
 from ._stats import PolicyStats
 from ._surrogates import KLS, SURROGATES, Options, check_options, log_ratio, reference_kl

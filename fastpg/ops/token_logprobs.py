@@ -17,9 +17,9 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._library import _C, DTYPE_CODE, address, cpu_kernel, define, triton_kernels
+from ._autograd import once_differentiable
 from ._checks import (
     check_label_values,
     check_labels,

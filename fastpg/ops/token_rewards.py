@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._library import (
     _C,
@@ -22,6 +21,7 @@ from .._library import (
     triton_kernels,
 )
 from . import _checks
+from ._autograd import once_differentiable
 
 
 def reference(scores, kl, mask, cu_seqlens, kl_coef):

@@ -14,7 +14,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._library import (
     _C,
@@ -27,6 +26,7 @@ from .._library import (
     scratch,
     triton_kernels,
 )
+from ._autograd import once_differentiable
 from ._checks import alike, constant
 from ._stats import ValueStats
 

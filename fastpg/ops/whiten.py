@@ -17,10 +17,10 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._library import _C, DTYPE_CODE, cpu_kernel, define, triton_kernels
 from . import _checks
+from ._autograd import once_differentiable
 
 
 def reference_moments(x, mask):

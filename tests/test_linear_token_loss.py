@@ -131,6 +131,8 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(2, 4, requires_grad=True), torch.zeros(5, 4
         (ValueError, "a loss without a graph", lambda a, b, c: (a.detach().sum(), None), {}),
         (ValueError, "a loss without a graph",
          lambda a, b, c: (a.detach().sum() * torch.ones((), requires_grad=True), None), {}),
+        (ValueError, "a loss without a graph", lambda a, b, c: (a.detach().sum(), None),
+         {"level": "sequence"}),
         (TypeError, "token_loss must be callable, got int", 3, {}),
         (ValueError, "level must be token or sequence, got 'batch'", max, {"level": "batch"}),
         (ValueError, r"linear_token_loss: .* got \(2, 4\) and \(5, 3\)", max,
@@ -176,6 +178,21 @@ def test_sequences(kernel):
     ):
         assert torch.equal(got, want)
     assert torch.equal(seen[0], torch.arange(24))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_nothing_else_that_the_loss_looks_at_gets_a_gradient(kernel, level, dtype):
+    (hidden, weight, _), labels, _ = problem(9, 150, 8, dtype)
+    factor = torch.ones((), requires_grad=True)
+
+    def token_loss(logp, entropy, rows):
+        return factor * logp.sum(), None
+
+    linear_token_loss(hidden, weight, labels, token_loss, level=level)[0].backward()
+    assert factor.grad is None and hidden.grad.count_nonzero() > 0
+    constants = hidden.detach(), weight.detach()
+    assert not linear_token_loss(*constants, labels, token_loss, level=level)[0].requires_grad
 
 
 def test_a_frozen_head_takes_no_memory(kernel, monkeypatch):
@@ -255,12 +272,13 @@ def test_fp16_takes_a_scaled_loss(kernel):
         assert (got - want).norm() < 4e-3 * want.norm()
 
 
-def test_retained_graph_and_checkpoint(kernel):
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_retained_graph_and_checkpoint(kernel, level):
     (hidden, weight, bias), labels, tokens = problem(9, 150, 8)
 
     def loss(hidden):
         token_loss = surrogate(tokens, SURROGATES["ppo"])
-        return linear_token_loss(hidden, weight, labels, token_loss, bias=bias)[0]
+        return linear_token_loss(hidden, weight, labels, token_loss, bias=bias, level=level)[0]
 
     once = loss(hidden)
     once.backward(retain_graph=True)

@@ -125,6 +125,21 @@ class _LinearTokenLoss(torch.autograd.Function):
         return None, None, *grads, None, None, None, None, None
 
 
+class _LossWithGradients(torch.autograd.Function):
+    """The loss, which looks at logp and entropy, and at nothing else that gets a gradient."""
+
+    @staticmethod
+    def forward(ctx, loss, logp, entropy, by_logp, by_entropy):
+        ctx.save_for_backward(by_logp, by_entropy)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        grads = (x if x is None else x * grad_loss for x in ctx.saved_tensors)
+        return None, *grads, None, None
+
+
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -146,9 +161,12 @@ def linear_token_loss(
         flattened labels, each tensor [n] of them; loss is 0-d. It is called once a chunk, and its
         losses must add up over chunks, as all of fastpg do: policy_loss(logp, advantages[rows],
         weight[rows], ...). An ignored token may be in rows or not: its weight must be 0. Nothing
-        else that it looks at gets a gradient.
+        else that it looks at gets a gradient, at any level; a graph of torch.compile, where the
+        loss is differentiated as it stands, is the exception.
     level: "sequence" for a loss that needs all tokens at once (that of policy_loss with the same
         level): then it is called once, rows are all of labels, and gradients are made in backward.
+        logp and entropy are flat there too, [N]: of labels [B, T], policy_loss(logp.view(B, T),
+        advantages, weight, level="sequence"); of packed ones, with its cu_seqlens.
     The other arguments are those of linear_token_logprobs. With a process_group every rank must
         call with a token_loss that computes the same: it is evaluated on each, on the same bits.
     Returns the loss, and the list of the stats that token_loss returned, for merge_stats.
@@ -172,5 +190,9 @@ def linear_token_loss(
     if level == "token" and wanted and early:
         return _LinearTokenLoss.apply(token_loss, process_group, *args)
     rows = torch.arange(labels.numel(), device=labels.device)
-    loss, stats = _checked(token_loss(*logprobs(process_group, *args), rows))
-    return loss, [stats]
+    logp, entropy = logprobs(process_group, *args)
+    if not wanted or torch.compiler.is_compiling():
+        loss, stats = _checked(token_loss(logp, entropy, rows))
+        return loss if wanted else loss.detach(), [stats]
+    loss, stats, *grads = _coefficients(token_loss, logp, entropy, rows)
+    return _LossWithGradients.apply(loss, logp, entropy, *grads), [stats]

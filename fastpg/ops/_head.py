@@ -29,6 +29,9 @@ from .token_logprobs import _backward_out, _logp_entropy
 # It does not depend on the number of rows, nor do therefore the bits that this is to answer for.
 WIDTH = {"cpu": 4096, "cuda": 16384}
 
+# With fewer, a CPU's product in fp32 takes another way, and rounds otherwise.
+LEAST_ROWS = 4
+
 
 Slice = tuple[int, int, Tensor]  # begin, end, logits [N, end - begin], contiguous
 
@@ -42,9 +45,12 @@ def logits_of_slices(
 ) -> Iterator[Slice]:
     """The logits of each part of the vocabulary: one after another in the same place.
 
-    memory: [N * V] of dtype, in which each gets a place of its own.
+    memory: [max(N, LEAST_ROWS) * V] of dtype, in which each gets a place of its own.
     """  # fmt: skip
-    width, vocab, count = WIDTH[weight.device.type], len(weight), len(hidden)
+    given, width, vocab = len(hidden), WIDTH[weight.device.type], len(weight)
+    if 0 < given < LEAST_ROWS and not hidden.is_cuda:
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, LEAST_ROWS - given))
+    count = len(hidden)
     place = hidden.new_empty(count * min(width, vocab), dtype=dtype) if memory is None else memory
     upcast = dtype is not hidden.dtype
     if upcast and not hidden.is_cuda:  # whose BLAS has no product of bf16 to fp32
@@ -61,7 +67,7 @@ def logits_of_slices(
             torch.mm(hidden, part, out=logits)
         else:
             torch.addmm(bias[begin:end].to(dtype), hidden, part, out=logits)
-        yield begin, end, logits
+        yield begin, end, logits[:given]
 
 
 def statistics(

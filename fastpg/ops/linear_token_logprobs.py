@@ -232,11 +232,14 @@ def linear_token_logprobs(
 
     -inf, NaN and bad labels are treated as by token_logprobs. On a GPU the call waits for the
     number of rows that are not ignored, and backward for that of those that a gradient reaches.
+    The logits are in slices of all rows and 4096 tokens (on a GPU 16384), one at a time: [N, 4096],
+    and so [N, V] for a vocabulary that is no larger than a slice.
 
     Off fp64 at H=896, V=151936 (256 peaked rows, on a CPU): log-probs at most 3e-6 in fp32, 0.03
     from logits in bf16, 2e-6 from fp32 logits of bf16 operands; gradients, relative, 6e-7 in fp32
     and 3e-3 in bf16. A row's bits depend on itself alone as far as BLAS keeps to that: the CPU's
-    does, but for fewer than 4 rows in fp32; a GPU's may choose its kernel by the number of rows.
+    does, but for the gradient of hidden of fewer than 4 rows in fp32; a GPU's may choose its kernel
+    by the number of rows.
     """
     args = head_arguments(
         OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,

@@ -22,6 +22,7 @@ from torch import Tensor
 from ._autograd import once_differentiable
 from ._checks import constant
 from ._head import (
+    LEAST_ROWS,
     head_arguments,
     kept_rows,
     labels_of_shard,
@@ -104,7 +105,8 @@ class _LinearTokenLoss(torch.autograd.Function):
             temperature.new_empty(weight.shape[:1]) if dbias else None,
         )
         size = CHUNK_BYTES[weight.device.type] // dtype.itemsize
-        memory = weight.new_empty(min(size, len(rows)) * len(weight), dtype=dtype)
+        most = max(min(size, len(rows)), LEAST_ROWS)
+        memory = weight.new_empty(most * len(weight), dtype=dtype)
         results = []
         for begin in range(0, max(len(rows), 1), size):
             part = slice(begin, begin + size)

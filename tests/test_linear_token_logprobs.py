@@ -172,8 +172,16 @@ SHARDED.full_tensor, TAKEN.ds_id = lambda: WEIGHT, 7
         (ValueError, "softcap .* got -1", {"softcap": -1}),
         (ValueError, "temperature .* got 0", {"temperature": 0}),
         (ValueError, "temperature holds -1", {"temperature": torch.tensor([1.0, -1.0])}),
-        (TypeError, "logits_dtype must be None, torch.float32 or .* got torch.bfloat16",
+        (ValueError, "temperature holds -1.0", {"temperature": torch.tensor(-1.0),
+                                                "logit_scale": 0.5}),
+        (TypeError, "ignore_index must be an integer, got NoneType", {"ignore_index": None}),
+        (TypeError, "process_group must be a .*ProcessGroup, got str", {"process_group": "tp"}),
+        (ValueError, r"hidden must be \[..., H\], H > 0, got \(2, 0\)",
+         {"hidden": torch.zeros(2, 0), "weight": torch.zeros(5, 0)}),
+        (TypeError, "logits_dtype must be None, torch.float32, got torch.bfloat16",
          {"logits_dtype": torch.bfloat16}),
+        (TypeError, "None, torch.float64, got torch.float32",
+         {"hidden": HIDDEN.double(), "weight": WEIGHT.double(), "logits_dtype": torch.float32}),
     ],
 )  # fmt: skip
 def test_edges(kernel, error, message, changes):

@@ -14,7 +14,7 @@ import fastpg.ops.linear_token_logprobs as page
 from fastpg import linear_token_logprobs, linear_token_loss, token_logprobs
 from fastpg.ops import _head
 from fastpg.ops import linear_token_loss as loss_page
-from fastpg.ops._shards import NEVER
+from fastpg.ops._shards import NEVER, add_over_ranks
 
 SHARDS = {2: (30, 7), 4: (9, 1, 20, 7)}  # ragged; one of a single token
 VOCAB = 37
@@ -157,6 +157,31 @@ def check_bad_input(group):
             token_logprobs(shard(logits, group), labels, process_group=group)
 
 
+def check_an_empty_shard(group):
+    """All ranks learn of it, where one alone would leave the others waiting."""
+    last = dist.get_world_size(group) - 1
+    *head, labels = head_and_labels((3,), VOCAB, 8)
+    keep = slice(0 if dist.get_rank(group) == last else None)
+    hidden, weight, bias = head[0], *(shard(x, group, 0)[keep] for x in head[1:])
+    sizes = f"a shard must hold a token at least, got .*{SHARDS[last + 1][last - 1]}, 0]"
+    options = {"bias": bias, "process_group": group}
+    with pytest.raises(ValueError, match=f"linear_token_logprobs: {sizes}"):
+        linear_token_logprobs(hidden, weight, labels, **options)
+    with pytest.raises(ValueError, match=f"linear_token_loss: {sizes}"):
+        weight.requires_grad_()
+        linear_token_loss(hidden, weight, labels, lambda *_: None, **options)
+    with pytest.raises(ValueError, match=f"token_logprobs: {sizes}"):
+        token_logprobs(hidden @ weight.detach().T, labels, process_group=group)
+
+
+def check_sums(group):
+    """Added up in the dtype that is asked for, and rounded once."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(dist.get_world_size(group), 64, generator=g).bfloat16()
+    total = add_over_ranks(x[dist.get_rank(group)], group, torch.float32)
+    assert torch.equal(total, x.float().sum(0).bfloat16())
+
+
 def test_a_part_of_a_head_matches_its_reference():
     hidden, weight, bias, labels = head_and_labels((5,), VOCAB, 8)
     labels[2:] = torch.tensor([-3, VOCAB, NEVER])  # on other ranks, and ignored
@@ -177,6 +202,8 @@ def rank_main(rank, folder):
         check_bad_input(group)
         check_heads(group)
         check_losses(group)
+        check_an_empty_shard(group)
+        check_sums(group)
     if rank < 2:
         logits, labels = logits_and_labels()
         with pytest.raises(

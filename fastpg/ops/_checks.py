@@ -186,7 +186,12 @@ def check_label_values(op, labels, legal, kept, vocab, ignore_index, temperature
     if len(bad):
         where = f"outside [0, {vocab}) and not ignore_index={ignore_index}"
         raise IndexError(f"{op}: labels holds {bad[0].item()}, {where}")
-    bad = temperature.expand(labels.shape)[kept & ~((temperature > 0) & temperature.isfinite())]
+    check_temperature(op, temperature, kept)
+
+
+def check_temperature(op: str, temperature: Tensor, kept: Tensor) -> None:
+    """On the CPU: where rows are kept it is a number to divide by."""
+    bad = temperature.expand(kept.shape)[kept & ~((temperature > 0) & temperature.isfinite())]
     if len(bad):
         raise ValueError(f"{op}: temperature holds {bad[0]}, must be finite and > 0")
 

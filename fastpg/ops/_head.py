@@ -17,6 +17,7 @@ from ._checks import (
     check_label_values,
     check_labels,
     check_shape,
+    check_temperature,
     check_tensors,
     compute_dtype,
     label_temperature,
@@ -169,11 +170,13 @@ def check_whole(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is a ZeRO-3 placeholder: {needs}")
 
 
-def check_head(op, hidden, weight, labels, bias) -> None:
+def check_head(op, hidden, weight, labels, bias, group) -> None:
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[-1]:
         shapes = f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"{op}: hidden must be [..., H] and weight [V, H], {shapes}")
-    if len(weight) == 0:
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"{op}: hidden must be [..., H], H > 0, got {tuple(hidden.shape)}")
+    if len(weight) == 0 and group is None:  # of an empty shard all ranks learn together
         raise ValueError(f"{op}: weight must hold at least one token, got {tuple(weight.shape)}")
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype is not hidden.dtype:
@@ -186,7 +189,8 @@ def check_head(op, hidden, weight, labels, bias) -> None:
 def dtype_of_logits(op: str, wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     wider = wanted is torch.float32 and dtype is not torch.float64
     if wanted not in (None, dtype) and not wider:
-        raise TypeError(f"{op}: logits_dtype must be None, {dtype} or torch.float32, got {wanted}")
+        others = "" if dtype in (torch.float32, torch.float64) else " or torch.float32"
+        raise TypeError(f"{op}: logits_dtype must be None, {dtype}{others}, got {wanted}")
     return wanted or dtype
 
 
@@ -201,7 +205,7 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def head_arguments(
     op: str, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,
-    logits_dtype,
+    logits_dtype, group=None,
 ):  # fmt: skip
     """What the user passes, checked and as the ops take it, rows in one axis.
 
@@ -212,10 +216,16 @@ def head_arguments(
         check_tensors(op, bias=bias)
     check_whole(op, hidden=hidden, weight=weight, bias=bias)
     hidden, weight, bias = autocast(hidden, weight, bias)
-    check_head(op, hidden, weight, labels, bias)
+    check_head(op, hidden, weight, labels, bias, group)
+    if not isinstance(ignore_index, int):
+        kind = type(ignore_index).__name__
+        raise TypeError(f"{op}: ignore_index must be an integer, got {kind}")
     dtype = compute_dtype(op, hidden=hidden)
     scale = positive(op, "logit_scale", logit_scale, dtype)
-    t = label_temperature(op, temperature, dtype, labels) / scale
+    t = label_temperature(op, temperature, dtype, labels)
+    if t.dim() and not t.is_cuda and not torch.compiler.is_compiling():
+        check_temperature(op, t, labels != ignore_index)  # while it is what the user passed
+    t = t / scale
     cap = 0.0 if softcap is None else positive(op, "softcap", softcap, dtype) / scale
     logits_dtype = dtype_of_logits(op, logits_dtype, hidden.dtype)
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.long().reshape(-1)

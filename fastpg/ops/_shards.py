@@ -111,10 +111,17 @@ def label_logit(logits, labels, dtype, softcap):
 
 def _position(op, group, size, device) -> tuple[Tensor, Tensor]:
     """Where this rank's shard begins, and the size of all of them: 0-d, nothing waits for them."""
+    if not isinstance(group, (dist.ProcessGroup, int)):  # an int is what new_group gives outsiders
+        kind = type(group).__name__
+        raise TypeError(f"{op}: process_group must be a torch.distributed.ProcessGroup, got {kind}")
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"{op}: process_group does not hold this process, rank {dist.get_rank()}")
-    ends = _gather(torch.full((1,), size, device=device), group)[:, 0].cumsum(0)
+    sizes = _gather(torch.full((1,), size, device=device), group)[:, 0]
+    looks = size == 0 or device.type == "cpu"  # elsewhere the others would have to wait for it
+    if not torch.compiler.is_compiling() and looks and not sizes.all():
+        raise ValueError(f"{op}: a shard must hold a token at least, got {sizes.tolist()}")
+    ends = sizes.cumsum(0)
     return ends[rank] - size, ends[-1]
 
 

@@ -243,7 +243,7 @@ def linear_token_logprobs(
     """
     args = head_arguments(
         OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,
-        logits_dtype,
+        logits_dtype, process_group,
     )  # fmt: skip
     logp, entropy = (x.view(labels.shape) for x in logprobs(process_group, *args))
     return (logp, entropy) if return_entropy else logp

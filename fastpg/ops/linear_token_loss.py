@@ -185,7 +185,7 @@ def linear_token_loss(
         raise ValueError(f"{OP}: level must be token or sequence, got {level!r}")
     args = head_arguments(
         OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,
-        logits_dtype,
+        logits_dtype, process_group,
     )  # fmt: skip
     wanted = torch.is_grad_enabled() and not constant(*args[:3])
     early = args[0].dtype is not torch.float16 and not torch.compiler.is_compiling()

@@ -202,10 +202,10 @@ class _TokenLogprobs(torch.autograd.Function):
         return None, None, grad, None, None, None, None
 
 
-def arguments(logits, labels, temperature, softcap, ignore_index):
+def arguments(logits, labels, temperature, softcap, ignore_index, group=None):
     """Those of the ops, from those of the public function, checked."""
     check_tensors("token_logprobs", logits=logits, labels=labels)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and group is None):
         raise ValueError(f"token_logprobs: logits must be [..., V], got {tuple(logits.shape)}")
     check_labels("token_logprobs", labels, logits)
     dtype = compute_dtype("token_logprobs", logits=logits)
@@ -236,7 +236,7 @@ def token_logprobs(
     A -inf logit has probability 0 (softcap makes it an ordinary one). NaN makes its own row NaN. A
     label outside [0, V) raises IndexError on the CPU; elsewhere its row is NaN, and check() raises.
     """
-    args = arguments(logits, labels, temperature, softcap, ignore_index)
+    args = arguments(logits, labels, temperature, softcap, ignore_index, process_group)
     if not constant(logits):
         return _TokenLogprobs.apply(process_group, return_entropy, *args)
     *outputs, _ = _forward(process_group, return_entropy, *args)[0]

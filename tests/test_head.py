@@ -1,6 +1,8 @@
 """Log-probs from hidden states: what `find_head` reads off a model is what the model computes."""
 
 import contextlib
+import copy
+import functools
 
 import pytest
 import torch
@@ -139,7 +141,8 @@ def test_verifies_under_autocast(family, dtype):
 
 @pytest.mark.parametrize("change", [{"softcap": 30.0}, {"scale": 0.9}, {"scale": 1.1}])
 def test_a_wrong_head_does_not_verify(monkeypatch, change):
-    monkeypatch.setattr("fastpg.trainer.head.Head", lambda *_: Head(**change))
+    wrong = Head(**change)
+    monkeypatch.setattr("fastpg.trainer.head.Head", lambda *_: wrong)
     with pytest.raises(UnknownHead, match=r"log-probs that differ by .* \(tolerance 0.0005\)"):
         find_head(build(FAMILIES["llama"][0]), contextlib.nullcontext)
 
@@ -162,9 +165,57 @@ def with_sharded_weights():
     return model
 
 
+def with_config(family, **changes):
+    model = build(FAMILIES[family][0])
+    model.config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def with_logits(model, change):
+    """A model that does one thing more to its logits."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def changed(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = change(out.logits)
+        return out
+
+    model.forward = changed
+    return model
+
+
+def test_a_softcap_that_the_config_hides_does_not_verify():
+    """Of logits as small as this model's it changes less than the tolerance."""
+    model, cap = build(FAMILIES["llama"][0]), 200.0
+    logits = model(batch()[0]).logits
+    assert (cap * torch.tanh(logits / cap) - logits).abs().max() < 5e-4
+    with_logits(model, lambda x: cap * torch.tanh(x / cap))
+    with pytest.raises(UnknownHead, match="log-probs that differ"):
+        find_head(model, contextlib.nullcontext)
+
+
+def test_two_scales_multiply():
+    model = with_config("cohere", output_multiplier=0.5)
+    with_logits(model, lambda x: 0.5 * x)
+    head = find_head(model, contextlib.nullcontext)
+    assert head == Head(scale=0.125)
+    assert_gives_the_models_own(model, head)
+
+
+def test_a_config_that_wants_tuples_changes_nothing():
+    model = with_config("llama", return_dict=False)
+    assert_gives_the_models_own(model, find_head(model, contextlib.nullcontext))
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (lambda: with_config("gemma2", final_logit_softcapping=0.0), "softcapping is 0.0"),
+        (lambda: with_config("cohere", logit_scale=-0.5), "logit_scale is -0.5 in the model's"),
+        (lambda: with_config("granite", logits_scaling=0), "logits_scaling is 0 in the model's"),
         (lambda: with_another_head(nn.Sequential()), "LM head is a torch.*Sequential"),
         (with_a_hook, "hook"),
         (with_sharded_weights, "weights are sharded"),

@@ -9,11 +9,11 @@ that the model computes.
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 import fastpg
 from fastpg.integrations.peft import UnknownHead, head_product
@@ -70,7 +70,8 @@ def causal_lm(policy: nn.Module) -> PreTrainedModel:
 
 
 def _inputs(policy: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict:
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs |= {"use_cache": False, "return_dict": True}  # whatever the config says
     if "position_ids" in inspect.signature(causal_lm(policy).forward).parameters:
         # generate() counts positions from the first real token; so must every other forward.
         inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -97,14 +98,23 @@ def find_head(
     if hasattr(weight, "full_tensor") or weight.dim() != 2 or weight.numel() == 0:
         raise UnknownHead("the model's weights are sharded, and whole only within its own forward")
     config = model.config.get_text_config()
-    scale = 1.0
+    head = Head(1.0, _positive(config, "final_logit_softcapping"))
     for name, factor in _SCALES.items():
-        if isinstance(getattr(config, name, None), (int, float)):
-            scale *= factor(getattr(config, name))
-    head = Head(scale, getattr(config, "final_logit_softcapping", None))
+        if (value := _positive(config, name)) is not None:
+            head = replace(head, scale=head.scale * factor(value))
     with torch.no_grad(), autocast():
         _compare(policy, head)
     return head
+
+
+def _positive(config: PretrainedConfig, name: str) -> float | None:
+    """A number of the config; None if it has none of that name."""
+    value = getattr(config, name, None)
+    if not isinstance(value, (int, float)):
+        return None
+    if not value > 0:
+        raise UnknownHead(f"{name} is {value} in the model's config, not a number > 0")
+    return value
 
 
 def _compare(policy: PreTrainedModel, head: Head) -> None:

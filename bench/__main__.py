@@ -72,11 +72,13 @@ def _row(case: Case, name: str, timing: Timing) -> dict:
     cells = [f"{v:.4g}" for v in (timing.median, timing.p10, timing.p90)]
     cells += [f"{timing.ratio:.2f}", target]
     cells += ["" if timing.extra_mib is None else f"{timing.extra_mib:.1f}"]
-    print("  " + COLUMNS.format(name, *cells))
+    memory_target = case.memory_target if name == case.ours else ""
+    print("  " + COLUMNS.format(name, *cells) + (memory_target and f"  (target {memory_target})"))
     return {
         "op": case.op, "case": case.name, "candidate": name, "median_ms": timing.median,
         "p10_ms": timing.p10, "p90_ms": timing.p90, "ratio": timing.ratio, "target": target,
-        "extra_mib": timing.extra_mib, "threads": torch.get_num_threads(),
+        "extra_mib": timing.extra_mib, "memory_target": memory_target,
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ class Case:
     device: str = "cpu"
     results_mib: float = 0.0  # of what a call returns: any candidate must allocate that
     least: int = 5  # rounds
+    memory_target: str = ""  # of ours, in MiB beside the results
 
 
 @dataclass

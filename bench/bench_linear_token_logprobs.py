@@ -88,4 +88,5 @@ def cases(device):
             device=device,
             results_mib=gradients,
             least=2 if shape[0] == 4096 else 5,
+            memory_target="<= eager / 15" if "eager" in candidates else "",
         )

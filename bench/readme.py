@@ -40,6 +40,8 @@ def table(op: str, case: str, rows: list[dict]) -> list[str]:
     for row in rows:
         times = (time(row[f"{key}_ms"]) for key in ("median", "p10", "p90"))
         memory = "" if row["extra_mib"] is None else f"{row['extra_mib']:.3g} MiB"
+        if target := row.get("memory_target"):  # which older rows do not have
+            memory += f" (target {target})"
         cells = row["candidate"], *times, f"{row['ratio']:.2f}", row["target"], memory
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]

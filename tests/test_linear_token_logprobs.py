@@ -336,6 +336,14 @@ def test_triton_kernels_serve_the_slices(monkeypatch):
         torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
 
 
+def test_autocast_leaves_fp64_alone():
+    hidden, weight, bias, labels = head_and_labels((9,), 150, 8, torch.float64)
+    want = linear_token_logprobs(hidden, weight, labels, bias=bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_token_logprobs(hidden, weight, labels, bias=bias)
+    assert got.dtype is torch.float64 and torch.equal(got, want)
+
+
 def test_a_placeholder_is_told_under_autocast():
     """Whose cast is a tensor of no rows, as any other."""
     placeholder = torch.nn.Parameter(torch.zeros(0))

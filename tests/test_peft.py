@@ -28,9 +28,18 @@ def adapted(**changes):
     return perturb(get_peft_model(model, LoraConfig(**{**ADAPTER, **changes})).eval().double())
 
 
+def with_a_hook(part):
+    model = adapted()
+    adapter = getattr(model.get_output_embeddings(), part)["default"]
+    adapter.register_forward_hook(lambda *_: None)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (lambda: with_a_hook("lora_A"), "adapter 'default' has a hook"),
+        (lambda: with_a_hook("lora_B"), "adapter 'default' has a hook"),
         (lambda: adapted(lora_dropout=0.1).train(), "adapter 'default' has dropout"),
         (lambda: adapted(use_dora=True), "adapter 'default' is not plain LoRA"),
     ],

@@ -30,12 +30,14 @@ def head_product(head: nn.Module, hidden: Tensor) -> Product:
     hidden: the last hidden states [..., H].
     Returns (hidden, weight, bias), in autocast's dtype where autocast is on, for example for
     `linear_token_logprobs(hidden, weight, labels, bias=bias)`. With active adapters, whose ranks
-    add up to r, hidden is [..., H + r], and weight a new tensor [V, H + r].
+    add up to r, hidden is [..., H + r], and weight a new tensor [V, H + r]. Where W is frozen that
+    is not free: weight takes memory anew, and as it requires a gradient for B, backward makes that
+    of all its columns, one product of N V H and a tensor of W's size, of which B's r are kept.
 
-    Raises `UnknownHead` for other layers, dropout inside the adapter, DoRA and its like, and hooks.
+    Raises `UnknownHead` for other layers, dropout inside the adapter, DoRA and its like, and hooks,
+    those on an adapter's A or B included.
     """
-    if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
-        raise UnknownHead("the LM head has a hook of its own")
+    _refuse_hooks(head, "the LM head")
     if type(head) is nn.Linear:
         factors = hidden, head.weight, head.bias
         return Product(*(x if x is None else _autocast(x) for x in factors))
@@ -44,6 +46,11 @@ def head_product(head: nn.Module, hidden: Tensor) -> Product:
     if _is_peft(head, "tuners.lora", "Linear"):
         return _with_adapters(head, head_product(head.base_layer, hidden))
     raise UnknownHead(f"the LM head is a {type(head).__module__}.{type(head).__qualname__}")
+
+
+def _refuse_hooks(module: nn.Module, name: str) -> None:
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        raise UnknownHead(f"{name} has a hook of its own")
 
 
 def _is_peft(module: nn.Module, home: str, name: str) -> bool:
@@ -77,6 +84,8 @@ def _with_adapters(lora: nn.Module, base: Product) -> Product:
             raise UnknownHead(f"the LM head's adapter {name!r} is not plain LoRA")
         if lora.lora_dropout[name].training and getattr(lora.lora_dropout[name], "p", 0) > 0:
             raise UnknownHead(f"the LM head's adapter {name!r} has dropout")
+        for part in (lora.lora_A, lora.lora_B):
+            _refuse_hooks(part[name], f"the LM head's adapter {name!r}")
         a, b, scaling = lora.lora_A[name].weight, lora.lora_B[name], lora.scaling[name]
         low_rank = nn.functional.linear(base.hidden.to(a.dtype), a) * scaling
         hidden.append(low_rank.to(base.hidden.dtype))

@@ -43,11 +43,16 @@ def define(schema: str, *, fake: Callable, reference: Callable) -> torch._ops.Op
     name = schema.partition("(")[0]
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIB.impl(name, reference, "CompositeExplicitAutograd")
+    LIB.impl(name, partial(_refuse_vmap, name), "FuncTorchBatched")
     torch.library.register_fake(f"fastpg::{name}", fake, lib=LIB)
     op = getattr(torch.ops.fastpg, name).default
     REFERENCES[op] = reference
     _kernels[name] = {"CPU": "reference", "CUDA": "reference"}
     return op
+
+
+def _refuse_vmap(name: str, *_: object) -> None:
+    raise RuntimeError(f"{name}: torch.vmap is not supported")  # torch would loop over the batch
 
 
 def kernel(op: torch._ops.OpOverload, device: str, label: str) -> Callable[[Callable], Callable]:

@@ -1,4 +1,4 @@
-"""What every op with a gradient promises of it: to be differentiated once."""
+"""What every op promises of transforms: its gradient is taken once, and torch.vmap raises."""
 
 import pytest
 import torch
@@ -36,3 +36,15 @@ def test_a_gradient_can_be_read_but_a_penalty_on_it_raises(op, checkpointed):
     assert not plain.requires_grad and torch.equal(plain, grad)
     with pytest.raises(RuntimeError, match=f"{op}: its gradient is not differentiable, double"):
         (loss + grad.square().sum()).backward()
+
+
+WITHOUT_GRADIENT = {
+    "importance_weights": lambda x: fastpg.importance_weights(x, Y, MASK)[0],
+    "token_weights": lambda x: fastpg.token_weights(x),
+}
+
+
+@pytest.mark.parametrize("op", OPS | WITHOUT_GRADIENT)
+def test_vmap_raises(op):
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap((OPS | WITHOUT_GRADIENT)[op])(X.expand(2, 3, 5))

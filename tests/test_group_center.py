@@ -128,3 +128,14 @@ def test_other_groups_never_matter(poison):
         options = {"baseline": baseline, "scale": scale}
         alone = group_center(scores[kept], GROUP[kept], **options)
         assert torch.equal(group_center(bad, GROUP, **options)[kept], alone)
+
+
+def test_equal_scores_are_centred_to_zero_exactly():
+    scores, group = torch.full((7,), 0.1, dtype=torch.float64), torch.zeros(7, dtype=torch.int64)
+    assert not group_center(scores, group, scale="std", eps=1e-20).any()
+
+
+def test_the_result_is_never_the_input():
+    scores = torch.rand(3, dtype=torch.float64)
+    out = group_center(scores, torch.arange(3), baseline="none")
+    assert torch.equal(out, scores) and out.data_ptr() != scores.data_ptr()

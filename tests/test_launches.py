@@ -64,14 +64,14 @@ CASES = {  # what is differentiated, and the most launches of forward and of bac
     "whiten": (X, lambda x: fastpg.whiten(x, MASK), 3, 3),
     "gae": (X, lambda x: fastpg.gae(x, X, MASK, gamma=0.9, lam=0.9)[0], 1, 2),
     "importance_weights": (None, lambda _: fastpg.importance_weights(X, Y, MASK)[0], 2, 0),
-    "value_loss": (X, lambda x: fastpg.value_loss(x, Y, WEIGHT)[0], 2, 2),
+    "value_loss": (X, lambda x: fastpg.value_loss(x, Y, WEIGHT)[0], 2, 1),
     "policy_loss_from_logits": (
         LOGITS,
         lambda x: fastpg.policy_loss_from_logits(x, LABELS, X[:, 0], X[:, 1], **FROM_LOGITS)[0],
         16,
         1,
     ),
-    "policy_loss": (X, lambda x: fastpg.policy_loss(x, X, WEIGHT, **PPO)[0], 2, 2),
+    "policy_loss": (X, lambda x: fastpg.policy_loss(x, X, WEIGHT, **PPO)[0], 2, 1),
 }
 
 

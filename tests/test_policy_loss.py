@@ -462,3 +462,10 @@ def test_double_backward_raises_and_single_repeats():
     assert policy_loss(logp, x["advantages"], weight)[0] == loss
     with torch.inference_mode(), torch.autocast("cpu"):
         assert policy_loss(**{k: x[k] for k in NAMES[:3]})[0] == loss
+
+
+def test_cu_seqlens_are_checked_without_old_logp_too():
+    x, cu_seqlens = torch.rand(4), torch.tensor([0, 2, 5], dtype=torch.int32)
+    for old in (None, x):
+        with pytest.raises(ValueError, match="got 5 at index 2"):
+            policy_loss(x, x, x, old_logp=old, level="sequence", cu_seqlens=cu_seqlens)

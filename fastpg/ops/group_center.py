@@ -9,7 +9,8 @@ With n scores x of a group, their mean μ and s² = Σ (x − μ)² / (n − 1):
 
 A group of one has nothing to be compared with: its score stays as it is (centre 0, scale 1).
 
-The mean is taken first, then the squares of what is left, in fp64: never E[x²] − E[x]².
+The mean is taken first, relative to the group's first score, so that equal ones are centred to 0;
+then the squares of what is left, in fp64: never E[x²] − E[x]².
 Mean and std: Shao et al. 2024 (GRPO); mean alone: Liu et al. 2025 (Dr.GRPO); loo: Kool et al. 2019.
 """
 
@@ -61,10 +62,12 @@ def group_center(
     if not 0 < eps < math.inf:
         raise ValueError(f"{op}: eps must be finite and > 0, got {eps}")
     x = scores.double()
-    index = torch.searchsorted(group.sort().values, group.contiguous())  # of the group's first
+    ordered = group.sort(stable=True)
+    index = torch.searchsorted(ordered.values, group.contiguous())  # of the group's first
     count = _group_sum(torch.ones_like(x), index)
     alone, others = count == 1, (count - 1).clamp(min=1)
-    centred = x - _group_sum(x, index) / count
+    shifted = x - x.detach()[ordered.indices[index]]
+    centred = shifted - _group_sum(shifted, index) / count
     out = x
     if baseline != "none":
         out = torch.where(alone, x, centred * (count / others if baseline == "loo" else 1.0))
@@ -73,4 +76,4 @@ def group_center(
         varies = variance > 0  # the root has no derivative at 0
         spread = torch.where(varies, torch.where(varies, variance, 1.0).sqrt(), 0.0)
         out = torch.where(alone, out, out / (spread + eps))
-    return out.to(dtype)
+    return out.to(dtype, copy=True)

@@ -157,6 +157,7 @@ class _PolicyLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1] and (device_options is not None or ctx.entropy_coef != 0)
         ctx.save_for_backward(coefficient, constants[1] if wanted else None, device_options)
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # of stats: a launch on a GPU
         return loss, stats
 
     @staticmethod
@@ -231,6 +232,8 @@ def policy_loss(
         sequence_count("policy_loss", "logp", logp, cu_seqlens)
         if old_logp is not None:
             ratio = _sequence_ratio(logp.detach(), old_logp.detach(), weight.detach(), cu_seqlens)
+        elif not torch.compiler.is_compiling():  # a graph cannot branch on values
+            check_cu_seqlens("policy_loss", cu_seqlens, logp)
     elif level != "token":
         raise ValueError(f"policy_loss: level must be token or sequence, got {level!r}")
     constants = advantages, weight, old_logp, ratio, ref_logp

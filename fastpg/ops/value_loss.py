@@ -98,6 +98,7 @@ class _ValueLoss(torch.autograd.Function):
         loss, coefficient, stats = _value_loss(values, *constants, clip)
         ctx.save_for_backward(coefficient)
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # of stats: a launch on a GPU
         return loss, stats
 
     @staticmethod

@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
-from test_trainer import parameters_after_a_step
+from test_trainer import by_hand, parameters_after_a_step, perturb
 from tiny_trainer import make_trainer, metrics_of
 
 from fastpg.algorithms import ALGORITHMS
 from fastpg.trainer import InputError, PPOConfig
 from fastpg.trainer.config import from_mapping, load_yaml
+from fastpg.trainer.rollout import Rollout
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "gspo"])
@@ -57,6 +58,33 @@ def test_micro_batches_of_sequences_add_up(tmp_path, algorithm):
     whole = parameters_after_a_step(tmp_path / "whole", micro_batch_size=10, **settings)
     split = parameters_after_a_step(tmp_path / "split", micro_batch_size=2, **settings)
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo"])
+def test_a_loss_of_groups_against_a_computation_by_hand(tmp_path, algorithm):
+    """One update, of a policy that is neither the one that sampled nor the reference."""
+    settings = {"num_generations": 5, "kl_coef": 0.3, "num_ppo_epochs": 1, "num_mini_batches": 1}
+    trainer = make_trainer(tmp_path, algorithm=algorithm, max_new_tokens=16, **settings)
+    perturb(trainer.model, 0.1)
+    rollout = trainer._sample(next(iter(trainer.loader)))
+    # One slot less: T is below max_new_tokens, as where every completion ended before.
+    ids, seen, mask = (x[:, :-1] for x in (rollout.input_ids, rollout.attention_mask, rollout.mask))
+    rollout = Rollout(ids, seen, mask, rollout.finished)
+    old, _ = trainer.learner.experience(rollout, torch.linspace(-1, 2, 10))
+    perturb(trainer.model, 0.02)
+    unused = torch.nn.Linear(32, 1)
+    with torch.no_grad():
+        own = by_hand(trainer.policy, unused, rollout, 1.0)
+        ref = by_hand(trainer.learner.reference, unused, rollout, 1.0)
+    expected = 0.0
+    for i, kept in enumerate(mask):
+        (logp, *_), (ref_logp, *_) = own[i], ref[i]
+        ratio, d, a = (logp - old.logp[i][kept]).exp(), logp - ref_logp, old.advantages[i][kept]
+        surrogate = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        terms = -surrogate + 0.3 * ratio * ((-d).exp() - 1 + d)
+        expected += terms.sum() / (kept.sum() if algorithm == "grpo" else 16) / 10
+    loss = trainer.learner.update(old)["policy/loss"]
+    assert loss == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_settings_take_the_place_of_the_algorithms_own():

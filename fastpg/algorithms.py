@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .ops._checks import as_bool, check_shape
 from .ops._stats import PolicyStats
 from .ops.gae import gae
 from .ops.group_center import group_center
@@ -69,6 +70,7 @@ class Algorithm:
     ) -> tuple[Tensor, Tensor]:
         """Advantages and returns of a batch whose episodes earned `scores`.
 
+        mask: bool or 0/1.
         group: whose completions belong together; for rows with a center.
         values: for rows with a critic.
         kl: k1 of every token, for rows that take the penalty off rewards or scores.
@@ -76,6 +78,10 @@ class Algorithm:
         """
         if self.critic and values is None:
             raise ValueError(f"{self.title} needs values, got None")
+        if self.kl != "loss" and self.kl_coef and kl is None:
+            raise ValueError(f"{self.title} needs kl, got None")
+        mask = as_bool(mask)
+        check_shape(self.title, "kl", kl, mask, mask.shape)
         penalty = {}
         if self.kl == "reward" and self.kl_coef:
             penalty = {"kl": kl, "kl_coef": self.kl_coef}
@@ -94,6 +100,7 @@ class Algorithm:
 
         max_length: of any completion; T may be less where all of them ended early.
         """
+        mask = as_bool(mask)
         if self.reduce == "token":
             return mask.sum()
         return mask.any(-1).sum() * (max_length if self.per_length else 1)

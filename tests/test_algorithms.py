@@ -260,6 +260,25 @@ def test_a_critic_without_values_is_refused(name):
         ALGORITHMS[name].advantages(x["scores"], x["mask"], kl=x["old_logp"] - x["ref_logp"])
 
 
+@pytest.mark.parametrize("name", ["ppo", "rloo", "reinforce++"])
+def test_a_penalty_without_its_kl_is_refused(name):
+    x, row = sample(), ALGORITHMS[name]
+    given = {"group": x["group"], "values": x["values"]}
+    with pytest.raises(ValueError, match="needs kl, got None"):
+        row.advantages(x["scores"], x["mask"], **given)
+    with pytest.raises(ValueError, match=r"kl \(8,\) must be \(8, 6\)"):
+        row.advantages(x["scores"], x["mask"], kl=x["scores"], **given)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_mask_of_numbers_is_a_mask(name):
+    x = sample()
+    loss, _, grad = run(row_of(name), x)
+    for dtype in (torch.float32, torch.int64):
+        theirs, _, their_grad = run(row_of(name), {**x, "mask": x["mask"].to(dtype)})
+        assert torch.equal(theirs, loss) and torch.equal(their_grad, grad)
+
+
 @pytest.mark.parametrize("name", ["ppo", "grpo", "dr_grpo"])
 def test_an_episode_without_tokens_is_not_counted(name):
     mask = torch.ones(3, T, dtype=torch.bool)

@@ -121,6 +121,11 @@ def test_saved_settings_of_one_algorithm_do_for_another(tmp_path, first, other):
             "algorithm=rloo needs num_generations of 2 or more.",
         ),
         ({"algorithm": "sapo", "cliprange": 0.2}, "cliprange means nothing to algorithm=sapo."),
+        ({"algorithm": "grpo", "lam": 0.9}, "lam needs a critic, which algorithm=grpo has not."),
+        (
+            {"algorithm": "reinforce++", "cliprange_value": 0.2},
+            "cliprange_value needs a critic, which algorithm=reinforce++ has not.",
+        ),
         ({"num_generations": 0}, "num_generations must be positive, not 0."),
     ],
 )

@@ -100,9 +100,14 @@ class PPOConfig:
             raise InputError(
                 f"Unknown algorithm {self.algorithm!r}{did_you_mean(self.algorithm, ALGORITHMS)}"
             )
-        clipped = "clip" in ALGORITHMS[self.algorithm].surrogate
-        if not clipped and (self.cliprange, self.cliprange_high) != (None, None):
+        row = ALGORITHMS[self.algorithm]
+        if "clip" not in row.surrogate and (self.cliprange, self.cliprange_high) != (None, None):
             raise InputError(f"cliprange means nothing to algorithm={self.algorithm}.")
+        for name in () if row.critic else ("lam", "cliprange_value"):
+            if getattr(self, name) is not None:
+                raise InputError(
+                    f"{name} needs a critic, which algorithm={self.algorithm} has not."
+                )
 
     def _check_sizes(self) -> None:
         if self.num_mini_batches > self.rollout_batch_size:
@@ -165,9 +170,11 @@ _BOUNDS = {
     "0 or more": (
         lambda x: x >= 0,
         "learning_rate value_learning_rate adam_epsilon kl_coef vf_coef num_logged_completions "
-        "seed missing_eos_penalty",
+        "missing_eos_penalty",
     ),
     "between 0 and 1": (lambda x: 0 <= x <= 1, "gamma lam"),
+    # Numpy takes 32 bits, and each process adds its number.
+    "between 0 and 2**31 - 1": (lambda x: 0 <= x < 2**31, "seed"),
     "no, bf16 or fp16": (("no", "bf16", "fp16").count, "mixed_precision"),
 }
 """What a value must be: the words, the test, the settings."""

@@ -9,12 +9,16 @@
     sapo           −4/τ σ(τ (r − 1)) A                 4 σ (1 − σ) r A
 
     kl, d = logp − ref_logp      value                 derivative by logp
-    k3                           r (e^{−d} − 1 + d)    r d: the gradient of KL(policy ‖ reference)
+    k3                           r (e^{−d} − 1 + d)    r d: of KL(policy ‖ reference)
     k3_naive                     e^{−d} − 1 + d        1 − e^{−d}: of KL(reference ‖ policy)
     k2                           d² / 2                d
 
+Each is the KL of a token given its prefix. That earlier tokens decide over later prefixes is not in the
+gradient; it is with k1 in the rewards, the KL of the sequence.
+
 With level="sequence" s and c take exp(mean_t (logp − old_logp)) of the token's sequence for r, as a
-number that moves like the token's own ratio (GSPO-token).
+number that moves like the token's own ratio (GSPO-token). Tokens of weight 0 are out of that mean, those too
+that importance_weights(outside="zero") has dropped.
 
 Forward writes one coefficient per token, dL/dlogp_t; backward multiplies it by the incoming scalar.
 Log-ratios are clamped to ±20, which bounds a gradient and does not stop it.

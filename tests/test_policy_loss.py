@@ -197,7 +197,6 @@ BAD = [
     ({"kl": "k1"}, ValueError, "kl='k1' has expected gradient 0"),
     ({"kl": "k4"}, ValueError, "kl must be one of k3, k3_naive, k2, got 'k4'"),
     ({"kl_coef": 0.1}, ValueError, "kl_coef=0.1 needs ref_logp"),
-    ({"ref_logp": X}, ValueError, "ref_logp needs kl_coef > 0"),
     ({"ref_logp": X, "kl_coef": -1.0}, ValueError, "kl_coef must be finite and >= 0, got -1.0"),
     ({"entropy_coef": 0.1}, ValueError, "entropy_coef=0.1 needs entropy"),
     ({"entropy": X, "entropy_coef": math.inf}, ValueError, "entropy_coef must be finite, got inf"),
@@ -434,6 +433,24 @@ def test_kl_gradient_by_enumeration(kernel, kl):
     reverse = gradient(lambda logp: (logp.exp() * (logp - ref)).sum())
     forward = gradient(lambda logp: (ref.exp() * (ref - logp)).sum())
     torch.testing.assert_close(ours, forward if kl == "k3_naive" else reverse)
+
+
+@pytest.mark.parametrize("kl", ["k2", "k3", "k3_naive"])
+def test_a_kl_of_coefficient_0_is_only_counted(kernel, kl):
+    x = sample((500,))
+    (logp,) = leaves(x["logp"])
+
+    def of(**options):
+        loss, stats = policy_loss(
+            logp, x["advantages"], x["weight"], old_logp=x["old_logp"], kl=kl, **options
+        )
+        return loss, torch.autograd.grad(loss, logp)[0], merge_stats(stats)
+
+    plain, counted, penalised = (
+        of(), of(ref_logp=x["ref_logp"]), of(ref_logp=x["ref_logp"], kl_coef=0.1)
+    )  # fmt: skip
+    assert torch.equal(counted[0], plain[0]) and torch.equal(counted[1], plain[1])
+    assert counted[2]["ref_kl"] == penalised[2]["ref_kl"] != 0
 
 
 def test_approx_kl_keeps_its_digits_near_the_old_policy(kernel):

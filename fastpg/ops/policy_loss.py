@@ -9,16 +9,16 @@
     sapo           −4/τ σ(τ (r − 1)) A                 4 σ (1 − σ) r A
 
     kl, d = logp − ref_logp      value                 derivative by logp
-    k3                           r (e^{−d} − 1 + d)    r d: of KL(policy ‖ reference)
+    k3                           r (e^{−d} − 1 + d)    r d: the gradient of KL(policy ‖ reference)
     k3_naive                     e^{−d} − 1 + d        1 − e^{−d}: of KL(reference ‖ policy)
     k2                           d² / 2                d
 
-Each is the KL of a token given its prefix. That earlier tokens decide over later prefixes is not in the
-gradient; it is with k1 in the rewards, the KL of the sequence.
+Each is the KL of a token given its prefix. That earlier tokens decide over later prefixes is not in
+the gradient; it is with k1 in the rewards, whose KL is that of the sequence.
 
 With level="sequence" s and c take exp(mean_t (logp − old_logp)) of the token's sequence for r, as a
-number that moves like the token's own ratio (GSPO-token). Tokens of weight 0 are out of that mean, those too
-that importance_weights(outside="zero") has dropped.
+number that moves like the token's own ratio (GSPO-token). Tokens of weight 0 are not in that mean,
+nor are those that importance_weights(outside="zero") has dropped.
 
 Forward writes one coefficient per token, dL/dlogp_t; backward multiplies it by the incoming scalar.
 Log-ratios are clamped to ±20, which bounds a gradient and does not stop it.
@@ -180,8 +180,6 @@ def check_terms(kl, kl_coef, ref_logp):
         raise ValueError(f"policy_loss: kl must be one of {', '.join(KLS)}, got {kl!r}")
     if ref_logp is None and kl_coef != 0:
         raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logp")
-    if ref_logp is not None and kl_coef == 0:
-        raise ValueError("policy_loss: ref_logp needs kl_coef > 0, got 0")
 
 
 def on_device(options, device):
@@ -219,6 +217,7 @@ def policy_loss(
     clip: "ppo" and "cispo" bound the ratio by 1 - low and 1 + high, None on a side: unbounded.
     dual_clip: > 1, bounds the ratio of "ppo" where A < 0, and so the loss by -dual_clip A.
     tau: > 0, of "sapo": where A >= 0, where A < 0; the larger, the faster the gradient fades.
+    ref_logp: with kl_coef = 0 its KL is counted and no more.
     level: "sequence" takes the mean log-ratio of each sequence; tokens are [B, T], or packed [N]
     with cu_seqlens (int32 [B + 1]), which no other level reads.
     Returns (loss, stats): a scalar, fp32 (fp64 if an input is fp64), and PolicyStats.

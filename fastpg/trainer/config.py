@@ -49,8 +49,12 @@ class PPOConfig:
     max_new_tokens: int = option(128, "tokens of a completion at most")
     temperature: float = option(1.0, "of sampling, and of every log-probability")
 
-    num_ppo_epochs: int = option(4, "passes over each rollout")
-    num_mini_batches: int = option(2, "optimiser steps per pass")
+    num_ppo_epochs: int | None = option(
+        None, "passes over each rollout; by default 4, or 1 if the surrogate is reinforce"
+    )
+    num_mini_batches: int | None = option(
+        None, "optimiser steps per pass; by default 2, or 1 if the surrogate is reinforce"
+    )
     micro_batch_size: int = option(16, "sequences per forward and backward")
     learning_rate: float = option(1e-6, "of the policy at the first step; decays linearly to 0")
     value_learning_rate: float = option(1e-3, "of the value head, likewise")
@@ -131,8 +135,11 @@ class PPOConfig:
         """
         row = ALGORITHMS[self.algorithm]
         low, high = row.surrogate.get("clip", (None, None))
+        on_policy = row.surrogate["surrogate"] == "reinforce"
         own = {
             "num_generations": 1 if row.center is None else 8,
+            "num_ppo_epochs": 1 if on_policy else 4,
+            "num_mini_batches": 1 if on_policy else 2,
             "lam": row.gae["lam"],
             "kl_coef": row.kl_coef,
             "cliprange": low,

@@ -44,7 +44,7 @@ from fastpg.ops import (
 BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 VOCABS = (151936, 1000)  # one for each row of the table
-COLUMNS = "{:7}{:19}{:22}{:>5}{:>7}{:>8}{:>9}{:>6}  {}"
+COLUMNS = "{:7}{:25}{:22}{:>5}{:>7}{:>8}{:>9}{:>6}  {}"
 HEADER = ("arch", "op", "kernel", "regs", "spill", "shared", "LDG.128", "s", "variant")
 
 
@@ -177,11 +177,24 @@ def token_logprobs(few: bool, capability: int) -> Iterator[Variant]:
         yield Variant(kernel, "fp32", constants, options, tensors, names)
 
 
-def policy_loss_from_logits(few: bool, _) -> Iterator[Variant]:
-    gradients = ("bf16", "fp32", "fp64")
-    for dtype in gradients[: 1 if few else None]:
+def policy_loss_from_logits(few: bool, capability: int) -> Iterator[Variant]:
+    """With all that is optional where there is entropy, else without; and every surrogate so."""
+    page, kernel = policy_loss_from_logits_triton, policy_loss_from_logits_triton.rows_kernel
+    absent = dict.fromkeys(("old_logp", "ref_logp", "device_options"))
+    losses = [{"SURROGATE": kind, "KL": "k3"} for kind in ("sapo", "ppo", "cispo", "reinforce")]
+    flags, dtypes = BOTH[:1] if few else BOTH, list(TYPES)[:2]
+    cases = itertools.product(flags, flags, BOTH, dtypes, VOCABS[: 1 if few else None])
+    for *row, dtype, vocab in cases:
+        constants = page.options(*row, dtype, vocab, capability // 10)
+        options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+        tensors = {"labels": "i64", "flag": "i64", **dict.fromkeys(("logits", "out"), TYPES[dtype])}
+        given = {} if constants["ENTROPY"] else absent | {"entropy": None}
+        for loss in losses[: 1 if few or any(row[:2]) or not row[2] else None]:
+            constant = given | loss | constants
+            yield Variant(kernel, "fp32", constant, options, tensors, ("logits", "out") * row[2])
+    for dtype in ("fp64",) if few else ("fp64", "fp32", "bf16"):
         by = {"by": "fp64" if dtype == "fp64" else "fp32"}
-        yield Variant(policy_loss_from_logits_triton.scale_kernel, dtype, {}, pointers=by)
+        yield Variant(page.scale_kernel, dtype, {}, pointers=by)
 
 
 OPS = (

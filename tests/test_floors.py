@@ -14,8 +14,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 # Pages, and their helpers, that stand on others.
-STOREYS = {"_triton": 0, "_policy_triton": 0.5}
+STOREYS = {"_triton": 0, "_policy_triton": 0.5, "_rows_triton": 0.5}
 STOREYS |= {
+    "policy_loss_from_logits_triton": 1.5,
     "_shards": 1.5,
     "_head": 3,
     "merge_stats": 3,

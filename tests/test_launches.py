@@ -55,7 +55,7 @@ X, MASK, WEIGHT = torch.randn(B, T), torch.ones(B, T, dtype=torch.bool), torch.o
 LOGITS, LABELS = logits_and_labels((B,), 33)
 Y = -X
 PPO = {"old_logp": Y, "ref_logp": X, "kl_coef": 0.1, "entropy": Y, "entropy_coef": 0.1}
-FROM_LOGITS = {"old_logp": Y[:, 0], "entropy_coef": 0.1}
+FROM_LOGITS = dict(zip(("advantages", "weight", "old_logp"), torch.randn(3, B), strict=True))
 CASES = {  # what is differentiated, and the most launches of forward and of backward
     "token_logprobs": (LOGITS, lambda x: fastpg.token_logprobs(x, LABELS), 3, 1),
     "kl_estimate": (X, lambda x: fastpg.kl_estimate(x, Y, kind="k3"), 1, 1),
@@ -67,8 +67,8 @@ CASES = {  # what is differentiated, and the most launches of forward and of bac
     "value_loss": (X, lambda x: fastpg.value_loss(x, Y, WEIGHT)[0], 2, 1),
     "policy_loss_from_logits": (
         LOGITS,
-        lambda x: fastpg.policy_loss_from_logits(x, LABELS, X[:, 0], X[:, 1], **FROM_LOGITS)[0],
-        16,
+        lambda x: fastpg.policy_loss_from_logits(x, LABELS, **FROM_LOGITS)[0],
+        4,
         1,
     ),
     "policy_loss": (X, lambda x: fastpg.policy_loss(x, X, WEIGHT, **PPO)[0], 2, 1),

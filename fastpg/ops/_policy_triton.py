@@ -93,6 +93,29 @@ def surrogate(ratio, advantage, logp, bounds, taus, KIND: tl.constexpr):
 
 
 @triton.jit
+def token_loss(
+    logp, advantage, old_logp, ratio, ref_logp, bounds, taus, kl_coef, SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+):  # fmt: skip
+    """(value, too_low, too_high) of the surrogate, (r, d, e^d - 1 - d), ref_kl, and dL/dlogp.
+
+    r is what the surrogate took, d = logp - old_logp. Of old_logp, ratio, ref_logp any may be None.
+    """
+    zero = tl.zeros_like(logp)
+    d, excess, token_ratio = zero, zero, zero + 1.0
+    if old_logp is not None:
+        d = log_ratio(logp, old_logp)
+        token_ratio, excess = exp_excess(d)
+    r = token_ratio if ratio is None else ratio
+    value, slope, too_low, too_high = surrogate(r, advantage, logp, bounds, taus, SURROGATE)
+    ref_kl = zero
+    if ref_logp is not None:
+        ref_kl, kl_slope = reference_kl(log_ratio(logp, ref_logp), token_ratio, KL)
+        slope += kl_coef * kl_slope
+    return (value, too_low, too_high), (r, d, excess), ref_kl, slope
+
+
+@triton.jit
 def reference_kl(d, ratio, KIND: tl.constexpr):
     """KL to the reference and its derivative, d = logp - ref_logp; r' = r: of r k3 it is r d."""
     if KIND == "k2":

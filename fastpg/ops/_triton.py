@@ -21,10 +21,14 @@ CHUNK = tl.constexpr(256)  # partial results that are merged at a time
 OPTIONS = {"enable_fp_fusion": False}
 
 
-def jit(kernel: Callable):
-    """triton.jit that compiles nothing anew for other sizes, alignments or numbers."""
+def jit(kernel: Callable, specialised: tuple[str, ...] = ()):
+    """triton.jit that compiles nothing anew for other sizes, alignments or numbers.
+
+    But for the alignment of the pointers that are specialised.
+    """
     arguments = inspect.signature(kernel).parameters.values()
     plain = [a.name for a in arguments if "constexpr" not in str(a.annotation)]
+    plain = [name for name in plain if name not in specialised]
     return triton.jit(do_not_specialize=plain)(kernel)
 
 

@@ -33,11 +33,18 @@ from .token_logprobs import token_logprobs
 OP = "policy_loss_from_logits"
 
 
+def masked(labels, weight, ignore_index):
+    """Labels and weights of which either masks what one of them does."""
+    kept = (weight != 0) & (labels != ignore_index)
+    return torch.where(kept, labels, ignore_index), torch.where(kept, weight, 0.0)
+
+
 def reference(
     out, logits, labels, temperature, softcap, ignore_index, advantages, weight, old_logp, ref_logp,
     surrogate, kl, options, device_options, with_entropy,
 ):  # fmt: skip
-    """-> loss [], stats [16]; dL/dlogits goes to out. labels and weight mask the same tokens."""
+    """-> loss [], stats [16]; dL/dlogits goes to out."""
+    labels, weight = masked(labels, weight, ignore_index)
     rows = logits, labels, temperature, softcap, ignore_index
     logp, entropy, of_rows = rows_page.reference(*rows)
     entropy = entropy if with_entropy else None
@@ -71,9 +78,11 @@ _loss = define(
 def _loss_cpu(out, *args):
     if out.numel() == 0:  # an empty tensor has no address
         return reference(out, *args)
-    logits, labels, temperature = rows_page._addressable(*args[:3])
-    rows = rows_page._rows(logits, labels, temperature, *args[3:5])
-    tokens = contiguous(*args[5:9])
+    logits, labels, temperature, softcap, ignore_index, advantages, weight, *rest = args[:9]
+    labels, weight = masked(labels, weight, ignore_index)
+    logits, labels, temperature = rows_page._addressable(logits, labels, temperature)
+    rows = rows_page._rows(logits, labels, temperature, softcap, ignore_index)
+    tokens = contiguous(advantages, weight, *rest)
     surrogate, kl, options, device_options, with_entropy = args[9:]
     logp, coefficient, *for_entropy = torch.empty(
         4 if with_entropy else 2, *labels.shape, dtype=temperature.dtype
@@ -130,15 +139,12 @@ class _PolicyLossFromLogits(torch.autograd.Function):
         return gradient, *[None] * 14
 
 
-def _checked_tokens(labels, dtype, ignore_index, **tokens):
-    """The tensors of the tokens, and labels and weight masked where either masks."""
+def _tokens(labels, dtype, **tokens):
+    """advantages, weight, old_logp and ref_logp, as the op takes them."""
     check_tensors(OP, advantages=tokens["advantages"])
     check_shape(OP, "advantages", tokens["advantages"], labels, labels.shape)
-    tokens = [x if x is None else x.detach() for x in alike(OP, ("old_logp", "ref_logp"), **tokens)]
-    advantages, weight, *others = (cast(x, dtype) for x in tokens)
-    kept = (weight != 0) & (labels != ignore_index)
-    labels, weight = torch.where(kept, labels, ignore_index), torch.where(kept, weight, 0.0)
-    return labels, (advantages, weight, *others)
+    tokens = alike(OP, ("old_logp", "ref_logp"), **tokens)
+    return [x if x is None else cast(x.detach(), dtype) for x in tokens]
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -152,12 +158,13 @@ def _check_inplace(logits: Tensor) -> None:
 
 def _by_two_ops(rows, tokens, entropy_coef, **options):
     logits, labels, temperature, softcap, ignore_index = rows
+    advantages, weight, old_logp, ref_logp = tokens
+    labels, weight = masked(labels, weight, ignore_index)
     logp = token_logprobs(
         logits, labels, temperature=temperature, softcap=softcap or None, ignore_index=ignore_index,
         return_entropy=entropy_coef != 0,
     )  # fmt: skip
     logp, entropy = logp if entropy_coef != 0 else (logp, None)
-    advantages, weight, old_logp, ref_logp = tokens
     return policy_loss(
         logp, advantages, weight, old_logp=old_logp, ref_logp=ref_logp, entropy=entropy,
         entropy_coef=entropy_coef, **options,
@@ -201,16 +208,13 @@ def policy_loss_from_logits(
     The ratio of a whole sequence (level="sequence") needs all its log-probs first: the two ops do
     that. They also serve fp16, whose gradient would underflow before a GradScaler could scale it.
     """
-    logits, labels, *options = rows_page.arguments(
-        logits, labels, temperature, softcap, ignore_index
-    )
+    rows = rows_page.arguments(logits, labels, temperature, softcap, ignore_index)
     numbers = check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef)
     tokens_page.check_terms(kl, kl_coef, ref_logp)
-    labels, tokens = _checked_tokens(
-        labels, options[0].dtype, ignore_index, advantages=advantages, weight=weight,
-        old_logp=old_logp, ref_logp=ref_logp,
+    tokens = _tokens(
+        labels, rows[2].dtype, advantages=advantages, weight=weight, old_logp=old_logp,
+        ref_logp=ref_logp,
     )  # fmt: skip
-    rows = logits, labels, *options
     wanted = torch.is_grad_enabled() and not constant(logits)
     if not wanted or logits.dtype is torch.float16:
         return _by_two_ops(

@@ -9,13 +9,12 @@ import triton
 import triton.language as tl
 
 from .._library import REFERENCES, contiguous
-from ._policy_triton import log_ratio, options_of, reference_kl, surrogate
+from ._policy_triton import log_ratio, options_of, token_loss
 from ._triton import (
     BLOCK,
     OPTIONS,
     block_offsets,
     blocks_of,
-    exp_excess,
     jit,
     on_device,
     sequence_bounds,
@@ -64,18 +63,16 @@ def forward_kernel(
     bounds, taus, kl_coef, entropy_coef = options_of(
         x, device_options, low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef
     )
-    d, excess, token_ratio = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x) + 1.0
-    if old_logp is not None:
-        d = log_ratio(x, load_kept(old_logp, at, kept))
-        token_ratio, excess = exp_excess(d)
-    r = token_ratio if ratio is None else load_kept(ratio, at, kept)
-    value, slope, too_low, too_high = surrogate(r, a, x, bounds, taus, SURROGATE)
-    loss, ref_kl, h = w * value, tl.zeros_like(x), tl.zeros_like(x)
+    old = None if old_logp is None else load_kept(old_logp, at, kept)
+    held = None if ratio is None else load_kept(ratio, at, kept)
+    ref = None if ref_logp is None else load_kept(ref_logp, at, kept)
+    (value, too_low, too_high), (r, d, excess), ref_kl, slope = token_loss(
+        x, a, old, held, ref, bounds, taus, kl_coef, SURROGATE, KL
+    )
+    loss, h = w * value, tl.zeros_like(x)
     put_sum(part, 3, loss)
     if ref_logp is not None:
-        to_ref = log_ratio(x, load_kept(ref_logp, at, kept))
-        ref_kl, kl_slope = reference_kl(to_ref, token_ratio, KL)
-        loss, slope = loss + w * kl_coef * ref_kl, slope + kl_coef * kl_slope
+        loss += w * kl_coef * ref_kl
     if entropy is not None:
         h = load_kept(entropy, at, kept)
         loss -= w * entropy_coef * h

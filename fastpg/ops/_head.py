@@ -223,7 +223,7 @@ def head_arguments(
     dtype = compute_dtype(op, hidden=hidden)
     scale = positive(op, "logit_scale", logit_scale, dtype)
     t = label_temperature(op, temperature, dtype, labels)
-    if t.dim() and not t.is_cuda and not torch.compiler.is_compiling():
+    if scale != 1 and t.dim() and t.device.type == "cpu" and not torch.compiler.is_compiling():
         check_temperature(op, t, labels != ignore_index)  # while it is what the user passed
     t = t / scale
     cap = 0.0 if softcap is None else positive(op, "softcap", softcap, dtype) / scale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -12,15 +14,32 @@ from .._library import DTYPE_CODE, scalar
 
 def check_tensors(op: str, **values: object) -> None:
     for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        check_tensor(op, name, value)
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    if not isinstance(value, (float, int)) and not isinstance(value, Real):  # a scalar of NumPy
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def check_choice(op: str, name: str, value: object, known: object) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def compute_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32."""
     dtype = torch.float32
     for name, tensor in tensors.items():
-        if tensor is None or tensor.dtype is torch.float32:
+        if tensor is None:
+            continue
+        check_tensor(op, name, tensor)
+        if tensor.dtype is torch.float32:
             continue
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
@@ -74,12 +93,14 @@ def constant(*tensors: Tensor | None) -> bool:
 
 def sequence_count(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> int:
     """B, from tokens [B, T], or from cu_seqlens [B + 1] if tokens are packed [N]."""
+    check_tensor(op, name, tokens)
     if tokens.dim() != (2 if cu_seqlens is None else 1):
         raise ValueError(
             f"{op}: {name} must be [B, T], or [N] with cu_seqlens, got {tuple(tokens.shape)}"
         )
     if cu_seqlens is None:
         return tokens.shape[0]
+    check_tensor(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype is not torch.int32:
         raise TypeError(f"{op}: cu_seqlens must be int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
@@ -97,6 +118,7 @@ def check_shape(op: str, name: str, tensor: Tensor | None, like: Tensor, *shapes
     """One of the shapes, and the device of `like`; or no tensor at all."""
     if tensor is None:
         return
+    check_tensor(op, name, tensor)
     if tensor.shape not in shapes:
         allowed = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must be {allowed}")
@@ -198,8 +220,7 @@ def check_temperature(op: str, temperature: Tensor, kept: Tensor) -> None:
 
 def positive(op: str, name: str, value: float, dtype: torch.dtype) -> float:
     """value, by which the kernels divide, or multiply with its inverse, in dtype."""
-    if isinstance(value, (Tensor, str, type(None))):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    check_number(op, name, value)
     most = torch.finfo(dtype).max
     if not 1 / most < value < most:
         needs = f"and its inverse must be finite and > 0 in {dtype}"

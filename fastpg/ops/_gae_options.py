@@ -11,6 +11,7 @@ from . import _checks
 def discount(name, x, rewards, mask, count, dtype):
     """gamma or lam as (tensor or None, float)."""
     if not isinstance(x, Tensor):
+        _checks.check_number("gae", name, x)
         if not 0 <= x <= 1:
             raise ValueError(f"gae: {name} must be in [0, 1], got {x}")
         return None, float(x)

@@ -7,6 +7,7 @@ token, ds/dlogp = −c(r, A), and whether the lower and the upper bound of r are
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -77,17 +78,20 @@ def reference_kl(kl, d, ratio):
 
 def check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef) -> Options:
     """The arguments of policy_loss as the kernels take them."""
-    if surrogate not in SURROGATES:
+    if not isinstance(surrogate, str) or surrogate not in SURROGATES:
         names = ", ".join(SURROGATES)
         raise ValueError(f"policy_loss: surrogate must be one of {names}, got {surrogate!r}")
     low, high = _pair("clip", clip)
+    _check_numbers({"clip": clip, "dual_clip": (dual_clip,)}, (float, Real, type(None)))
+    coefficients = {"kl_coef": (kl_coef,), "entropy_coef": (entropy_coef,)}
+    _check_numbers({"tau": _pair("tau", tau), **coefficients}, (float, Real))
     if (low is not None and not low >= 0) or (high is not None and not high >= 0):
         raise ValueError(f"policy_loss: clip must be >= 0 or None on each side, got {clip}")
     if dual_clip is not None and surrogate != "ppo":
         raise ValueError(f"policy_loss: dual_clip={dual_clip} needs surrogate='ppo'")
     if dual_clip is not None and not 1 < dual_clip < math.inf:
         raise ValueError(f"policy_loss: dual_clip must be finite and > 1, got {dual_clip}")
-    if not all(0 < t < math.inf for t in _pair("tau", tau)):
+    if not all(0 < t < math.inf for t in tau):
         raise ValueError(f"policy_loss: tau must be finite and > 0, got {tau}")
     if not 0 <= kl_coef < math.inf:
         raise ValueError(f"policy_loss: kl_coef must be finite and >= 0, got {kl_coef}")
@@ -99,6 +103,14 @@ def check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef) -> Opt
         math.inf if dual_clip is None else dual_clip,
         *tau, kl_coef, entropy_coef,
     )  # fmt: skip
+
+
+def _check_numbers(options, kind):
+    for name, values in options.items():
+        for value in values:
+            if not isinstance(value, kind):
+                got = type(value).__name__
+                raise TypeError(f"policy_loss: {name} must be a number, got {got}")
 
 
 def _pair(name, value):

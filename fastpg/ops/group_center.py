@@ -53,12 +53,12 @@ def group_center(
     dtype = _checks.compute_dtype(op, scores=scores)
     if scores.dim() != 1:
         raise ValueError(f"{op}: scores must be [B], got {tuple(scores.shape)}")
-    if group.is_floating_point() or group.is_complex() or group.dtype is torch.bool:
-        raise TypeError(f"{op}: group must be integers, got {group.dtype}")
+    if group.dtype not in _checks.INTEGERS:
+        raise TypeError(f"{op}: group must be integers, uint8 or signed, got {group.dtype}")
     _checks.check_shape(op, "group", group, scores, scores.shape)
     for name, value, known in (("baseline", baseline, BASELINES), ("scale", scale, SCALES)):
-        if value not in known:
-            raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}")
+        _checks.check_choice(op, name, value, known)
+    _checks.check_number(op, "eps", eps)
     if not 0 < eps < math.inf:
         raise ValueError(f"{op}: eps must be finite and > 0, got {eps}")
     x = scores.double()

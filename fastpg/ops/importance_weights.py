@@ -95,13 +95,14 @@ triton_kernels(__name__, _weights)
 
 def _bounds(low, high):
     """As floats, infinite where there is no bound."""
-    low = -math.inf if low is None else float(low)
-    high = math.inf if high is None else float(high)
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    _checks.check_number("importance_weights", "low", low)
+    _checks.check_number("importance_weights", "high", high)
     if not (low <= high and high > 0):
         raise ValueError(
             f"importance_weights: low <= high and high > 0 must hold, got {low} and {high}"
         )
-    return low, high
+    return float(low), float(high)
 
 
 def importance_weights(
@@ -130,8 +131,7 @@ def importance_weights(
     _checks.sequence_count(op, "logp", logp, cu_seqlens)
     _checks.check_shape(op, "mask", mask, logp, logp.shape)
     for name, value, known in (("level", level, LEVELS), ("outside", outside, OUTSIDE)):
-        if value not in known:
-            raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}")
+        _checks.check_choice(op, name, value, known)
     tensors = logp.detach(), behavior_logp.detach(), _checks.as_bool(mask), cu_seqlens
     weight, stats = _weights(*tensors, level, *_bounds(low, high), outside)
     return weight, ImportanceStats(stats)

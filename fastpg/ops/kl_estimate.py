@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._library import _C, DTYPE_CODE, cpu_kernel, define, triton_kernels
 from ._autograd import once_differentiable
-from ._checks import alike, constant
+from ._checks import alike, check_choice, constant
 
 KINDS = {"k1": 0, "k2": 1, "k3": 2}  # the codes of csrc/kl_estimate.h
 
@@ -95,8 +95,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: str = "k1") -> Tensor:
     Returns kl of the same shape, fp32 (fp64 if an input is fp64). Padding is yours to mask.
     """
     logp, ref_logp = alike("kl_estimate", logp=logp, ref_logp=ref_logp)
-    if kind not in KINDS:
-        raise ValueError(f"kl_estimate: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice("kl_estimate", "kind", kind, KINDS)
     if constant(logp, ref_logp):
         return _kl(logp, ref_logp, kind)
     return _KlEstimate.apply(logp, ref_logp, kind)

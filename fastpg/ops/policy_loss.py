@@ -176,7 +176,7 @@ class _PolicyLoss(torch.autograd.Function):
 def check_terms(kl, kl_coef, ref_logp):
     if kl == "k1":
         raise ValueError("policy_loss: kl='k1' has expected gradient 0; put k1 in the rewards")
-    if kl not in KLS:
+    if not isinstance(kl, str) or kl not in KLS:
         raise ValueError(f"policy_loss: kl must be one of {', '.join(KLS)}, got {kl!r}")
     if ref_logp is None and kl_coef != 0:
         raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logp")

@@ -100,6 +100,7 @@ class _TokenRewards(torch.autograd.Function):
 
 def _penalty(kl, kl_coef, dtype):
     """(kl, kl_coef) for the op; no kl at coefficient 0, where an infinite one would make NaN."""
+    _checks.check_number("token_rewards", "kl_coef", kl_coef)
     if not 0 <= kl_coef < math.inf:
         raise ValueError(f"token_rewards: kl_coef must be finite and >= 0, got {kl_coef}")
     if kl is None and kl_coef != 0:
@@ -131,6 +132,7 @@ def token_rewards(
     unmasked token gets nothing.
     """
     op = "token_rewards"
+    _checks.check_tensor(op, "scores", scores)
     dtype = _checks.compute_dtype(op, scores=scores, kl=kl)
     count = _checks.sequence_count(op, "mask", mask, cu_seqlens)
     _checks.check_shape(op, "scores", scores, mask, (count,))

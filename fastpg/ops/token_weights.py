@@ -68,15 +68,13 @@ def token_weights(
     micro-batches or ranks add up; None: the count of this mask. With 0 every weight is 0.
     Returns weight like mask, fp32, 0 where masked.
     """
-    if reduce not in _REDUCTIONS:
-        raise ValueError(
-            f"token_weights: reduce must be one of {', '.join(_REDUCTIONS)}, got {reduce!r}"
-        )
+    _checks.check_choice("token_weights", "reduce", reduce, _REDUCTIONS)
     _checks.sequence_count("token_weights", "mask", mask, cu_seqlens)
     if isinstance(denom, Tensor):
         _checks.check_shape("token_weights", "denom", denom, mask, ())
         denom = denom.detach().double()
     elif denom is not None:
+        _checks.check_number("token_weights", "denom", denom)
         if not 0 <= denom < math.inf:
             raise ValueError(f"token_weights: denom must be finite and >= 0, got {denom}")
         denom = scalar(denom, torch.float64, mask.device)

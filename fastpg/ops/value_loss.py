@@ -27,7 +27,7 @@ from .._library import (
     triton_kernels,
 )
 from ._autograd import once_differentiable
-from ._checks import alike, constant
+from ._checks import alike, check_number, constant
 from ._stats import ValueStats
 
 
@@ -130,8 +130,10 @@ def value_loss(
     if (old_values is None) != (clip is None):
         missing = "old_values" if old_values is None else "clip"
         raise ValueError(f"value_loss: clip and old_values go together, {missing} is None")
-    if clip is not None and not 0 < clip < math.inf:
-        raise ValueError(f"value_loss: clip must be finite and > 0, got {clip}")
+    if clip is not None:
+        check_number("value_loss", "clip", clip)
+        if not 0 < clip < math.inf:
+            raise ValueError(f"value_loss: clip must be finite and > 0, got {clip}")
     clip = 0.0 if clip is None else float(clip)
     if constant(values, *constants):
         loss, _, stats = _value_loss(values, *constants, clip)

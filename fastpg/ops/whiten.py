@@ -149,6 +149,7 @@ def whiten(
     _checks.check_tensors("whiten", x=x, mask=mask)
     dtype = _checks.compute_dtype("whiten", x=x)
     _checks.check_shape("whiten", "mask", mask, x, x.shape)
+    _checks.check_number("whiten", "eps", eps)
     if not 0 < eps < math.inf:
         raise ValueError(f"whiten: eps must be finite and > 0, got {eps}")
     x, mask = _checks.cast(x, dtype), _checks.as_bool(mask)

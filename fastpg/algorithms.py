@@ -170,7 +170,7 @@ ALGORITHMS = {
         "GSPO", center=_MEAN_STD, reduce="sequence",
         surrogate={"surrogate": "ppo", "level": "sequence", "clip": (3e-4, 4e-4)},
     ),
-    "cispo": Algorithm(  # MiniMax 2025: no lower bound; the ratio counts 5 at most
+    "cispo": Algorithm(  # MiniMax 2025; a ratio of 5 at most: Khatri et al. 2025 (ScaleRL)
         "CISPO", center=_MEAN_STD, surrogate={"surrogate": "cispo", "clip": (None, 4.0)}
     ),
     "sapo": Algorithm(  # Gao et al. 2025

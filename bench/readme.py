@@ -1,10 +1,11 @@
-"""Writes the newest rows of bench/results/: in one table of README.md, and all beside the rows."""
+"""Writes the newest rows of bench/results/: in tables of README.md, and all beside the rows."""
 
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
+HEADER = "| {} | fastpg | the others' time as a multiple of it |\n|---|---:|---|"
 BEGIN, END = "<!-- bench -->\n", "<!-- /bench -->"
 
 
@@ -22,6 +23,8 @@ def newest() -> dict[tuple, list[dict]]:
 
 
 def time(ms: float) -> str:
+    if ms >= 1000:
+        return f"{ms / 1e3:.3g} s"
     return f"{ms:.3g} ms" if ms >= 0.1 else f"{ms * 1e3:.3g} µs"
 
 
@@ -49,12 +52,13 @@ def table(op: str, case: str, rows: list[dict]) -> list[str]:
 
 def write() -> None:
     """Replaces the table of README.md, and bench/results/README.md."""
-    short = ["| | fastpg | the others' time as a multiple of it |", "|---|---:|---|"]
+    short: list[str] = []
     full = ["# Every case, newest rows", "", "Written by `python -m bench --readme`.", ""]
     machine = None
     for (where, op, case), rows in newest().items():
         if where != machine:
             full += [f"## {where}", ""]
+            short += ["", *HEADER.format(where).splitlines()]
             machine = where
         full += table(op, case, rows)
         if op != "overhead":
@@ -62,5 +66,5 @@ def write() -> None:
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    readme.write_text(before + BEGIN + "\n".join(short) + "\n" + END + after)
+    readme.write_text(before + BEGIN + "\n".join(short[1:]) + "\n" + END + after)
     (RESULTS / "README.md").write_text("\n".join(full).rstrip() + "\n")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._library import (
     _C,
@@ -24,6 +23,7 @@ from .._library import (
 )
 from . import policy_loss as tokens_page
 from . import token_logprobs as rows_page
+from ._autograd import once_differentiable
 from ._checks import alike, cast, check_shape, check_tensors, constant
 from ._stats import PolicyStats
 from ._surrogates import KLS, SURROGATES, check_options

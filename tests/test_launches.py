@@ -68,7 +68,7 @@ CASES = {  # what is differentiated, and the most launches of forward and of bac
     "policy_loss_from_logits": (
         LOGITS,
         lambda x: fastpg.policy_loss_from_logits(x, LABELS, **FROM_LOGITS)[0],
-        4,
+        5,
         1,
     ),
     "policy_loss": (X, lambda x: fastpg.policy_loss(x, X, WEIGHT, **PPO)[0], 2, 1),

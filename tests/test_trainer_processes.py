@@ -46,6 +46,7 @@ def _rank(rank, folder):
     torch.set_num_threads(1)
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({name: str(x) for name, x in places.items()}, ACCELERATE_USE_CPU="true")
+    os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate warns that it sets it
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     rows = torch.arange(EPISODES).chunk(2)[rank]
     torch.save({name: step(folder, name, rows) for name in ALGORITHMS}, f"{folder}/rank{rank}")

@@ -167,6 +167,8 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return None, None, None, None
         coefficient, weight, device_options = ctx.saved_tensors
         entropy_coef = ctx.entropy_coef if device_options is None else device_options[-1]
         by_entropy = None if weight is None else grad_loss * -entropy_coef * weight

@@ -130,6 +130,8 @@ class _PolicyLossFromLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * 15
         if torch.compiler.is_compiling():
             return ctx.saved_tensors[0] * grad_loss, *[None] * 14
         if hasattr(ctx, "handed_over"):

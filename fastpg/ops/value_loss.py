@@ -104,6 +104,8 @@ class _ValueLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return None, None, None
         (coefficient,) = ctx.saved_tensors
         return grad_loss * coefficient, None, None
 

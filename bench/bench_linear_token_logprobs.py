@@ -18,7 +18,11 @@ CUDA_SHAPES = [(8192, 4096, 131072, torch.bfloat16)]
 
 
 def eager(hidden, weight, labels):
-    return linear(hidden, weight).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    return of_logits(linear(hidden, weight), labels)
+
+
+def of_logits(logits, labels):
+    return logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
 
 
 def training(function, hidden, weight, labels):
@@ -26,6 +30,20 @@ def training(function, hidden, weight, labels):
     leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     upstream = torch.ones_like(labels, dtype=torch.float32)
     return lambda: torch.autograd.grad(function(*leaves, labels), leaves, upstream)
+
+
+def with_an_adapter(function, hidden, weight, labels, rank=16):
+    """The same with LoRA, to hidden, A and B; weight is frozen."""
+    a, b = hidden.new_ones(rank, hidden.shape[1]), weight.new_ones(len(weight), rank) / 64
+    leaves = [x.detach().requires_grad_() for x in (hidden, a, b)]
+    upstream = torch.ones_like(labels, dtype=torch.float32)
+
+    def step():
+        hidden, a, b = leaves
+        value = function((hidden, linear(hidden, a)), (weight, b), labels)
+        return torch.autograd.grad(value, leaves, upstream)
+
+    return step
 
 
 def products(hidden, weight, logits_times):
@@ -69,24 +87,53 @@ def problem(rows, width, vocab, dtype, device):
 def cases(device):
     for shape in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
         inputs, name, gradients = problem(*shape, device)
-        candidates = {
-            "fastpg": training(linear_token_logprobs, *inputs),
-            "eager": training(eager, *inputs),
-        }
-        targets = {"eager": ">= 0.95" if shape[3] is torch.bfloat16 else ">= 0.89"}
-        if device == "cuda":  # where eager's log-softmax in fp32 would not fit beside the logits
-            del candidates["eager"]
-        if shape[0] != 4096:
-            candidates["its four products"] = products(*inputs[:2], 2)
-            targets["its four products"] = ">= 0.8"
-        yield Case(
-            "linear_token_logprobs",
-            f"forward + backward, {name}",
-            gate(*inputs),
-            candidates,
-            targets=targets,
-            device=device,
-            results_mib=gradients,
-            least=2 if shape[0] == 4096 else 5,
-            memory_target="<= eager / 15" if "eager" in candidates else "",
-        )
+        yield whole_head(inputs, name, gradients, device, quick=shape[0] != 4096)
+        if shape in (CPU_SHAPES[0], *CUDA_SHAPES):
+            yield adapted_head(inputs, name, device)
+
+
+def whole_head(inputs, name, gradients, device, quick):
+    candidates = {"fastpg": training(linear_token_logprobs, *inputs)}
+    targets = {"eager": ">= 0.95" if inputs[0].dtype is torch.bfloat16 else ">= 0.89"}
+    if device == "cpu":  # a GPU has no room for eager's log-softmax in fp32 beside the logits
+        candidates["eager"] = training(eager, *inputs)
+    if quick:
+        candidates["its four products"] = products(*inputs[:2], 2)
+        targets |= {"its four products": ">= 0.8"} if device == "cuda" else {}
+    return Case(
+        "linear_token_logprobs",
+        f"forward + backward, {name}",
+        gate(*inputs),
+        candidates,
+        targets=targets,
+        device=device,
+        results_mib=gradients,
+        least=5 if quick else 2,
+        memory_target="<= eager / 15" if "eager" in candidates else "",
+    )
+
+
+def adapted_head(inputs, name, device):
+    def side_by_side(hidden, weight, labels):
+        return linear_token_logprobs(torch.cat(hidden, -1), torch.cat(weight, -1), labels)
+
+    def by_layers(hidden, weight, labels):
+        return of_logits(sum(map(linear, hidden, weight)), labels)
+
+    def check():
+        few = inputs[0][:16], inputs[1], inputs[2][:16]
+        ours, others = (with_an_adapter(f, *few)() for f in (linear_token_logprobs, by_layers))
+        for got, want in zip(ours, others, strict=True):
+            error = (got - want).float().norm() / want.float().norm()
+            assert error < 1e-2, f"gradient: {error}"
+
+    functions = {"fastpg": linear_token_logprobs, "its columns side by side": side_by_side}
+    functions |= {"eager": by_layers} if device == "cpu" else {}
+    return Case(
+        "linear_token_logprobs",
+        f"forward + backward, LoRA of rank 16 on a frozen head, {name}",
+        check,
+        {key: with_an_adapter(function, *inputs) for key, function in functions.items()},
+        device=device,
+        results_mib=inputs[0].nbytes / 2**20,
+    )

@@ -22,6 +22,7 @@ import fastpg
 from .__main__ import HERE, machine
 
 OPS = ("gae", "policy_loss", "value_loss", "overhead", "token_logprobs", "policy_loss_from_logits")
+OPS += ("linear_token_logprobs", "linear_token_loss")
 PYTHON, SANITIZER = sys.executable, "compute-sanitizer"
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a read beyond a tensor is a fault
 

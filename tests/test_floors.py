@@ -21,10 +21,12 @@ STOREYS |= {
     "_head": 3,
     "merge_stats": 3,
     "policy_loss_from_logits": 3,
-    "linear_token_logprobs": 4,
-    "linear_token_loss": 5,
+    "_head_arguments": 4,
+    "linear_token_logprobs_blas": 5,
+    "linear_token_logprobs": 6,
+    "linear_token_loss": 7,
 }
-ALGORITHMS, USERS = 6, 7
+ALGORITHMS, USERS = 8, 9
 
 
 def floor(module: str) -> int:

@@ -17,9 +17,10 @@ TUNED = {"temperature": 0.7, "softcap": 20.0, "logit_scale": 0.5}
 
 
 @pytest.fixture(autouse=True)
-def narrow_slices(monkeypatch):
-    """So that small vocabularies take several, and the last one is another size."""
+def small_tiles(monkeypatch):
+    """So that small problems take several, and the last ones are of another size."""
     monkeypatch.setattr(_head, "WIDTH", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(_head, "ROWS", {"cpu": 16, "cuda": 16})
 
 
 def by_torch(
@@ -107,12 +108,12 @@ def test_only_what_requires_a_gradient_gets_one(kernel):
 def test_registration(with_bias):
     hidden, weight, bias, labels = head_and_labels((5,), 70, 8)
     labels[1] = -100
-    head = hidden, weight, bias if with_bias else None, labels, torch.tensor(0.7), 0.0, -100
-    head = *head, torch.float32
+    head = [hidden], [weight], bias if with_bias else None
+    head = *head, labels, torch.tensor(0.7), 0.0, -100, torch.float32
     torch.library.opcheck(page._forward, head)
     _, entropy, stats = page._forward(*head)
-    for wanted in ([True, with_bias, True], [True, False, False], [False, True, False]):
-        upstream = torch.randn(5), None if wanted[2] else torch.randn(5)
+    for wanted in ([True, True, with_bias], [True, False, False], [False, True, False]):
+        upstream = torch.randn(5), None if wanted[1] else torch.randn(5)
         torch.library.opcheck(page._backward, (*upstream, entropy, stats, *head, wanted))
 
 
@@ -166,7 +167,15 @@ SHARDED.full_tensor, TAKEN.ds_id = lambda: WEIGHT, 7
         (ValueError, "ZeRO-3 placeholder: .*GatheredParameters", {"weight": TAKEN}),
         (TypeError, "hidden must be floating point", {"hidden": HIDDEN.long(),
                                                       "weight": WEIGHT.long()}),
-        (TypeError, "weight must be a tensor, got list", {"weight": [1]}),
+        (TypeError, "weight must be a tensor, got int", {"weight": [1]}),
+        (ValueError, "a tensor each, or as many, got 1 and 2", {"weight": [WEIGHT, WEIGHT]}),
+        (ValueError, "a tensor each, or as many, got 0 and 0", {"hidden": [], "weight": []}),
+        (ValueError, r"hidden \(3, 4\) must be \(2, 4\)",
+         {"hidden": [HIDDEN, torch.zeros(3, 4)], "weight": [WEIGHT, WEIGHT]}),
+        (ValueError, r"weight \(6, 4\) must be \(5, 4\)",
+         {"hidden": [HIDDEN, HIDDEN], "weight": [WEIGHT, torch.zeros(6, 4)]}),
+        (TypeError, "hidden is torch.float64, must be of hidden's torch.float32",
+         {"hidden": [HIDDEN, HIDDEN.double()], "weight": [WEIGHT, WEIGHT]}),
         (TypeError, "bias must be a tensor, got list", {"bias": [1]}),
         (TypeError, "logit_scale must be a number, got Parameter",
          {"logit_scale": torch.nn.Parameter(torch.ones(()))}),

@@ -185,14 +185,14 @@ def check_sums(group):
 def test_a_part_of_a_head_matches_its_reference():
     hidden, weight, bias, labels = head_and_labels((5,), VOCAB, 8)
     labels[2:] = torch.tensor([-3, VOCAB, NEVER])  # on other ranks, and ignored
-    args = hidden, weight, bias, labels, torch.tensor(0.7), 3.0, NEVER, torch.float32
+    args = [hidden], [weight], bias, labels, torch.tensor(0.7), 3.0, NEVER, torch.float32
     opcheck(page._part, args)
     torch.testing.assert_close(page._part(*args), page.reference_part(*args))
 
 
 def rank_main(rank, folder):
     torch.set_num_threads(1)
-    _head.WIDTH, loss_page.CHUNK_BYTES = {"cpu": 8}, {"cpu": 16}
+    _head.WIDTH, loss_page.CHUNK_ROWS = {"cpu": 8}, {"cpu": {2: 8, 4: 4, 8: 2}}
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=4)
     pair = dist.new_group([2, 3])
     groups = [dist.group.WORLD, *([pair] if rank >= 2 else [])]

@@ -1,6 +1,6 @@
-"""An LM head, adapted by peft's LoRA or not, as the one matrix product that linear ops take.
+"""An LM head, adapted by peft's LoRA or not, as the matrix products whose sum linear ops take.
 
-h Wᵀ + b + Σ s (h Aᵀ) Bᵀ  =  [h, s h Aᵀ, …] [W, B, …]ᵀ + b
+h Wᵀ + b + Σ s (h Aᵀ) Bᵀ: of (h, s h Aᵀ, …) and (W, B, …)
 """
 
 import sys
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 
-class Product(NamedTuple):
-    """The factors of hidden @ weight.T + bias: [..., H], [V, H] and [V] or None."""
+class Products(NamedTuple):
+    """The factors of Σ_i hidden[i] @ weight[i].T + bias: [..., H_i], [V, H_i] and [V] or None."""
 
-    hidden: Tensor
-    weight: Tensor
+    hidden: tuple[Tensor, ...]
+    weight: tuple[Tensor, ...]
     bias: Tensor | None
 
 
@@ -22,29 +22,28 @@ class UnknownHead(ValueError):
     """A head that computes something else than one product. The message says what it is."""
 
 
-def head_product(head: nn.Module, hidden: Tensor) -> Product:
+def head_products(head: nn.Module, hidden: Tensor) -> Products:
     """What `head(hidden)` multiplies, LoRA adapters included.
 
     head: a `torch.nn.Linear`, or peft's LoRA or `modules_to_save` around one. Adapters that are
         merged, disabled or not active count as in peft; gradients reach A, B and W where wanted.
     hidden: the last hidden states [..., H].
     Returns (hidden, weight, bias), in autocast's dtype where autocast is on, for example for
-    `linear_token_logprobs(hidden, weight, labels, bias=bias)`. With active adapters, whose ranks
-    add up to r, hidden is [..., H + r], and weight a new tensor [V, H + r]. Where W is frozen that
-    is not free: weight takes memory anew, and as it requires a gradient for B, backward makes that
-    of all its columns, one product of N V H and a tensor of W's size, of which B's r are kept.
+    `linear_token_logprobs(hidden, weight, labels, bias=bias)`: hidden and weight of one tensor, and
+    of one more, [..., r] and [V, r], for each active adapter. Where W is frozen its gradient costs
+    nothing.
 
     Raises `UnknownHead` for other layers, dropout inside the adapter, DoRA and its like, and hooks,
     those on an adapter's A or B included.
     """
     _refuse_hooks(head, "the LM head")
     if type(head) is nn.Linear:
-        factors = hidden, head.weight, head.bias
-        return Product(*(x if x is None else _autocast(x) for x in factors))
+        bias = head.bias if head.bias is None else _autocast(head.bias)
+        return Products((_autocast(hidden),), (_autocast(head.weight),), bias)
     if _is_peft(head, "utils.other", "ModulesToSaveWrapper"):
-        return head_product(_chosen(head), hidden)
+        return head_products(_chosen(head), hidden)
     if _is_peft(head, "tuners.lora", "Linear"):
-        return _with_adapters(head, head_product(head.base_layer, hidden))
+        return _with_adapters(head, head_products(head.base_layer, hidden))
     raise UnknownHead(f"the LM head is a {type(head).__module__}.{type(head).__qualname__}")
 
 
@@ -72,13 +71,14 @@ def _chosen(wrapper: nn.Module) -> nn.Module:
     return wrapper.modules_to_save[active[0]]
 
 
-def _with_adapters(lora: nn.Module, base: Product) -> Product:
-    """The product of the base layer, augmented by the active adapters."""
+def _with_adapters(lora: nn.Module, base: Products) -> Products:
+    """The product of the base layer, and those of the active adapters."""
     if lora.disable_adapters and lora.merged:
         raise UnknownHead("the LM head has a merged LoRA adapter that is disabled")
     if lora.disable_adapters or lora.merged:
         return base
-    hidden, weight, bias = [base.hidden], [base.weight], base.bias
+    (h,), (w,), bias = base
+    hidden, weight = [h], [w]
     for name in (name for name in lora.active_adapters if name in lora.lora_A):
         if name in lora.lora_variant:
             raise UnknownHead(f"the LM head's adapter {name!r} is not plain LoRA")
@@ -87,9 +87,9 @@ def _with_adapters(lora: nn.Module, base: Product) -> Product:
         for part in (lora.lora_A, lora.lora_B):
             _refuse_hooks(part[name], f"the LM head's adapter {name!r}")
         a, b, scaling = lora.lora_A[name].weight, lora.lora_B[name], lora.scaling[name]
-        low_rank = nn.functional.linear(base.hidden.to(a.dtype), a) * scaling
-        hidden.append(low_rank.to(base.hidden.dtype))
-        weight.append(b.weight.to(base.weight.dtype))
+        low_rank = nn.functional.linear(h.to(a.dtype), a) * scaling
+        hidden.append(low_rank.to(h.dtype))
+        weight.append(b.weight.to(w.dtype))
         if b.bias is not None:  # lora_bias, which peft allows only where the base layer has one
             bias = bias + (b.bias * scaling).to(bias.dtype)
-    return Product(torch.cat(hidden, -1), torch.cat(weight, -1), bias)
+    return Products((*hidden,), (*weight,), bias)

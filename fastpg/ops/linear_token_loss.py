@@ -7,13 +7,14 @@ each log-prob and entropy; the logits turned in place into their gradient g, by 
 
     dhidden = g @ weight,   dweight += gᵀ @ hidden,   dbias += Σ g
 
-with dweight in one tensor of fp32. That is 6 N V H operations, as many as it takes with the logits
-kept. Ignored rows, and those of coefficient 0 (clipped, or of advantage 0), are left out.
+with dweight in one tensor of fp32, if there are several chunks. That is 6 N V H operations, as many
+as it takes with the logits kept. Ignored rows, and those of coefficient 0 (clipped, or of advantage
+0), are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,22 +23,25 @@ from torch import Tensor
 from ._autograd import once_differentiable
 from ._checks import constant
 from ._head import (
+    ALL,
     LEAST_ROWS,
-    head_arguments,
+    Factors,
+    chunks,
     kept_rows,
-    labels_of_shard,
-    logits_of_slices,
     logp_and_statistics,
+    parts,
     reached,
+    tiles,
     write_gradients,
 )
+from ._head_arguments import head_arguments, labels_of_shard
 from .linear_token_logprobs import logprobs
 
 OP = "linear_token_loss"
 
-# Bytes of a chunk per token of the vocabulary: 512 rows in bf16 and 256 in fp32; on a GPU 4096 and
-# 2048. That is less than dweight takes, and fewer rows would add to it more often than is cheap.
-CHUNK_BYTES = {"cpu": 1024, "cuda": 8192}
+# Rows of a chunk, by the bytes of a logit. Fewer would read weight, and add to its gradient, more
+# often than is cheap: of bf16 above all, whose sums in fp32 a CPU's BLAS does not add up itself.
+CHUNK_ROWS = {"cpu": {2: 1024, 4: 256, 8: 128}, "cuda": {2: 8192, 4: 4096, 8: 2048}}
 
 
 def _checked(result) -> tuple[Tensor, object]:
@@ -62,26 +66,30 @@ def _coefficients(token_loss, logp, entropy, rows):
     return loss.detach(), stats, torch.zeros_like(logp) if by_logp is None else by_logp, by_entropy
 
 
-def _chunk(token_loss, rows, inputs, head, into, memory, group, *, add):
-    """The loss and stats of some rows; their gradients go to dhidden, dweight and dbias."""
-    hidden, labels, legal, temperature = inputs
-    weight, bias, softcap = head
-    slices = [*logits_of_slices(hidden, weight, bias, memory.dtype, memory)]
-    logp, entropy, *of_row = logp_and_statistics(slices, labels, legal, temperature, softcap, group)
+def _chunk(token_loss, head, into, per_row, softcap, memory, group, *, add):
+    """The loss and stats of some rows; their gradients go into those of the whole."""
+    rows, labels, legal, temperature = per_row
+    logits = [*tiles(head, memory.dtype, memory)]
+    given = labels, legal, temperature, softcap
+    logp, entropy, *of_row = logp_and_statistics(logits, *given, group)
     loss, stats, *grads = _coefficients(token_loss, logp, entropy, rows)
-    per_row = *grads, entropy, *of_row, hidden, labels, temperature, rows
-    live, per_row = kept_rows(reached(*grads), *per_row)
-    *upstream, top, log_sum, hidden, labels, temperature, rows = per_row
-    upstream.append(torch.stack([top, log_sum]))
-    if len(live) < len(logp):
-        slices = ((begin, end, x[live]) for begin, end, x in slices)
-    all_dhidden, dweight, dbias = into
-    dhidden = None if all_dhidden is None else all_dhidden.new_empty(hidden.shape)
-    given = hidden, labels, temperature, softcap
-    write_gradients(slices, upstream, given, weight, (dhidden, dweight, dbias), add=add)
-    if dhidden is not None:
-        all_dhidden[rows] = dhidden
+    per_row = *grads, entropy, *of_row, rows, labels, temperature
+    _write_chunk(logits, kept_rows(reached(*grads)), head, into, per_row, softcap, add)
     return loss, stats
+
+
+def _write_chunk(logits, live, head, into, per_row, softcap, add):
+    *upstream, top, log_sum, rows, labels, temperature = parts(live, *per_row)
+    upstream.append(torch.stack([top, log_sum]))
+    dhidden = [x if x is None else x.new_empty(len(rows), x.shape[1]) for x in into.hidden]
+    head, of_chunk = head.tile(live, ALL), into._replace(hidden=dhidden)
+    for _, tokens, x in logits:
+        given = labels - tokens.start, temperature, softcap
+        tile = head.tile(ALL, tokens), of_chunk.tile(ALL, tokens)
+        write_gradients(x[live], upstream, given, *tile, add=(tokens.start > 0, add))
+    for whole, part in zip(into.hidden, dhidden, strict=True):
+        if whole is not None:
+            whole[rows] = part
 
 
 def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,38 +101,35 @@ def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token_loss, group, hidden, weight, bias, labels, temperature, *options):
-        softcap, ignore_index, dtype = options
-        where = group, labels, weight, temperature, ignore_index
+    def forward(ctx, token_loss, group, labels, temperature, softcap, ignore_index, dtype, *head):
+        head, vocab, device = Factors.of(head), len(head[-2]), labels.device
+        where = group, labels, vocab, temperature, ignore_index
         kept, legal, local = labels_of_shard(OP, *where)
-        rows, inputs = kept_rows(kept, hidden, local, legal, temperature)
-        dhidden, dweight, dbias = ctx.needs_input_grad[2:5]
-        into = (
-            temperature.new_zeros(hidden.shape) if dhidden else None,
-            temperature.new_empty(weight.shape) if dweight else None,
-            temperature.new_empty(weight.shape[:1]) if dbias else None,
-        )
-        size = CHUNK_BYTES[weight.device.type] // dtype.itemsize
-        most = max(min(size, len(rows)), LEAST_ROWS)
-        memory = weight.new_empty(most * len(weight), dtype=dtype)
+        of_all = torch.arange(len(labels), device=device), local, legal, temperature
+        rows = kept_rows(kept)
+        of_kept, per_row = head.tile(rows, ALL), parts(rows, *of_all)
+        of_chunks = chunks(len(per_row[0]), CHUNK_ROWS[device.type][dtype.itemsize])
+        sums = head.weight[0].dtype if len(of_chunks) == 1 else temperature.dtype
+        into = head.memory(temperature.dtype, sums, ctx.needs_input_grad[7:])
+        most = max(of_chunks[0].stop, LEAST_ROWS)
+        memory = head.weight[0].new_empty(most * vocab, dtype=dtype)
         results = []
-        for begin in range(0, max(len(rows), 1), size):
-            part = slice(begin, begin + size)
-            chunk = [x[part] if x.dim() else x for x in inputs]
-            args = rows[part], chunk, (weight, bias, softcap), into, memory, group
-            results.append(_chunk(token_loss, *args, add=begin > 0))
-        if group is not None and dhidden:
-            dist.all_reduce(into[0], group=group)
+        for chunk in of_chunks:
+            args = of_kept.tile(chunk, ALL), into, parts(chunk, *per_row), softcap, memory, group
+            results.append(_chunk(token_loss, *args, add=chunk.start > 0))
+        for x in into.hidden if group is not None else ():
+            if x is not None:
+                dist.all_reduce(x, group=group)
         losses, stats = zip(*results, strict=True)
-        ctx.save_for_backward(*into)
-        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(*into.flat())
+        ctx.dtype = head.weight[0].dtype
         return torch.stack(losses).sum(), list(stats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
         grads = (x if x is None else _scaled(x, grad_loss, ctx.dtype) for x in ctx.saved_tensors)
-        return None, None, *grads, None, None, None, None, None
+        return *(None,) * 7, *grads
 
 
 class _LossWithGradients(torch.autograd.Function):
@@ -143,8 +148,8 @@ class _LossWithGradients(torch.autograd.Function):
 
 
 def linear_token_loss(
-    hidden: Tensor,
-    weight: Tensor,
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
     labels: Tensor,
     token_loss: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, object]],
     *,
@@ -173,8 +178,9 @@ def linear_token_loss(
         call with a token_loss that computes the same: it is evaluated on each, on the same bits.
     Returns the loss, and the list of the stats that token_loss returned, for merge_stats.
 
-    The gradients of hidden, weight and bias are held, in fp32, until backward; beside them a chunk
-    takes 1 KiB (on a GPU 8) for each token of the vocabulary. A GPU is waited for once a chunk: for
+    The gradients of hidden, weight and bias are held until backward, in fp32, but those of weight
+    and bias in their dtype where one chunk is all; beside them a chunk takes for each token of the
+    vocabulary 2 KiB in bf16 and 1 KiB in fp32, on a GPU 16. A GPU is waited for once a chunk: for
     the number of rows that have a gradient. torch.compile cannot take the gradient of a callable
     within a graph: there every level goes the way of "sequence"; and so it does for fp16, whose
     gradients underflow unless made after a GradScaler has scaled the loss.
@@ -183,16 +189,16 @@ def linear_token_loss(
         raise TypeError(f"{OP}: token_loss must be callable, got {type(token_loss).__name__}")
     if level not in ("token", "sequence"):
         raise ValueError(f"{OP}: level must be token or sequence, got {level!r}")
-    args = head_arguments(
+    head, *args = head_arguments(
         OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,
         logits_dtype, process_group,
     )  # fmt: skip
-    wanted = torch.is_grad_enabled() and not constant(*args[:3])
-    early = args[0].dtype is not torch.float16 and not torch.compiler.is_compiling()
+    wanted = torch.is_grad_enabled() and not constant(*head.flat())
+    early = head.weight[0].dtype is not torch.float16 and not torch.compiler.is_compiling()
     if level == "token" and wanted and early:
-        return _LinearTokenLoss.apply(token_loss, process_group, *args)
+        return _LinearTokenLoss.apply(token_loss, process_group, *args, *head.flat())
     rows = torch.arange(labels.numel(), device=labels.device)
-    logp, entropy = logprobs(process_group, *args)
+    logp, entropy = logprobs(process_group, head, *args)
     if not wanted or torch.compiler.is_compiling():
         loss, stats = _checked(token_loss(logp, entropy, rows))
         return loss if wanted else loss.detach(), [stats]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import fastpg
-from fastpg.integrations.peft import UnknownHead, head_product
+from fastpg.integrations.peft import UnknownHead, head_products
 
 _SCALES = {
     "logit_scale": lambda x: x,  # Cohere
@@ -59,7 +59,7 @@ def completion_logprobs(
         return *fastpg.token_logprobs(logits, labels, **options), hidden
     model = causal_lm(policy)
     hidden = model.get_decoder()(**inputs).last_hidden_state[:, -labels.shape[1] - 1 : -1]
-    h, weight, bias = head_product(model.get_output_embeddings(), hidden)
+    h, weight, bias = head_products(model.get_output_embeddings(), hidden)
     options |= {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
     return *fastpg.linear_token_logprobs(h, weight, labels, **options), hidden
 

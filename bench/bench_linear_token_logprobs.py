@@ -34,8 +34,8 @@ def training(function, hidden, weight, labels):
 
 def with_an_adapter(function, hidden, weight, labels, rank=16):
     """The same with LoRA, to hidden, A and B; weight is frozen."""
-    a, b = hidden.new_ones(rank, hidden.shape[1]), weight.new_ones(len(weight), rank) / 64
-    leaves = [x.detach().requires_grad_() for x in (hidden, a, b)]
+    a, b = hidden[:rank] / hidden.shape[1], weight[:, :rank]
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, a, b)]
     upstream = torch.ones_like(labels, dtype=torch.float32)
 
     def step():

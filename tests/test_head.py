@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from fastpg.integrations.peft import UnknownHead
-from fastpg.trainer.head import Head, completion_logprobs, find_head
+from fastpg.trainer.head import Head, completion_logprobs, completion_loss, find_head
 
 SIZES = {
     "vocab_size": 43,
@@ -115,11 +115,35 @@ def test_gives_the_log_probs_and_gradients_of_the_models_logits(family):
     assert_gives_the_models_own(model, head)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("family", ["llama tied", "gemma2", "phi"])
+def test_gives_the_loss_and_gradients_of_the_models_logits(family, level):
+    config, expected = FAMILIES[family]
+    model = build(config)
+    factor = torch.linspace(-1, 2, 8, dtype=torch.float64)
+
+    def token_loss(logp, entropy, rows):
+        return ((factor[rows] * logp).sin() + 0.3 * entropy).sum(), len(rows)
+
+    results = []
+    for head in (expected, None):
+        model.zero_grad()
+        args = *batch(), 1.3, head, token_loss, level
+        loss, counts, hidden = completion_loss(model, *args)
+        (loss + hidden.square().mean()).backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), hidden.detach(), gradients))
+        # Padding is a row without a label: 6 of 8 are, but for all at once.
+        assert sum(counts) == (6 if head and level == "token" else 8)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
+
+
 def test_the_model_computes_no_logits(calls):
     model = build(FAMILIES["llama"][0])
     head = find_head(model, contextlib.nullcontext)
     calls.clear()
     completion_logprobs(model, *batch(), 1.0, head)
+    completion_loss(model, *batch(), 1.0, head, lambda logp, *_: (logp.sum(), None), "token")
     assert calls == []
     completion_logprobs(model, *batch(), 1.0, None)
     assert calls == [2 * 5]  # the four states that predict, and the last one

@@ -1,4 +1,4 @@
-"""Log-probs of completions: from the last hidden states, or else from the model's own logits.
+"""Log-probs and losses of completions: from the last hidden states, or from the model's own logits.
 
     logits = softcap(scale (h Wᵀ + b))
 
@@ -38,6 +38,10 @@ class Head:
     softcap: float | None = None
 
 
+TokenLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, fastpg.PolicyStats]]
+"""What `linear_token_loss` takes: (logp, entropy, rows) -> (loss, stats)."""
+
+
 def completion_logprobs(
     policy: PreTrainedModel,
     input_ids: Tensor,
@@ -52,16 +56,49 @@ def completion_logprobs(
     Only the states that predict a completion token go through the LM head. Without a `head` it is
     the model that computes their logits, [B, T, V].
     """
-    options = {"temperature": temperature, "return_entropy": True}
     inputs = _inputs(policy, input_ids, attention_mask)
+    options = {"temperature": temperature, "return_entropy": True}
     if head is None:
         logits, hidden = _logits(policy, inputs, labels.shape[1])
         return *fastpg.token_logprobs(logits, labels, **options), hidden
+    factors, of_head, hidden = _factors(policy, inputs, labels.shape[1], head)
+    return *fastpg.linear_token_logprobs(*factors, labels, **of_head, **options), hidden
+
+
+def completion_loss(
+    policy: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    temperature: float,
+    head: Head | None,
+    token_loss: TokenLoss,
+    level: str,
+) -> tuple[Tensor, list[fastpg.PolicyStats], Tensor]:
+    """`token_loss` of the completions and its statistics, and the last hidden states [B, T, H].
+
+    token_loss, level: as of `linear_token_loss`, which without a `head` is not called. The others
+    are those of `completion_logprobs`.
+    """
+    inputs = input_ids, attention_mask
+    if head is None:
+        logp, entropy, hidden = completion_logprobs(policy, *inputs, labels, temperature, head)
+        rows = torch.arange(labels.numel(), device=labels.device)
+        loss, stats = token_loss(logp.flatten(), entropy.flatten(), rows)
+        return loss, [stats], hidden
+    inputs = _inputs(policy, *inputs)
+    (h, weight), options, hidden = _factors(policy, inputs, labels.shape[1], head)
+    options |= {"temperature": temperature, "level": level}
+    return *fastpg.linear_token_loss(h, weight, labels, token_loss, **options), hidden
+
+
+def _factors(policy: PreTrainedModel, inputs: dict, length: int, head: Head) -> tuple:
+    """What linear ops take: hidden and weight, and options; and the hidden states [B, T, H]."""
     model = causal_lm(policy)
-    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -labels.shape[1] - 1 : -1]
-    h, weight, bias = head_products(model.get_output_embeddings(), hidden)
-    options |= {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
-    return *fastpg.linear_token_logprobs(h, weight, labels, **options), hidden
+    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -length - 1 : -1]
+    *factors, bias = head_products(model.get_output_embeddings(), hidden)
+    options = {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
+    return factors, options, hidden
 
 
 def causal_lm(policy: nn.Module) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import fastpg
 from fastpg.integrations.peft import UnknownHead
 from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.head import completion_logprobs, find_head
+from fastpg.trainer.head import TokenLoss, completion_logprobs, find_head
 from fastpg.trainer.rollout import Rollout
 
 logger = get_logger(__name__)
@@ -42,10 +42,10 @@ class Experience:
 
 
 class Step(NamedTuple):
-    """One optimiser step: the statistics of its micro-batches, the norm of its gradient."""
+    """One optimiser step: the statistics of its parts, and the norm of its gradient."""
 
-    policy: tuple[fastpg.PolicyStats, ...]
-    value: tuple[fastpg.ValueStats | None, ...]
+    policy: list[fastpg.PolicyStats]
+    value: list[fastpg.ValueStats | None]
     grad_norm: Tensor
 
 
@@ -142,34 +142,29 @@ class Learner:
         count = self.row.denom(experience.rollout.mask[rows], self.args.max_new_tokens)
         denom = self.accelerator.reduce(count, "sum")
         parts = rows.split(self.args.micro_batch_size)
-        stats = []
+        policy, value = [], []
         for i, part in enumerate(parts, start=1):
             with self._synchronized_if(i == len(parts)):
-                loss, *part_stats = self._loss(experience[part], denom)
+                loss, policy_stats, value_stats = self._loss(experience[part], denom)
                 # Processes average their gradients; the losses are parts of a sum.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-            stats.append(part_stats)
+            policy += policy_stats
+            value.append(value_stats)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Step(*zip(*stats, strict=True), norm)
+        return Step(policy, value, norm)
 
     def _loss(
         self, experience: Experience, denom: Tensor
-    ) -> tuple[Tensor, fastpg.PolicyStats, fastpg.ValueStats | None]:
+    ) -> tuple[Tensor, list[fastpg.PolicyStats], fastpg.ValueStats | None]:
         """The share of these episodes in the loss of an optimiser step with that denominator."""
         args = self.args
-        logp, entropy, values = self._policy(experience.rollout)
         weight = self.row.weights(experience.rollout.mask, denom)
-        loss, policy_stats = self.row.loss(
-            logp,
-            experience.advantages,
-            weight,
-            old_logp=experience.logp,
-            ref_logp=experience.ref_logp,
-            entropy=entropy,
-            entropy_coef=args.entropy_coef,
-        )
+        level = self.row.surrogate.get("level", "token")
+        token_loss = self._token_loss(experience, weight, level)
+        batch = *self._batch(experience.rollout), token_loss, level
+        loss, policy_stats, values = self.model(*batch)
         if values is None:
             return loss, policy_stats, None
         clip = args.cliprange_value
@@ -178,6 +173,26 @@ class Learner:
             values, experience.returns, weight, old_values=old_values, clip=clip
         )
         return loss + args.vf_coef * value_loss, policy_stats, value_stats
+
+    def _token_loss(self, experience: Experience, weight: Tensor, level: str) -> TokenLoss:
+        """The policy loss of `rows` of all tokens, flat; at level "sequence" of all as [B, T]."""
+        shape = weight.shape if level == "sequence" else (-1,)
+
+        def token_loss(logp: Tensor, entropy: Tensor, rows: Tensor):
+            def of_rows(x: Tensor | None) -> Tensor | None:
+                return None if x is None else x.flatten()[rows].view(shape)
+
+            return self.row.loss(
+                logp.view(shape),
+                of_rows(experience.advantages),
+                of_rows(weight),
+                old_logp=of_rows(experience.logp),
+                ref_logp=of_rows(experience.ref_logp),
+                entropy=entropy.view(shape),
+                entropy_coef=self.args.entropy_coef,
+            )
+
+        return token_loss
 
     def _policy(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probs and entropy of the completion tokens, and values, if any: float32 [B, T]."""

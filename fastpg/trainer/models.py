@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from fastpg.trainer.config import InputError
-from fastpg.trainer.head import Head, completion_logprobs
+from fastpg.trainer.head import Head, TokenLoss, completion_logprobs, completion_loss
 
 
 class PolicyWithValue(nn.Module):
@@ -43,20 +44,25 @@ class PolicyWithValue(nn.Module):
         labels: Tensor,
         temperature: float,
         head: Head | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        token_loss: TokenLoss | None = None,
+        level: str = "token",
+    ) -> tuple[Tensor, Any, Tensor | None]:
         """input_ids, attention_mask: [B, P + T], completions in the last T slots. labels: [B, T].
 
-        Returns log-probs and entropy of the completions, from the model's logits if there is no
-        `head`, and the values of the states they are drawn from, if any: float32 [B, T].
+        Returns log-probs and entropy of the completions, or their `token_loss` at a `level` and its
+        statistics; and the values of the states they are drawn from, if any: float32 [B, T].
+        Without a `head` they are made from the model's logits.
         """
-        logp, entropy, hidden = completion_logprobs(
-            self.policy, input_ids, attention_mask, labels, temperature, head
-        )
+        batch = self.policy, input_ids, attention_mask, labels, temperature, head
+        if token_loss is None:
+            *results, hidden = completion_logprobs(*batch)
+        else:
+            *results, hidden = completion_loss(*batch, token_loss, level)
         if self.value_head is None:
-            return logp, entropy, None
+            return *results, None
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 values are too coarse
             values = self.value_head(hidden.float()).squeeze(-1)
-        return logp, entropy, values
+        return *results, values
 
 
 def load_policy(model: str | PreTrainedModel) -> PreTrainedModel:

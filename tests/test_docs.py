@@ -38,6 +38,7 @@ def test_the_ops_of_the_readme_run():
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(loop + hidden, names)
     assert "'ess': 1.0" in printed.getvalue() and names["logits"].grad.isfinite().all()
+    assert names["lm_head"].grad.isfinite().all() and names["lm_head"].grad.any()
 
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.stem)

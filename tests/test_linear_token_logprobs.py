@@ -169,6 +169,7 @@ SHARDED.full_tensor, TAKEN.ds_id = lambda: WEIGHT, 7
                                                       "weight": WEIGHT.long()}),
         (TypeError, "weight must be a tensor, got int", {"weight": [1]}),
         (ValueError, "a tensor each, or as many, got 1 and 2", {"weight": [WEIGHT, WEIGHT]}),
+        (TypeError, "hidden must be a tensor, got generator", {"hidden": (x for x in [HIDDEN])}),
         (ValueError, "a tensor each, or as many, got 0 and 0", {"hidden": [], "weight": []}),
         (ValueError, r"hidden \(3, 4\) must be \(2, 4\)",
          {"hidden": [HIDDEN, torch.zeros(3, 4)], "weight": [WEIGHT, WEIGHT]}),
@@ -181,6 +182,8 @@ SHARDED.full_tensor, TAKEN.ds_id = lambda: WEIGHT, 7
          {"logit_scale": torch.nn.Parameter(torch.ones(()))}),
         (ValueError, "logit_scale .* got 0", {"logit_scale": 0}),
         (ValueError, "softcap .* got -1", {"softcap": -1}),
+        (ValueError, r"softcap / logit_scale .* got 1e\+60",
+         {"softcap": 1e30, "logit_scale": 1e-30}),
         (ValueError, "temperature .* got 0", {"temperature": 0}),
         (ValueError, "temperature holds -1", {"temperature": torch.tensor([1.0, -1.0])}),
         (ValueError, "temperature holds -1.0", {"temperature": torch.tensor(-1.0),
@@ -364,6 +367,18 @@ def test_a_placeholder_is_told_under_autocast():
         pytest.raises(ValueError, match="weight is a ZeRO-3 placeholder"),
     ):
         linear_token_logprobs(HIDDEN.cpu(), placeholder, LABELS.cpu())
+
+
+def test_no_log_prob_is_above_0(kernel):
+    """That of the only token is 0, however its softcap was rounded."""
+    hidden, weight, _, labels = head_and_labels((200,), 1, 8)
+    logp = linear_token_logprobs(hidden, weight, labels, softcap=20.0)
+    assert logp.max() == 0 and logp.min() > -1e-5
+
+
+def test_meta_tensors_have_the_shape_of_the_result():
+    *head, labels = (x.to("meta") for x in head_and_labels((2, 3), 5, 4))
+    assert linear_token_logprobs(*head[:2], labels).shape == (2, 3)
 
 
 def test_double_backward_raises(kernel):

@@ -100,6 +100,12 @@ def test_the_adapters_that_peft_applies_count():
         head_products(lm_head, hidden)
 
 
+def test_autocast_leaves_fp64_alone():
+    with torch.autocast("cpu", torch.bfloat16):
+        factors = head_products(torch.nn.Linear(4, 5).double(), torch.zeros(2, 4).double())
+    assert {x.dtype for x in (*factors.hidden, *factors.weight, factors.bias)} == {torch.float64}
+
+
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to:UserWarning")
 def test_lora_on_the_head_learns(tmp_path):
     config = LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights="gaussian")

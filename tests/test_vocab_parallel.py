@@ -94,6 +94,22 @@ def check_heads(group):
         head_call(head[0], *(shard(x, group, 0) for x in head[1:]), labels, process_group=group)
 
 
+def check_an_adapter(group):
+    """Two products; h is constant, as where only an adapter is trained; 17 rows are two tiles."""
+    *head, labels = head_and_labels((17,), VOCAB, 8, torch.float64)
+    tensors = [*head[0].split((5, 3), 1), *head[1].split((5, 3), 1)]
+
+    def gradients(weights, **options):
+        h, low, w, b = [*tensors[:2], *weights]
+        leaves = [low.clone().requires_grad_(), b.clone().requires_grad_()]
+        value = linear_token_logprobs((h, leaves[0]), (w, leaves[1]), labels, **options)
+        return [value.detach(), *torch.autograd.grad(value.sin().sum(), leaves)]
+
+    *want, dweight = gradients(tensors[2:])
+    got = gradients([shard(x, group, 0) for x in tensors[2:]], process_group=group)
+    torch.testing.assert_close(got, [*want, shard(dweight, group, 0)], rtol=1e-12, atol=1e-12)
+
+
 def loss_and_gradients(head, labels, token_loss, **options):
     leaves = [x.clone().requires_grad_() for x in head]
     loss, stats = linear_token_loss(
@@ -192,7 +208,8 @@ def test_a_part_of_a_head_matches_its_reference():
 
 def rank_main(rank, folder):
     torch.set_num_threads(1)
-    _head.WIDTH, loss_page.CHUNK_ROWS = {"cpu": 8}, {"cpu": {2: 8, 4: 4, 8: 2}}
+    _head.WIDTH, _head.ROWS = {"cpu": 8}, {"cpu": 16}
+    loss_page.CHUNK_ROWS = {"cpu": {2: 8, 4: 4, 8: 2}}
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=4)
     pair = dist.new_group([2, 3])
     groups = [dist.group.WORLD, *([pair] if rank >= 2 else [])]
@@ -201,6 +218,7 @@ def rank_main(rank, folder):
         check_specials(group)
         check_bad_input(group)
         check_heads(group)
+        check_an_adapter(group)
         check_losses(group)
         check_an_empty_shard(group)
         check_sums(group)

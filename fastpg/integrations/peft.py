@@ -6,8 +6,9 @@ h Wᵀ + b + Σ s (h Aᵀ) Bᵀ: of (h, s h Aᵀ, …) and (W, B, …)
 import sys
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from fastpg.ops._head_arguments import autocast
 
 
 class Products(NamedTuple):
@@ -19,7 +20,7 @@ class Products(NamedTuple):
 
 
 class UnknownHead(ValueError):
-    """A head that computes something else than one product. The message says what it is."""
+    """A head that computes something else than a sum of products. The message says what it is."""
 
 
 def head_products(head: nn.Module, hidden: Tensor) -> Products:
@@ -38,8 +39,8 @@ def head_products(head: nn.Module, hidden: Tensor) -> Products:
     """
     _refuse_hooks(head, "the LM head")
     if type(head) is nn.Linear:
-        bias = head.bias if head.bias is None else _autocast(head.bias)
-        return Products((_autocast(hidden),), (_autocast(head.weight),), bias)
+        h, w, bias = autocast(hidden, head.weight, head.bias)
+        return Products((h,), (w,), bias)
     if _is_peft(head, "utils.other", "ModulesToSaveWrapper"):
         return head_products(_chosen(head), hidden)
     if _is_peft(head, "tuners.lora", "Linear"):
@@ -55,12 +56,6 @@ def _refuse_hooks(module: nn.Module, name: str) -> None:
 def _is_peft(module: nn.Module, home: str, name: str) -> bool:
     """Whether module is of that class of peft, which need not be installed."""
     return type(module) is getattr(sys.modules.get(f"peft.{home}"), name, None)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x in the dtype that a linear layer would take it in."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _chosen(wrapper: nn.Module) -> nn.Module:

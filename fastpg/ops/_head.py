@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._shards import NEVER, finite, merge, over_ranks
+from ._shards import NEVER, at_most_0, finite, merge, over_ranks
 from .token_logprobs import _backward_out, _logp_entropy
 
-# A tile's tokens: those of a thousand rows stay in a CPU's last cache; a GPU wants large products.
-# They do not depend on the number of rows, nor do therefore the bits that this is to answer for.
+# A tile's tokens, about: of a thousand rows they stay in a CPU's last cache; a GPU wants large
+# products. They do not depend on the number of rows, nor do therefore the bits that this is to
+# answer for. And its rows, at most.
 WIDTH = {"cpu": 4096, "cuda": 16384}
-ROWS = {"cpu": 4096, "cuda": 8192}  # at most
+ROWS = {"cpu": 4096, "cuda": 8192}
 
 # With fewer, a CPU's product in fp32 takes another way, and rounds otherwise.
 LEAST_ROWS = 4
@@ -59,15 +61,25 @@ def parts(which: slice | Tensor, *tensors: Tensor | None) -> list[Tensor | None]
     return [x if x is None or x.dim() == 0 else x[which] for x in tensors]
 
 
-def chunks(count: int, most: int) -> list[slice]:
-    """`count` rows in parts of about one size, so that none is of a few; no rows are one part."""
-    size = max(1, -(-count // -(-max(count, 1) // most)))
-    return [slice(begin, min(begin + size, count)) for begin in range(0, max(count, 1), size)]
+def length(part: slice) -> int:
+    return part.stop - part.start
+
+
+def chunks(count: int, most: int, multiple: int = 1) -> list[slice]:
+    """0..count in parts of one size, but for a multiple; one if it is 0."""
+    size = -(-max(count, 1) // most)
+    bounds = {count * i // size // multiple * multiple for i in range(size)}
+    return [slice(*ends) for ends in pairwise([*sorted(bounds), count])]
 
 
 def chunks_of(rows: Tensor) -> list[slice]:
     """Those that tiles have."""
     return chunks(len(rows), ROWS[rows.device.type])
+
+
+def slices_of(weight: Tensor) -> list[slice]:
+    """Of aligned tokens. None is of a few, whose product BLAS would round in another way."""
+    return chunks(len(weight), WIDTH[weight.device.type], multiple=16)
 
 
 def by_chunks(function: Callable[[slice], tuple[Tensor, ...]], rows: Tensor) -> list[Tensor]:
@@ -86,13 +98,13 @@ def tiles(head: Factors, dtype: torch.dtype, memory: Tensor | None = None) -> It
     """
     head, given, weight = padded(head), len(head.hidden[0]), head.weight[0]
     of_rows = chunks_of(head.hidden[0])
-    height, width = of_rows[0].stop, min(WIDTH[weight.device.type], len(weight))
+    of_tokens = slices_of(weight)
+    height, width = (max(map(length, parts)) for parts in (of_rows, of_tokens))
     place = weight.new_empty(height * width, dtype=dtype) if memory is None else memory
-    for begin in range(0, len(weight), width):
-        tokens = slice(begin, min(begin + width, len(weight)))
-        at = 0 if memory is None else begin * height
+    for tokens in of_tokens:
+        at = 0 if memory is None else tokens.start * height
         for rows in of_rows:
-            shape = rows.stop - rows.start, tokens.stop - tokens.start
+            shape = length(rows), length(tokens)
             logits = place[at : at + math.prod(shape)].view(shape)
             write_logits(logits, head.tile(rows, tokens))
             yield slice(rows.start, min(rows.stop, given)), tokens, logits[:given]
@@ -150,7 +162,7 @@ def logp_and_statistics(tiles, labels, legal, temperature, softcap, group=None):
         of_row = over_ranks(torch.stack(of_row), group, temperature)
     label_logit, top, log_sum, entropy = of_row
     log_sum = torch.where(legal, log_sum, math.nan)
-    logp = (label_logit - finite(top)) / temperature - log_sum
+    logp = at_most_0((label_logit - finite(top)) / temperature - log_sum)
     return logp, torch.where(legal, entropy, math.nan), top, log_sum
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 from ._checks import (
     check_label_values,
@@ -31,21 +32,21 @@ def check_whole(op: str, name: str, x: Tensor) -> None:
 def factors(op: str, hidden, weight, bias) -> Factors:
     """What the user passes, as many hidden as weight, in the dtype that a linear layer takes."""
     hidden, weight = ([*x] if isinstance(x, (list, tuple)) else [x] for x in (hidden, weight))
+    biases = [] if bias is None else [bias]
+    for name, tensors in (("hidden", hidden), ("weight", weight), ("bias", biases)):
+        for x in tensors:
+            check_tensor(op, name, x)
+            check_whole(op, name, x)
     if len(hidden) != len(weight) or not weight:
         counts = f"got {len(hidden)} and {len(weight)}"
         raise ValueError(f"{op}: hidden and weight must be a tensor each, or as many, {counts}")
-    for name, tensors in (("hidden", hidden), ("weight", weight), ("bias", [bias])):
-        for x in tensors:
-            if name != "bias" or bias is not None:
-                check_tensor(op, name, x)
-                check_whole(op, name, x)
     return Factors.of(autocast(*hidden, *weight, bias))
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """What autocast would make of the operands of a linear layer."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x if x is None or x.dtype is torch.float64 else x.to(dtype) for x in tensors]
@@ -105,6 +106,8 @@ def head_arguments(
         check_temperature(op, t, labels != ignore_index)  # while it is what the user passed
     t = t / scale
     cap = 0.0 if softcap is None else positive(op, "softcap", softcap, dtype) / scale
+    if cap:
+        positive(op, "softcap / logit_scale", cap, dtype)
     logits_dtype = dtype_of_logits(op, logits_dtype, head.hidden[0].dtype)
     rows = [x.reshape(-1, x.shape[-1]) for x in head.hidden]
     labels, t = labels.long().reshape(-1), t.reshape(-1) if t.dim() else t

@@ -28,6 +28,11 @@ def finite(top: Tensor) -> Tensor:
     return top.masked_fill(top == -math.inf, 0.0)
 
 
+def at_most_0(logp: Tensor) -> Tensor:
+    """Of a label whose softcap was rounded otherwise than that of the same logit in its row."""
+    return logp.clamp(max=0.0)
+
+
 def merge(
     temperature: Tensor, top: Tensor, log_sum: Tensor, entropy: Tensor | None = None
 ) -> tuple[Tensor, ...]:
@@ -63,7 +68,7 @@ def of_all_ranks(
     labels = labels.contiguous()  # whose strides the outputs would take over
     kept, legal, local = local_labels(op, group, size, labels, temperature, ignore_index)
     label_logits, top, log_sum, *entropy = over_ranks(part(local), group, temperature)
-    logp = (label_logits - finite(top)) / temperature - log_sum
+    logp = at_most_0((label_logits - finite(top)) / temperature - log_sum)
     spoilt = (torch.where(legal, x, math.nan) for x in (logp, *entropy, top, log_sum))
     *outputs, top, log_sum = (torch.where(kept, x, 0.0) for x in spoilt)
     return (*outputs, torch.stack([top, log_sum])), local

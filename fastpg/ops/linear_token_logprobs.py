@@ -39,11 +39,12 @@ OP = "linear_token_logprobs"
 
 def _logits(hidden, weight, bias, logits_dtype):
     """[N, V], as a model's own head makes them; the specification of what kernels do in tiles."""
-    biases = [bias, *[None] * (len(weight) - 1)]
-    terms = zip(hidden, weight, biases, strict=True)
-    casts = ((x if x is None else x.to(logits_dtype) for x in term) for term in terms)
-    first, *others = (torch.nn.functional.linear(*term) for term in casts)
-    return sum(others, first)
+    hidden, weight = ([x.to(logits_dtype) for x in terms] for terms in (hidden, weight))
+    bias = bias if bias is None else bias.to(logits_dtype)
+    logits = torch.nn.functional.linear(hidden[0], weight[0], bias)
+    for h, w in zip(hidden[1:], weight[1:], strict=True):
+        logits = torch.addmm(logits, h, w.t())  # rounded when it is added, not before
+    return logits
 
 
 def reference(hidden, weight, bias, labels, temperature, softcap, ignore_index, logits_dtype):
@@ -157,7 +158,10 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         grads = [x if want else None for x, want in zip(grads, wanted, strict=True)]
         if ctx.group is not None:
             dhidden = Factors.of(grads).hidden
-            grads[: len(dhidden)] = (add_over_ranks(x, ctx.group, entropy.dtype) for x in dhidden)
+            sums = (
+                x if x is None else add_over_ranks(x, ctx.group, entropy.dtype) for x in dhidden
+            )
+            grads[: len(dhidden)] = sums
         return *(None,) * 6, *grads
 
 
@@ -204,9 +208,9 @@ def linear_token_logprobs(
 
     Off fp64 at H=896, V=151936 (256 peaked rows, on a CPU): log-probs at most 3e-6 in fp32, 0.03
     from logits in bf16, 2e-6 from fp32 logits of bf16 operands; gradients, relative, 6e-7 in fp32
-    and 3e-3 in bf16. A row's bits depend on itself alone as far as BLAS keeps to that: the CPU's
-    does, but for the gradient of hidden of fewer than 4 rows in fp32; a GPU's may choose its kernel
-    by the number of rows.
+    and 3e-3 in bf16. A row's bits depend on itself alone as far as BLAS keeps to that: a CPU's does
+    for log-probs in fp32 and bf16, and for the gradient of hidden if 4 rows have one; in fp64, and
+    on a GPU, its kernel may depend on the number of rows.
     """
     args = head_arguments(
         OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,

@@ -68,18 +68,18 @@ def backward(
 
 def _write_slice(of_slice, tokens, head, into, per_row, softcap):
     """dweight and dbias of a slice of the vocabulary, and its share of dhidden."""
-    dhidden, *ends = into.tile(ALL, tokens)
+    to = into.tile(ALL, tokens)
     *_, labels, temperature = per_row
-    ends = [*ends[0], ends[1]]
-    several = len(chunks_of(labels)) > 1  # tiles, whose sum is to be rounded once
-    sums = [x.to(temperature.dtype) if several and x is not None else x for x in ends]
+    sums = to
+    if len(chunks_of(labels)) > 1:  # tiles, whose sum is to be rounded once
+        *weight, bias = [x if x is None else x.to(temperature.dtype) for x in [*to.weight, to.bias]]
+        sums = Factors(to.hidden, weight, bias)
     for rows, _, logits in of_slice:
         *upstream, top, log_sum, labels, temperature = parts(rows, *per_row)
         upstream.append(torch.stack([top, log_sum]))
         given = labels - tokens.start, temperature, softcap
-        to = Factors(parts(rows, *dhidden), sums[:-1], sums[-1])
-        add = tokens.start > 0, rows.start > 0
-        write_gradients(logits, upstream, given, head.tile(rows, tokens), to, add=add)
-    for x, total in zip(ends, sums, strict=True):
+        tile = head.tile(rows, tokens), sums.tile(rows, ALL)
+        write_gradients(logits, upstream, given, *tile, add=(tokens.start > 0, rows.start > 0))
+    for x, total in zip(to.flat(), sums.flat(), strict=True):
         if total is not x:
             x.copy_(total)

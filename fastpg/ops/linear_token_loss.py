@@ -25,9 +25,11 @@ from ._checks import constant
 from ._head import (
     ALL,
     LEAST_ROWS,
+    ROWS,
     Factors,
     chunks,
     kept_rows,
+    length,
     logp_and_statistics,
     parts,
     reached,
@@ -93,25 +95,30 @@ def _write_chunk(logits, live, head, into, per_row, softcap, add):
 
 
 def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * by, in dtype, in one pass; and in none where that is seen without waiting."""
-    if by.device.type == "cpu" and by == 1:
-        return grad.to(dtype)
-    return torch.mul(grad, by, out=grad.new_empty(grad.shape, dtype=dtype))
+    """grad * by in dtype: in place, if no second backward can ask for grad again."""
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    if by.device.type == "cpu" and by == 1:  # which a GPU would have to wait for
+        return grad.to(dtype, copy=kept)
+    if kept or grad.dtype is not dtype:
+        return torch.mul(grad, by, out=grad.new_empty(grad.shape, dtype=dtype))
+    return grad.mul_(by)
 
 
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, token_loss, group, labels, temperature, softcap, ignore_index, dtype, *head):
-        head, vocab, device = Factors.of(head), len(head[-2]), labels.device
+        head, device = Factors.of(head), labels.device
+        vocab = len(head.weight[0])
         where = group, labels, vocab, temperature, ignore_index
         kept, legal, local = labels_of_shard(OP, *where)
         of_all = torch.arange(len(labels), device=device), local, legal, temperature
         rows = kept_rows(kept)
         of_kept, per_row = head.tile(rows, ALL), parts(rows, *of_all)
-        of_chunks = chunks(len(per_row[0]), CHUNK_ROWS[device.type][dtype.itemsize])
+        size = min(CHUNK_ROWS[device.type][dtype.itemsize], ROWS[device.type])
+        of_chunks = chunks(len(per_row[0]), size)
         sums = head.weight[0].dtype if len(of_chunks) == 1 else temperature.dtype
         into = head.memory(temperature.dtype, sums, ctx.needs_input_grad[7:])
-        most = max(of_chunks[0].stop, LEAST_ROWS)
+        most = max(LEAST_ROWS, *map(length, of_chunks))
         memory = head.weight[0].new_empty(most * vocab, dtype=dtype)
         results = []
         for chunk in of_chunks:
@@ -195,6 +202,7 @@ def linear_token_loss(
     )  # fmt: skip
     wanted = torch.is_grad_enabled() and not constant(*head.flat())
     early = head.weight[0].dtype is not torch.float16 and not torch.compiler.is_compiling()
+    early &= labels.device.type in CHUNK_ROWS  # elsewhere the reference serves
     if level == "token" and wanted and early:
         return _LinearTokenLoss.apply(token_loss, process_group, *args, *head.flat())
     rows = torch.arange(labels.numel(), device=labels.device)

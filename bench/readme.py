@@ -10,7 +10,7 @@ BEGIN, END = "<!-- bench -->\n", "<!-- /bench -->"
 
 
 def newest() -> dict[tuple, list[dict]]:
-    """For each machine, op and case the last row of every candidate, in the order of the files."""
+    """For each machine, op and case the last row of every candidate, ops in alphabetical order."""
     rows: dict[tuple, dict] = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
         for row in map(json.loads, path.read_text().splitlines()):
@@ -19,7 +19,7 @@ def newest() -> dict[tuple, list[dict]]:
     cases: dict[tuple, list[dict]] = {}
     for (*case, _), row in rows.items():
         cases.setdefault(tuple(case), []).append(row)
-    return cases
+    return dict(sorted(cases.items(), key=lambda item: item[0][:2]))
 
 
 def time(ms: float) -> str:

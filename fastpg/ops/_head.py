@@ -66,19 +66,19 @@ def length(part: slice) -> int:
 
 
 def chunks(count: int, most: int, multiple: int = 1) -> list[slice]:
-    """0..count in parts of one size, but for a multiple; one if it is 0."""
-    size = -(-max(count, 1) // most)
-    bounds = {count * i // size // multiple * multiple for i in range(size)}
+    """0..count in parts of about one size, which begin at a multiple; one part if it is 0."""
+    many = -(-max(count, 1) // most)
+    bounds = {count * i // many // multiple * multiple for i in range(many)}
     return [slice(*ends) for ends in pairwise([*sorted(bounds), count])]
 
 
 def chunks_of(rows: Tensor) -> list[slice]:
-    """Those that tiles have."""
+    """The rows of tiles."""
     return chunks(len(rows), ROWS[rows.device.type])
 
 
 def slices_of(weight: Tensor) -> list[slice]:
-    """Of aligned tokens. None is of a few, whose product BLAS would round in another way."""
+    """Aligned. None is of a few tokens, whose product BLAS would round in another way."""
     return chunks(len(weight), WIDTH[weight.device.type], multiple=16)
 
 
@@ -99,7 +99,7 @@ def tiles(head: Factors, dtype: torch.dtype, memory: Tensor | None = None) -> It
     head, given, weight = padded(head), len(head.hidden[0]), head.weight[0]
     of_rows = chunks_of(head.hidden[0])
     of_tokens = slices_of(weight)
-    height, width = (max(map(length, parts)) for parts in (of_rows, of_tokens))
+    height, width = (max(map(length, ranges)) for ranges in (of_rows, of_tokens))
     place = weight.new_empty(height * width, dtype=dtype) if memory is None else memory
     for tokens in of_tokens:
         at = 0 if memory is None else tokens.start * height

@@ -203,8 +203,8 @@ def linear_token_logprobs(
 
     -inf, NaN and bad labels are treated as by token_logprobs. On a GPU the call waits for the
     number of rows that are not ignored, and backward for that of those that a gradient reaches.
-    The logits are in tiles, one at a time, of 4096 rows by 4096 tokens at most, on a GPU 8192 by
-    16384; with more rows than that, a slice of the gradient of weight is in fp32 beside it.
+    The logits are in tiles, one at a time, of at most about 4096 rows by 4096 tokens, on a GPU 8192
+    by 16384; with more rows than that, a slice of the gradient of weight is in fp32 beside it.
 
     Off fp64 at H=896, V=151936 (256 peaked rows, on a CPU): log-probs at most 3e-6 in fp32, 0.03
     from logits in bf16, 2e-6 from fp32 logits of bf16 operands; gradients, relative, 6e-7 in fp32

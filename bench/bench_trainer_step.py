@@ -58,16 +58,25 @@ def cases(device: str) -> Iterator[Case]:
     assert learner.head == Head(), "the head was not recognised"
 
     def step(head):
-        learner.head = head
-        experience, _ = learner.experience(batch, scores)
-        return experience, learner.update(experience)
+        old = experience(head)
+        return old, learner.update(old)
 
-    def logp(head):
+    def experience(head):
         learner.head = head
-        return learner.experience(batch, scores)[0].logp
+        return learner.experience(batch, scores)[0]
+
+    def gradient(head):
+        """The loss of an update, and of what it changes one vector that all else leads through."""
+        old = experience(head)
+        loss, *_ = learner._loss(old, old.rollout.mask.sum())
+        norm = learner.accelerator.unwrap_model(learner.model).policy.model.norm.weight
+        return loss.detach(), *torch.autograd.grad(loss, norm)
 
     def gate():
-        torch.testing.assert_close(logp(Head()), logp(None), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            experience(Head()).logp, experience(None).logp, rtol=0, atol=1e-4
+        )
+        torch.testing.assert_close(gradient(Head()), gradient(None), rtol=1e-3, atol=1e-5)
 
     yield Case(
         "trainer_step",

@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 from tiny_trainer import make_trainer, metrics_of, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
+from fastpg.ops import linear_token_loss
 from fastpg.trainer.head import Head
 from fastpg.trainer.models import PolicyWithValue
 
@@ -186,6 +187,20 @@ def test_micro_batches_add_up(tmp_path):
     start = torch.nn.utils.parameters_to_vector(tiny_model().parameters())
     assert (whole[: len(start)] - start).abs().max() > 1e-4
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
+
+
+def test_chunks_of_a_micro_batch_add_up(tmp_path, monkeypatch):
+    """The parameters, and what was counted of every one of them."""
+    results = []
+    for rows in (7, 1000):
+        monkeypatch.setattr(linear_token_loss, "CHUNK_ROWS", {"cpu": {4: rows}})
+        parameters = parameters_after_a_step(tmp_path / f"{rows}", micro_batch_size=5)
+        metrics = metrics_of(tmp_path / f"{rows}")[0]
+        results.append((parameters, {k: v for k, v in metrics.items() if k.startswith("policy/")}))
+    (few, some), (one, whole) = results
+    torch.testing.assert_close(few, one, rtol=0, atol=1e-6)
+    assert some == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    assert whole["policy/count"] > 7 * 5
 
 
 def tiny_opt(**changes) -> OPTForCausalLM:

@@ -66,7 +66,7 @@ def length(part: slice) -> int:
 
 
 def chunks(count: int, most: int, multiple: int = 1) -> list[slice]:
-    """0..count in parts of about one size, which begin at a multiple; one part if it is 0."""
+    """0..count in parts of one size, `most` or less, but that each begins at a multiple."""
     many = -(-max(count, 1) // most)
     bounds = {count * i // many // multiple * multiple for i in range(many)}
     return [slice(*ends) for ends in pairwise([*sorted(bounds), count])]

@@ -185,12 +185,13 @@ def linear_token_loss(
         call with a token_loss that computes the same: it is evaluated on each, on the same bits.
     Returns the loss, and the list of the stats that token_loss returned, for merge_stats.
 
-    The gradients of hidden, weight and bias are held until backward, in fp32, but those of weight
-    and bias in their dtype where one chunk is all; beside them a chunk takes for each token of the
-    vocabulary 2 KiB in bf16 and 1 KiB in fp32, on a GPU 16. A GPU is waited for once a chunk: for
-    the number of rows that have a gradient. torch.compile cannot take the gradient of a callable
-    within a graph: there every level goes the way of "sequence"; and so it does for fp16, whose
-    gradients underflow unless made after a GradScaler has scaled the loss.
+    The gradients of hidden, weight and bias are held until backward, in fp32 (fp64 for fp64), but
+    those of weight and bias in their dtype where one chunk is all; beside them a chunk takes for
+    each token of the vocabulary 2 KiB in bf16 and 1 KiB in fp32, on a GPU 16. A GPU is waited for:
+    for the number of rows that are not ignored, and once a chunk for that of those that have a
+    gradient. torch.compile cannot take the gradient of a callable within a graph: there every level
+    goes the way of "sequence"; and so it does for fp16, whose gradients underflow unless made after
+    a GradScaler has scaled the loss.
     """
     if not callable(token_loss):
         raise TypeError(f"{OP}: token_loss must be callable, got {type(token_loss).__name__}")

@@ -80,19 +80,21 @@ def completion_loss(
     token_loss, level: as of `linear_token_loss`, which without a `head` is not called. The others
     are those of `completion_logprobs`.
     """
-    inputs = input_ids, attention_mask
     if head is None:
-        logp, entropy, hidden = completion_logprobs(policy, *inputs, labels, temperature, head)
+        batch = input_ids, attention_mask, labels, temperature, head
+        logp, entropy, hidden = completion_logprobs(policy, *batch)
         rows = torch.arange(labels.numel(), device=labels.device)
         loss, stats = token_loss(logp.flatten(), entropy.flatten(), rows)
         return loss, [stats], hidden
-    inputs = _inputs(policy, *inputs)
+    inputs = _inputs(policy, input_ids, attention_mask)
     (h, weight), options, hidden = _factors(policy, inputs, labels.shape[1], head)
     options |= {"temperature": temperature, "level": level}
     return *fastpg.linear_token_loss(h, weight, labels, token_loss, **options), hidden
 
 
-def _factors(policy: PreTrainedModel, inputs: dict, length: int, head: Head) -> tuple:
+def _factors(
+    policy: PreTrainedModel, inputs: dict, length: int, head: Head
+) -> tuple[list[tuple[Tensor, ...]], dict, Tensor]:
     """What linear ops take: hidden and weight, and options; and the hidden states [B, T, H]."""
     model = causal_lm(policy)
     hidden = model.get_decoder()(**inputs).last_hidden_state[:, -length - 1 : -1]

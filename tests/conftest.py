@@ -50,12 +50,13 @@ def deterministic():
 
 
 def op_of(module):
-    """The op that a test file is named after."""
-    return module.__name__.removeprefix("test_")
+    """The op that a test file is named after; `_laws` are the second half of some."""
+    return module.__name__.removeprefix("test_").removesuffix("_laws")
 
 
 def served_on_gpu(op):
-    op = {"linear_token_loss": "linear_token_logprobs"}.get(op, op)  # which it is made of
+    if op in ("linear_token_loss", "adapted_head"):
+        op = "linear_token_logprobs"  # which they are made of
     return fastpg.kernels_of().get(op, {"CUDA": "reference"})["CUDA"]
 
 

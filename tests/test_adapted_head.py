@@ -62,6 +62,8 @@ def test_products_add_up(kernel, function, dtype):
 
 def test_bf16_rounds_when_a_product_is_added(kernel):
     """To the bit: the first product and bias, rounded; and with the second one, rounded again."""
+    if kernel == "cuda":
+        pytest.skip("a GPU's BLAS may round a tile otherwise than the whole")
     (hidden, weight, bias), labels = problem(torch.bfloat16)
     h, w = split(hidden), split(weight)
     logits = torch.addmm(linear(h[0], w[0], bias), h[1], w[1].t())

@@ -1,7 +1,8 @@
 """Numbers that other projects publish in their tests, computed by our calls.
 
 Each test names the project, the file and the tests its numbers come from; rlax's vectors of GAE and
-V-trace are in test_gae.py. Tolerances are those of the sources, which printed four to seven digits.
+V-trace are in test_gae_laws.py. Tolerances are those of the sources, which printed four to seven
+digits.
 """
 
 import pytest

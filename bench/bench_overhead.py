@@ -6,8 +6,6 @@ import fastpg
 
 from ._timing import Case
 
-FORWARD_US, TRAINING_US = 12, 40
-
 
 def _training(function, x):
     x = x.clone().requires_grad_()

@@ -22,7 +22,11 @@ from . import readme
 from ._timing import Case, Timing, keep_freed_memory, measure
 
 HERE = Path(__file__).parent
-OPS = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))]
+# The module of each benchmark, by what it measures.
+BENCHMARKS = {
+    path.stem.removeprefix("bench_"): ".".join(path.relative_to(HERE.parent).with_suffix("").parts)
+    for path in sorted(HERE.rglob("bench_*.py"))
+}
 COLUMNS = "{:40} {:>10} {:>10} {:>10} {:>8} {:>9} {:>9}"
 
 
@@ -85,23 +89,25 @@ def _row(case: Case, name: str, timing: Timing) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "ops", nargs="*", metavar="op", help=f"any of {', '.join(OPS)}; default all"
+        "ops", nargs="*", metavar="op", help=f"any of {', '.join(BENCHMARKS)}; default all"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each case")
     parser.add_argument("--keep-memory", action="store_true", help="as jemalloc does: Linux only")
     parser.add_argument("--readme", action="store_true", help="rewrite the tables of the results")
     args = parser.parse_args()
-    if unknown := set(args.ops) - set(OPS):
-        parser.error(f"no benchmark of {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
+    if unknown := set(args.ops) - set(BENCHMARKS):
+        parser.error(
+            f"no benchmark of {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}"
+        )
     if args.readme:
         return readme.write()
     if args.keep_memory:
         keep_freed_memory()
     facts, results = provenance(), HERE / "results" / f"{machine(args.device)}.jsonl"
     results.parent.mkdir(exist_ok=True)
-    for op in args.ops or OPS:
-        for case in importlib.import_module(f"bench.bench_{op}").cases(args.device):
+    for op in args.ops or BENCHMARKS:
+        for case in importlib.import_module(BENCHMARKS[op]).cases(args.device):
             rows = run(case, args.seconds, args.keep_memory)
             with open(results, "a") as file:
                 file.writelines(json.dumps(row | facts) + "\n" for row in rows)

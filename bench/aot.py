@@ -27,19 +27,16 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastpg.ops import (
-    _triton,
-    gae_triton,
-    importance_weights_triton,
+from fastpg.ops.common import triton as _triton
+from fastpg.ops.credit import gae_triton, token_rewards_triton, whiten_triton
+from fastpg.ops.loss import (
     kl_estimate_triton,
     policy_loss_from_logits_triton,
     policy_loss_triton,
-    token_logprobs_triton,
-    token_rewards_triton,
-    token_weights_triton,
     value_loss_triton,
-    whiten_triton,
 )
+from fastpg.ops.vocabulary import token_logprobs_triton
+from fastpg.ops.weight import importance_weights_triton, token_weights_triton
 
 BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}

@@ -3,18 +3,18 @@
 // tuple.
 #include <array>
 
-#include "bind.h"
-#include "dtype.h"
-#include "gae.h"
-#include "importance_weights.h"
-#include "kl_estimate.h"
-#include "parallel.h"
-#include "policy_loss_from_logits.h"
+#include "common/bind.h"
+#include "common/dtype.h"
+#include "common/parallel.h"
+#include "credit/gae.h"
+#include "credit/token_rewards.h"
+#include "credit/whiten.h"
+#include "loss/kl_estimate.h"
+#include "loss/policy_loss_from_logits.h"
 #include "simd/kernels.h"
-#include "token_logprobs.h"
-#include "token_rewards.h"
-#include "token_weights.h"
-#include "whiten.h"
+#include "vocabulary/token_logprobs.h"
+#include "weight/importance_weights.h"
+#include "weight/token_weights.h"
 
 namespace py = pybind11;
 

@@ -1,11 +1,11 @@
 // The module fastpg._cuda: as fastpg._C, with a stream first. Nothing waits for the GPU.
 #include <array>
 
-#include "bind.h"
-#include "dtype.h"
-#include "policy_loss.h"
-#include "sequences.h"
-#include "value_loss.h"
+#include "common/bind.h"
+#include "common/dtype.h"
+#include "common/sequences.h"
+#include "loss/policy_loss.h"
+#include "loss/value_loss.h"
 
 namespace py = pybind11;
 

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ops._checks import as_bool, check_shape
-from .ops._stats import PolicyStats
-from .ops.gae import gae
-from .ops.group_center import group_center
-from .ops.policy_loss import policy_loss
-from .ops.token_rewards import token_rewards
-from .ops.token_weights import token_weights
-from .ops.whiten import whiten
+from .ops.common.checks import as_bool, check_shape
+from .ops.common.stats import PolicyStats
+from .ops.credit.gae import gae
+from .ops.credit.group_center import group_center
+from .ops.credit.token_rewards import token_rewards
+from .ops.credit.whiten import whiten
+from .ops.loss.policy_loss import policy_loss
+from .ops.weight.token_weights import token_weights
 
 Options = Mapping[str, Any]
 

@@ -10,7 +10,6 @@ import os
 import pkgutil
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import cuda_on_cpu
 import pytest
@@ -19,8 +18,11 @@ import torch
 import fastpg.ops
 from fastpg._library import _C, CUDA_LAUNCHERS, REFERENCES
 
-NAMES = [m.name for m in pkgutil.iter_modules(fastpg.ops.__path__)]
-PAGES = [importlib.import_module(f"fastpg.ops.{n}") for n in NAMES if not n.endswith("_triton")]
+MODULES = {
+    m.name.rpartition(".")[2]: m.name
+    for m in pkgutil.walk_packages(fastpg.ops.__path__, "fastpg.ops.")
+}
+PAGES = [importlib.import_module(m) for n, m in MODULES.items() if "triton" not in n]
 INSTRUCTION_SETS = _C.instruction_sets() if _C is not None else []
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -66,9 +68,9 @@ def pytest_generate_tests(metafunc):
         return
     op = op_of(metafunc.module)
     kernels, on_gpu = ["reference", *INSTRUCTION_SETS], served_on_gpu(op)
-    if TRITON and f"{op}_triton" in NAMES and not (GPU and on_gpu == "Triton"):
+    if TRITON and f"{op}_triton" in MODULES and not (GPU and on_gpu == "Triton"):
         kernels.append("triton")
-    if not GPU and Path(cuda_on_cpu.CSRC, f"{op}.cu").exists():
+    if not GPU and any(cuda_on_cpu.CSRC.rglob(f"{op}.cu")):
         kernels.append("cuda-on-cpu")
     if GPU and on_gpu != "reference":
         kernels.append("cuda")
@@ -98,12 +100,12 @@ def kernel(request, monkeypatch):
         for page in PAGES:
             replace_ops(monkeypatch, page, REFERENCES.get)
     elif kind == "triton":
-        launchers = vars(importlib.import_module(f"fastpg.ops.{op}_triton"))
-        page = importlib.import_module(f"fastpg.ops.{op}")
+        launchers = vars(importlib.import_module(MODULES[f"{op}_triton"]))
+        page = importlib.import_module(MODULES[op])
         replace_ops(monkeypatch, page, lambda op: launchers.get(op._opname))
     elif kind == "cuda-on-cpu":
         module = cuda_on_cpu.load(request.config.cache.mkdir("cuda_on_cpu"))
-        page = importlib.import_module(f"fastpg.ops.{op}")
+        page = importlib.import_module(MODULES[op])
         replace_ops(monkeypatch, page, lambda op: cuda_launcher(op, module))
     elif kind in INSTRUCTION_SETS:
         best = _C.instruction_set()

@@ -2,11 +2,11 @@
 // chosen once, at load; everything else is compiled for the baseline.
 #pragma once
 
-#include "importance_weights.h"
-#include "kl_estimate.h"
-#include "online_softmax.h"
-#include "policy_loss.h"
-#include "value_loss.h"
+#include "loss/kl_estimate.h"
+#include "loss/policy_loss.h"
+#include "loss/value_loss.h"
+#include "vocabulary/online_softmax.h"
+#include "weight/importance_weights.h"
 
 namespace fpg {
 

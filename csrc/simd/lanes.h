@@ -2,7 +2,7 @@
 // unnamed namespace: each instruction set keeps its own.
 #pragma once
 
-#include "common.h"
+#include "common/numbers.h"
 
 namespace fpg {
 namespace {

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastpg.ops._head_arguments import autocast
+from fastpg.ops.vocabulary.head_arguments import autocast
 
 
 class Products(NamedTuple):

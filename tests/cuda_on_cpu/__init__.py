@@ -23,8 +23,8 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w", '-DFPG_GPUS=
 @cache
 def load(folder: Path):
     """The module that stands for fastpg._cuda; built into `folder` if its sources have changed."""
-    sources = [*sorted(CSRC.glob("*.cu")), CSRC / "bind_cuda.cpp"]
-    read = [*sources, *sorted(CSRC.glob("*.h")), HERE / "cuda_runtime.h"]
+    sources = [*sorted(CSRC.rglob("*.cu")), CSRC / "bind_cuda.cpp"]
+    read = [*sources, *sorted(CSRC.rglob("*.h")), HERE / "cuda_runtime.h"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
     target = folder / f"_cuda-{digest}.so"
     with open(folder / "lock", "w") as lock:

@@ -1,0 +1,41 @@
+"""token_rewards at a million tokens, against indexing the last token as trainers do."""
+
+import torch
+
+from fastpg import token_rewards
+
+from .._timing import Case
+
+BATCH, LENGTH, COEF = 128, 8192, 0.05
+
+
+def eager(scores, mask, kl):
+    rewards = -COEF * kl * mask
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1, keepdim=True)
+    return rewards.scatter_add(1, last, scores[:, None])
+
+
+def cases(device):
+    scores, kl = torch.randn(BATCH, device=device), torch.randn(BATCH, LENGTH, device=device)
+    lengths = torch.randint(1, LENGTH + 1, (BATCH, 1), device=device)
+    mask = torch.arange(LENGTH, device=device) < lengths
+    compiled = torch.compile(eager)
+
+    def fused():
+        return token_rewards(scores, mask, kl=kl, kl_coef=COEF)
+
+    def gate():
+        error = (fused() - eager(scores.double(), mask, kl.double())).abs().max().item()
+        assert error < 1e-6, f"rewards off by {error}"
+
+    yield Case(
+        "token_rewards",
+        f"{BATCH} x {LENGTH} float32",
+        gate,
+        {
+            "fastpg": fused,
+            "eager": lambda: eager(scores, mask, kl),
+            "torch.compile": lambda: compiled(scores, mask, kl),
+        },
+        device=device,
+    )

@@ -1,0 +1,40 @@
+"""whiten at a million tokens, against the masked form that trainers use."""
+
+import torch
+
+from fastpg import whiten
+
+from .._timing import Case
+
+BATCH, LENGTH, EPS = 128, 8192, 1e-8
+
+
+def eager(x, mask):
+    count = mask.sum()
+    mean = (x * mask).sum() / count
+    variance = ((x - mean) ** 2 * mask).sum() / (count - 1)
+    return (x - mean) * torch.rsqrt(variance + EPS) * mask
+
+
+def cases(device):
+    x = torch.randn(BATCH, LENGTH, device=device)
+    lengths = torch.randint(1, LENGTH + 1, (BATCH, 1), device=device)
+    mask = torch.arange(LENGTH, device=device) < lengths
+    compiled = torch.compile(eager)
+
+    def gate():
+        want = eager(x.double(), mask)
+        error = (whiten(x, mask) - want).abs().max().item()
+        assert error < 1e-6 * (1 + want.abs().max()), f"off by {error}"
+
+    yield Case(
+        "whiten",
+        f"{BATCH} x {LENGTH} float32",
+        gate,
+        {
+            "fastpg": lambda: whiten(x, mask),
+            "eager": lambda: eager(x, mask),
+            "torch.compile": lambda: compiled(x, mask),
+        },
+        device=device,
+    )

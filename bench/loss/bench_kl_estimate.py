@@ -1,0 +1,45 @@
+"""kl_estimate, forward + backward at a million tokens, against the formula in PyTorch."""
+
+import torch
+
+from fastpg import kl_estimate
+
+from .._timing import Case
+
+TOKENS = 1_000_000
+
+
+def eager(logp, ref_logp):
+    d = logp - ref_logp
+    return torch.expm1(-d.clamp(-20.0, 20.0)) + d
+
+
+def fused(logp, ref_logp):
+    return kl_estimate(logp, ref_logp, kind="k3")
+
+
+def training(function, logp, ref_logp):
+    x, upstream = logp.clone().requires_grad_(), torch.ones_like(logp)
+    return lambda: torch.autograd.grad(function(x, ref_logp), x, upstream)
+
+
+def cases(device):
+    logp = -torch.rand(TOKENS, device=device) * 5
+    ref_logp = logp + 0.2 * torch.randn(TOKENS, device=device)
+
+    def gate():
+        want = eager(logp.double(), ref_logp.double())
+        error = (fused(logp, ref_logp) - want).abs().max().item()
+        assert error < 1e-6 * (1 + want.abs().max()), f"kl off by {error}"
+
+    yield Case(
+        "kl_estimate",
+        f"k3, forward + backward, {TOKENS} tokens",
+        gate,
+        {
+            "fastpg": training(fused, logp, ref_logp),
+            "eager": training(eager, logp, ref_logp),
+            "torch.compile": training(torch.compile(eager), logp, ref_logp),
+        },
+        device=device,
+    )

@@ -1,0 +1,124 @@
+"""policy_loss, forward + backward, against the loss as commonly written."""
+
+import torch
+
+from fastpg import policy_loss
+
+from .._timing import Case
+
+TOKENS, CLIP = 1_000_000, 0.2
+
+
+def eager(logp, advantages, weight, old_logp):
+    ratio = (logp - old_logp).exp()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages
+    return -(torch.minimum(unclipped, clipped) * weight).sum()
+
+
+def eager_every_option(logp, advantages, weight, old_logp, ref_logp, entropy):
+    """Dual clip, an entropy bonus, and the KL to a reference with its exact gradient."""
+    ratio = (logp - old_logp).exp()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages
+    lowest = torch.minimum(unclipped, clipped)
+    surrogate = -torch.where(advantages < 0, torch.maximum(lowest, 3 * advantages), lowest)
+    d = logp - ref_logp
+    terms = surrogate + 0.1 * ratio * (torch.expm1(-d) + d) - 0.01 * entropy
+    return (terms * weight).sum()
+
+
+def with_statistics(logp, advantages, weight, old_logp):
+    """The loss, and what PolicyStats counts of it, in plain PyTorch."""
+    d = logp - old_logp
+    ratio = d.exp()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages
+    loss = -(torch.minimum(unclipped, clipped) * weight).sum()
+    with torch.no_grad():
+        sums = [weight != 0, weight, ratio, ratio**2, -d, torch.expm1(d) - d]
+        sums += [(advantages < 0) & (ratio < 1 - CLIP), (advantages > 0) & (ratio > 1 + CLIP)]
+        stats = [*(x.sum() for x in sums), ratio.amin(), ratio.amax()]
+    return loss, torch.stack([x.float() for x in stats])
+
+
+def fused(logp, advantages, weight, old_logp):
+    return policy_loss(logp, advantages, weight, old_logp=old_logp)[0]
+
+
+def fused_every_option(logp, advantages, weight, old_logp, ref_logp, entropy):
+    return policy_loss(
+        logp, advantages, weight, old_logp=old_logp, dual_clip=3.0, ref_logp=ref_logp,
+        kl_coef=0.1, entropy=entropy, entropy_coef=0.01,
+    )[0]  # fmt: skip
+
+
+def training(function, *inputs):
+    """Gradients of the log-probs, and of the entropy where there is one."""
+    leaves = [x.clone().requires_grad_() if i in (0, 5) else x for i, x in enumerate(inputs)]
+    return lambda: torch.autograd.grad(function(*leaves), leaves[::5])
+
+
+def gate(ours, theirs, inputs):
+    def check():
+        want = theirs(*(x.double() for x in inputs)).item()
+        error = abs(ours(*inputs).item() - want)
+        assert error < 1e-6 * (1 + abs(want)), f"loss off by {error}"
+
+    return check
+
+
+def samples(tokens, device):
+    """What the plain loss takes, and what the loss with every option takes."""
+    logp = -torch.rand(tokens, device=device) * 5
+    noise = torch.randn(3, tokens, device=device)
+    weight = torch.full((tokens,), 1 / tokens, device=device)
+    plain = logp, noise[0], weight, logp + 0.2 * noise[1]
+    return plain, (*plain, logp + 0.2 * noise[2], torch.rand(tokens, device=device))
+
+
+def plain_case(tokens, device, targets, calls):
+    inputs, _ = samples(tokens, device)
+    compiled = torch.compile(with_statistics)
+    return Case(
+        "policy_loss",
+        f"forward + backward, {tokens} tokens",
+        gate(fused, eager, inputs),
+        {
+            "fastpg, with its statistics": training(fused, *inputs),
+            "eager, loss alone": training(eager, *inputs),
+            "torch.compile, loss alone": training(torch.compile(eager), *inputs),
+            "torch.compile, with the same statistics": training(
+                lambda *args: compiled(*args)[0], *inputs
+            ),
+        },
+        ours="fastpg, with its statistics",
+        targets=targets,
+        calls=calls,
+        device=device,
+    )
+
+
+def every_option_case(tokens, device, targets):
+    plain, inputs = samples(tokens, device)
+    return Case(
+        "policy_loss",
+        f"every option, forward + backward, {tokens} tokens",
+        gate(fused_every_option, eager_every_option, inputs),
+        {
+            "fastpg, every option": training(fused_every_option, *inputs),
+            "fastpg, plain": training(fused, *plain),
+            "eager, loss alone": training(eager_every_option, *inputs),
+            "torch.compile, loss alone": training(torch.compile(eager_every_option), *inputs),
+        },
+        ours="fastpg, every option",
+        targets=targets,
+        device=device,
+    )
+
+
+def cases(device):
+    if device == "cuda":
+        targets = {"fastpg, with its statistics": "<= 15 µs"}
+        yield plain_case(131_072, device, targets, calls=200)
+    targets = {"eager, loss alone": ">= 5", "torch.compile, loss alone": ">= 2"}
+    yield plain_case(TOKENS, device, targets, calls=1)
+    targets = {"fastpg, plain": ">= 0.67", "eager, loss alone": ">= 5"}
+    yield every_option_case(TOKENS, device, targets)

@@ -1,0 +1,55 @@
+"""value_loss, forward + backward at a million tokens, against the loss as commonly written."""
+
+import torch
+
+from fastpg import value_loss
+
+from .._timing import Case
+
+TOKENS, CLIP = 1_000_000, 0.2
+
+
+def eager(values, returns, weight, old_values):
+    held = old_values + (values - old_values).clamp(-CLIP, CLIP)
+    errors = torch.maximum((values - returns) ** 2, (held - returns) ** 2)
+    return 0.5 * (errors * weight).sum()
+
+
+def fused(values, returns, weight, old_values):
+    return value_loss(values, returns, weight, old_values=old_values, clip=CLIP)[0]
+
+
+def training(function, values, *rest):
+    x = values.clone().requires_grad_()
+    return lambda: torch.autograd.grad(function(x, *rest), x)
+
+
+def cases(device):
+    yield case(TOKENS, device)
+    if device == "cuda":
+        yield case(131072, device)
+
+
+def case(tokens, device):
+    values, returns, noise = torch.randn(3, tokens, device=device)
+    weight = torch.full((tokens,), 1 / tokens, device=device)
+    inputs = values, returns, weight, values + 0.2 * noise
+
+    def gate():
+        want = eager(*(t.double() for t in inputs)).item()
+        error = abs(fused(*inputs).item() - want)
+        assert error < 1e-6 * (1 + abs(want)), f"loss off by {error}"
+
+    return Case(
+        "value_loss",
+        f"forward + backward, {tokens} tokens",
+        gate,
+        {
+            "fastpg, with its statistics": training(fused, *inputs),
+            "eager, loss alone": training(eager, *inputs),
+            "torch.compile, loss alone": training(torch.compile(eager), *inputs),
+        },
+        ours="fastpg, with its statistics",
+        calls=50 if device == "cuda" else 1,
+        device=device,
+    )

@@ -1,0 +1,139 @@
+"""linear_token_logprobs against the logits kept, and against its own matrix products alone.
+
+Forward and backward to hidden and weight; extra MiB does not count their gradients.
+"""
+
+import torch
+from torch.nn.functional import linear
+
+from fastpg import linear_token_logprobs, token_logprobs
+
+from .._timing import Case
+from ..inputs import head_and_labels
+
+CPU_SHAPES = [
+    (rows, 896, 151936, dtype) for rows in (1024, 4096) for dtype in (torch.bfloat16, torch.float32)
+]
+CUDA_SHAPES = [(8192, 4096, 131072, torch.bfloat16)]
+
+
+def eager(hidden, weight, labels):
+    return of_logits(linear(hidden, weight), labels)
+
+
+def of_logits(logits, labels):
+    return logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+def training(function, hidden, weight, labels):
+    """Forward and backward, with the gradients dropped as an optimiser step would."""
+    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    upstream = torch.ones_like(labels, dtype=torch.float32)
+    return lambda: torch.autograd.grad(function(*leaves, labels), leaves, upstream)
+
+
+def with_an_adapter(function, hidden, weight, labels, rank=16):
+    """The same with LoRA, to hidden, A and B; weight is frozen."""
+    a, b = hidden[:rank] / hidden.shape[1], weight[:, :rank]
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, a, b)]
+    upstream = torch.ones_like(labels, dtype=torch.float32)
+
+    def step():
+        hidden, a, b = leaves
+        value = function((hidden, linear(hidden, a)), (weight, b), labels)
+        return torch.autograd.grad(value, leaves, upstream)
+
+    return step
+
+
+def products(hidden, weight, logits_times):
+    """The matrix products alone: logits, as often as they are made, and both gradients."""
+    outs = [x.new_empty(x.shape) for x in (hidden, weight)]
+    logits = hidden.new_empty(len(hidden), len(weight))
+
+    def step():
+        for _ in range(logits_times):
+            torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight, out=outs[0])
+        torch.mm(logits.t(), hidden, out=outs[1])
+
+    return step
+
+
+def gate(hidden, weight, labels):
+    """The log-probs of the model's own logits, and gradients as eager has them, of a few rows."""
+    few = hidden[:16], weight, labels[:16]
+
+    def check():
+        want = token_logprobs(linear(*few[:2]), few[2])
+        error = (linear_token_logprobs(*few) - want).abs().max().item()
+        assert error < 2e-6 * (1 + want.abs().max()), f"log-prob off by {error}"
+        pairs = zip(training(linear_token_logprobs, *few)(), training(eager, *few)(), strict=True)
+        for got, want in pairs:
+            error = (got - want).float().norm() / want.float().norm()
+            assert error < (1e-2 if got.dtype is torch.bfloat16 else 1e-5), f"gradient: {error}"
+
+    return check
+
+
+def problem(rows, width, vocab, dtype, device):
+    """hidden, weight, labels; what a case of them is called; and the MiB of their gradients."""
+    with torch.device(device):
+        hidden, weight, _, labels = head_and_labels((rows,), vocab, width, dtype)
+    name = f"N={rows} H={width} V={vocab} {str(dtype).removeprefix('torch.')}"
+    return (hidden, weight, labels), name, (hidden.nbytes + weight.nbytes) / 2**20
+
+
+def cases(device):
+    for shape in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
+        inputs, name, gradients = problem(*shape, device)
+        yield whole_head(inputs, name, gradients, device, quick=shape[0] != 4096)
+        if shape in (CPU_SHAPES[0], *CUDA_SHAPES):
+            yield adapted_head(inputs, name, device)
+
+
+def whole_head(inputs, name, gradients, device, quick):
+    candidates = {"fastpg": training(linear_token_logprobs, *inputs)}
+    targets = {"eager": ">= 0.95" if inputs[0].dtype is torch.bfloat16 else ">= 0.89"}
+    if device == "cpu":  # a GPU has no room for eager's log-softmax in fp32 beside the logits
+        candidates["eager"] = training(eager, *inputs)
+    if quick:
+        candidates["its four products"] = products(*inputs[:2], 2)
+        targets |= {"its four products": ">= 0.8"} if device == "cuda" else {}
+    return Case(
+        "linear_token_logprobs",
+        f"forward + backward, {name}",
+        gate(*inputs),
+        candidates,
+        targets=targets,
+        device=device,
+        results_mib=gradients,
+        least=5 if quick else 2,
+        memory_target="<= eager / 15" if "eager" in candidates else "",
+    )
+
+
+def adapted_head(inputs, name, device):
+    def side_by_side(hidden, weight, labels):
+        return linear_token_logprobs(torch.cat(hidden, -1), torch.cat(weight, -1), labels)
+
+    def by_layers(hidden, weight, labels):
+        return of_logits(sum(map(linear, hidden, weight)), labels)
+
+    def check():
+        few = inputs[0][:16], inputs[1], inputs[2][:16]
+        ours, others = (with_an_adapter(f, *few)() for f in (linear_token_logprobs, by_layers))
+        for got, want in zip(ours, others, strict=True):
+            error = (got - want).float().norm() / want.float().norm()
+            assert error < 1e-2, f"gradient: {error}"
+
+    functions = {"fastpg": linear_token_logprobs, "its columns side by side": side_by_side}
+    functions |= {"eager": by_layers} if device == "cpu" else {}
+    return Case(
+        "linear_token_logprobs",
+        f"forward + backward, LoRA of rank 16 on a frozen head, {name}",
+        check,
+        {key: with_an_adapter(function, *inputs) for key, function in functions.items()},
+        device=device,
+        results_mib=inputs[0].nbytes / 2**20,
+    )

@@ -1,0 +1,132 @@
+"""token_logprobs against PyTorch, and against what it costs to read and copy the logits.
+
+On the CPU 256 rows of V=151936; on a GPU more, of other widths and types too.
+"""
+
+import torch
+
+from fastpg import token_logprobs
+
+from .._timing import Case
+from ..inputs import logits_and_labels
+
+ROWS, VOCAB = 256, 151936
+
+
+def eager(logits, labels):
+    return logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+def gate(logits, labels):
+    def check():
+        want = eager(logits.double(), labels)
+        error = (token_logprobs(logits, labels) - want).abs().max().item()
+        assert error < 2e-6 * (1 + want.abs().max()), f"log-prob off by {error}"
+
+    return check
+
+
+def training(function, logits, labels):
+    """Forward and backward, with the gradient dropped as an optimiser step would."""
+    x = logits.detach().requires_grad_()
+    upstream = torch.ones_like(labels, dtype=torch.float32)
+
+    def step():
+        torch.autograd.grad(function(x, labels), x, upstream)
+
+    return step
+
+
+def eager_with_entropy(logits, labels):
+    logp = logits.float().log_softmax(-1)
+    return logp.gather(-1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def cases(device):
+    if device == "cuda":
+        for rows, vocab, dtype in CUDA_SHAPES:
+            yield from on_cuda(rows, vocab, dtype)
+    else:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from of_dtype(dtype, device)
+
+
+CUDA_SHAPES = [
+    (8192, 151936, torch.bfloat16),
+    (512, 151936, torch.bfloat16),
+    *((4096, vocab, torch.float32) for vocab in (32000, 128256, 262144)),
+]
+
+
+def on_cuda(rows, vocab, dtype):
+    """Targets: 0.9 of the bandwidth forward (0.8 off the first shape); 1.12 of three passes."""
+    with torch.device("cuda"):
+        logits, labels = logits_and_labels(rows, vocab, dtype)
+    right = gate(logits[:64], labels[:64])
+    words, copy = logits.view(torch.float32), torch.empty_like(logits)
+    compiled, compiled_both = torch.compile(eager), torch.compile(eager_with_entropy)
+    few, few_labels = logits[: rows // 4], labels[: rows // 4]  # eager holds several fp32 copies
+    name = f"{rows} x {vocab} {str(dtype).removeprefix('torch.')}"
+    yield Case(
+        "token_logprobs",
+        f"forward, {name}",
+        right,
+        {
+            "fastpg with entropy": lambda: token_logprobs(logits, labels, return_entropy=True),
+            "fastpg": lambda: token_logprobs(logits, labels),
+            "torch.compile with entropy": lambda: compiled_both(logits, labels),
+            "torch.compile": lambda: compiled(logits, labels),
+            "eager, a quarter of the rows": lambda: eager(few, few_labels),
+            "summing the logits as fp32 words": words.sum,
+        },
+        ours="fastpg with entropy",
+        targets={"summing the logits as fp32 words": ">= 0.9" if rows == 8192 else ">= 0.8"},
+        device="cuda",
+    )
+    yield Case(
+        "token_logprobs",
+        f"forward + backward, {name}",
+        right,
+        {
+            "fastpg": training(token_logprobs, logits, labels),
+            "torch.compile": training(compiled, logits, labels),
+            "eager, a quarter of the rows": training(eager, few, few_labels),
+            "summing and copying the logits": lambda: (words.sum(), copy.copy_(logits)),
+        },
+        targets={"summing and copying the logits": ">= 0.89"},
+        device="cuda",
+    )
+
+
+def of_dtype(dtype, device):
+    compiled = torch.compile(eager)
+    logits, labels = (t.to(device) for t in logits_and_labels(ROWS, VOCAB, dtype))
+    fp32, name = logits.float(), str(dtype).removeprefix("torch.")
+    yield Case(
+        "token_logprobs",
+        f"forward, {ROWS} x {VOCAB} {name}",
+        gate(logits, labels),
+        {
+            "fastpg": lambda: token_logprobs(logits, labels),
+            "fastpg with entropy": lambda: token_logprobs(logits, labels, return_entropy=True),
+            "eager": lambda: eager(logits, labels),
+            "torch.compile": lambda: compiled(logits, labels),
+            "summing the fp32 logits": lambda: fp32.sum(),
+        },
+        targets={"fastpg with entropy": "<= 1.4", "eager": ">= 8", "torch.compile": ">= 5",
+                 "summing the fp32 logits": ">= 0.4"},
+        device=device,
+    )  # fmt: skip
+    yield Case(
+        "token_logprobs",
+        f"forward + backward, {ROWS} x {VOCAB} {name}",
+        gate(logits, labels),
+        {
+            "fastpg": training(token_logprobs, logits, labels),
+            "eager": training(eager, logits, labels),
+            "torch.compile": training(compiled, logits, labels),
+            "cloning the logits": logits.clone,
+        },
+        targets={"eager": ">= 6"},
+        device=device,
+    )

@@ -1,0 +1,36 @@
+"""token_weights at a million tokens, reduce="sequence": against dividing by the lengths."""
+
+import torch
+
+from fastpg import token_weights
+
+from .._timing import Case
+
+BATCH, LENGTH = 128, 8192
+
+
+def eager(mask):
+    lengths = mask.sum(1, keepdim=True)
+    return mask / lengths.clamp(min=1) / (lengths > 0).sum()
+
+
+def cases(device):
+    lengths = torch.randint(1, LENGTH + 1, (BATCH, 1), device=device)
+    mask = torch.arange(LENGTH, device=device) < lengths
+    compiled = torch.compile(eager)
+
+    def fused():
+        return token_weights(mask, reduce="sequence")
+
+    def gate():
+        want = eager(mask)
+        error = ((fused() - want).abs() / want.clamp(min=1e-12)).max().item()
+        assert error < 1e-6, f"weights off by a relative {error}"
+
+    yield Case(
+        "token_weights",
+        f"sequence, {BATCH} x {LENGTH}",
+        gate,
+        {"fastpg": fused, "eager": lambda: eager(mask), "torch.compile": lambda: compiled(mask)},
+        device=device,
+    )

@@ -1,0 +1,33 @@
+// The policy loss of rows of logits and its gradient by them: each row comes from memory once.
+#include "loss/policy_loss_from_logits.h"
+
+#include "simd/kernels.h"
+
+namespace fpg {
+
+template <typename T>
+void policy_loss_from_logits(const LogitRows& rows, const PolicyTokens<T>& tokens,
+                             const PolicyOptions& options, const RowsOut<T>& rows_out,
+                             const PolicyOut<T>& out) {
+  const PolicyLossKernels<T>& kernel = kernels();
+  const T entropy_coef = T(numbers_of(options).entropy_coef);
+  const auto row_loss = [&](int64_t i) {  // a block of one token
+    PolicyStats part;
+    kernel.policy_block(from(tokens, i), 1, options, out.coefficient + i, part.x);
+    if (rows_out.grad_entropy) rows_out.grad_entropy[i] = -entropy_coef * tokens.weight[i];
+  };
+  token_logprobs_and_backward(
+      rows, {rows_out.logp, rows_out.entropy, rows_out.row_stats}, row_loss,
+      {out.coefficient, rows_out.grad_entropy, rows_out.entropy, rows_out.row_stats},
+      rows_out.grad_logits);
+  policy_loss(tokens, rows.count, options, out);  // the same coefficients again, and the sums
+}
+
+template void policy_loss_from_logits(const LogitRows&, const PolicyTokens<float>&,
+                                      const PolicyOptions&, const RowsOut<float>&,
+                                      const PolicyOut<float>&);
+template void policy_loss_from_logits(const LogitRows&, const PolicyTokens<double>&,
+                                      const PolicyOptions&, const RowsOut<double>&,
+                                      const PolicyOut<double>&);
+
+}  // namespace fpg

@@ -1,0 +1,117 @@
+// Floor 1: the softmax of one row of logits, from statistics that merge.
+//
+// z_j = c_j / T, with c the logits after softcap: c_j = softcap * tanh(x_j / softcap).
+// A row is (max c, s = sum_j e^{z_j - z_max}, w = sum_j e^{z_j - z_max} (z_j - z_max)); two parts
+// of a row merge by rescaling to the larger maximum. From these
+//   logp_y  = (z_y - z_max) - log s          entropy = log s - w / s
+// with no cancellation of large logits, and with -inf logits contributing exactly nothing.
+#pragma once
+
+#include "common/elementary.h"
+
+namespace fpg {
+
+template <typename T>
+struct RowStats {
+  T max, sum, weighted;  // weighted: sum of e^d d, for the entropy
+};
+
+// d is bounded below so that e^d d is 0, not 0 * inf, where e^d vanishes. A NaN stays.
+template <typename T>
+FPG_HD T bounded(T d) {
+  return d < T(-1000) ? T(-1000) : d;
+}
+
+// The maximum to subtract: an all -inf row subtracts 0, else it would be NaN.
+template <typename T>
+FPG_HD T finite_max(T max) {
+  return max == -infinity<T>() ? T(0) : max;
+}
+
+template <typename T>
+FPG_HD RowStats<T> rescale(RowStats<T> a, T max, T inv_temperature) {
+  const T shift = bounded((a.max - finite_max(max)) * inv_temperature);
+  const T factor = exp(shift);
+  return {max, factor * a.sum, factor * (a.weighted + shift * a.sum)};
+}
+
+template <typename T>
+FPG_HD RowStats<T> merge(RowStats<T> a, RowStats<T> b, T inv_temperature) {
+  const T max = larger(a.max, b.max);
+  a = rescale(a, max, inv_temperature);
+  b = rescale(b, max, inv_temperature);
+  return {max, a.sum + b.sum, a.weighted + b.weighted};
+}
+
+// log sum_j e^{z_j - z_max}; 0 for a row that is all -inf, whose every log-prob is -inf.
+template <typename T>
+FPG_HD T log_sum(RowStats<T> row) {
+  return row.sum == T(0) ? T(0) : log(row.sum);
+}
+
+template <typename T>
+FPG_HD T entropy(RowStats<T> row) {
+  const T value = row.sum == T(0) ? T(0) : log(row.sum) - row.weighted / row.sum;
+  return value < T(0) ? T(0) : value;  // rounding must not make it negative
+}
+
+// What backward knows of a row, and the two gradients that reach it. In units of log2, so that a
+// probability is one exp2.
+template <typename T>
+struct RowGradient {
+  T origin, scale, log2_sum;   // log2 p_j = (c_j - origin) * scale - log2_sum
+  T entropy;                   // of the row, in nats
+  T grad_logp, grad_entropy;   // dL/dlogp, dL/dentropy
+  T softcap, inv_temperature;  // softcap 0: none
+};
+
+template <typename T>
+FPG_HD RowGradient<T> row_gradient(T max, T log_sum, T entropy, T grad_logp, T grad_entropy,
+                                   T softcap, T inv_temperature) {
+  return {finite_max(max),
+          inv_temperature * T(kLog2E),
+          log_sum * T(kLog2E),
+          entropy,
+          grad_logp,
+          grad_entropy,
+          softcap,
+          inv_temperature};
+}
+
+// log2 p of the capped logit c, bounded so that p log p is 0 where p vanishes.
+template <typename T>
+FPG_HD T log2_prob(T c, const RowGradient<T>& row) {
+  return larger((c - row.origin) * row.scale - row.log2_sum, zero_exponent<T>());
+}
+
+// dz/dx: the temperature, and the slope of softcap.
+template <bool kSoftcap, typename T>
+FPG_HD T logit_slope(T c, const RowGradient<T>& row) {
+  const T t = kSoftcap ? c / row.softcap : T(0);
+  return row.inv_temperature * (T(1) - t * t);
+}
+
+// g_H (log p + H): what the entropy adds to the gradient, per -p.
+template <typename T>
+FPG_HD T entropy_part(T log2_p, const RowGradient<T>& row) {
+  return row.grad_entropy * (log2_p * T(kLn2) + row.entropy);
+}
+
+// dL/dx_j = slope * -p_j (g_logp + g_H (log p_j + H)) for every token but the label.
+template <bool kSoftcap, bool kEntropy, typename T>
+FPG_HD T logit_gradient(T c, const RowGradient<T>& row) {
+  const T log2_p = log2_prob(c, row);
+  const T g = kEntropy ? row.grad_logp + entropy_part(log2_p, row) : row.grad_logp;
+  return exp2(log2_p) * (-g * logit_slope<kSoftcap>(c, row));
+}
+
+// At the label 1 - p_y is -expm1(log p_y), which keeps its digits as p_y -> 1.
+template <bool kSoftcap, typename T>
+FPG_HD T label_gradient(T c, const RowGradient<T>& row) {
+  if (c == -infinity<T>()) return T(0);
+  const T log2_p = log2_prob(c, row);
+  const T through_logp = -expm1(log2_p * T(kLn2)) * row.grad_logp;
+  return (through_logp - exp2(log2_p) * entropy_part(log2_p, row)) * logit_slope<kSoftcap>(c, row);
+}
+
+}  // namespace fpg

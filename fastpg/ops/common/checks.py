@@ -1,0 +1,244 @@
+"""What several pages ask: token tensors [B, T] or packed [N] with cu_seqlens; and of labels."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..._flags import record_labels
+from ..._library import DTYPE_CODE, scalar
+
+
+def check_tensors(op: str, **values: object) -> None:
+    for name, value in values.items():
+        check_tensor(op, name, value)
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    if not isinstance(value, (float, int)) and not isinstance(value, Real):  # a scalar of NumPy
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def check_choice(op: str, name: str, value: object, known: object) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def compute_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any tensor is fp64, else fp32."""
+    dtype = torch.float32
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        check_tensor(op, name, tensor)
+        if tensor.dtype is torch.float32:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in DTYPE_CODE:
+            raise TypeError(f"{op}: {name} must be bf16, fp16, fp32 or fp64, got {tensor.dtype}")
+        if tensor.dtype is torch.float64:
+            dtype = torch.float64
+    return dtype
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """tensor.to(dtype), without the microsecond that torch takes to do nothing."""
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
+
+
+def alike(op: str, optional: tuple = (), **tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype to compute in; each must match the first in shape and device.
+
+    optional: the names of those that may be None.
+    """
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and not (x is None and name in optional):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    beside, first = next(iter(tensors.items()))
+    shape, device, dtype = first.shape, first.device, first.dtype
+    others = [
+        name
+        for name, x in tensors.items()
+        if x is not None and not (x.dtype is dtype and x.shape == shape and x.device == device)
+    ]
+    if not others and dtype in (torch.float32, torch.float64):
+        return list(tensors.values())
+    dtype = compute_dtype(op, **tensors)
+    for name in others:
+        if tensors[name].device != device:
+            raise ValueError(f"{op}: {name} on {tensors[name].device}, {beside} on {device}")
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{op}: {name} {tuple(tensors[name].shape)} must have the shape of {beside} "
+                f"{tuple(shape)}"
+            )
+    return [cast(tensor, dtype) for tensor in tensors.values()]
+
+
+def constant(*tensors: Tensor | None) -> bool:
+    """Whether no derivative is wanted: an op may skip its autograd.Function and 5 of 16 us."""
+    if forward_ad._current_level >= 0:  # where the Function raises, and the op would lose tangents
+        return False
+    return not any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def sequence_count(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> int:
+    """B, from tokens [B, T], or from cu_seqlens [B + 1] if tokens are packed [N]."""
+    check_tensor(op, name, tokens)
+    if tokens.dim() != (2 if cu_seqlens is None else 1):
+        raise ValueError(
+            f"{op}: {name} must be [B, T], or [N] with cu_seqlens, got {tuple(tokens.shape)}"
+        )
+    if cu_seqlens is None:
+        return tokens.shape[0]
+    check_tensor(op, "cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype is not torch.int32:
+        raise TypeError(f"{op}: cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"{op}: cu_seqlens must be [B + 1], got {tuple(cu_seqlens.shape)}")
+    check_device(op, "cu_seqlens", cu_seqlens, tokens)
+    return len(cu_seqlens) - 1
+
+
+def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} on {tensor.device}, expected {like.device}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor | None, like: Tensor, *shapes: tuple) -> None:
+    """One of the shapes, and the device of `like`; or no tensor at all."""
+    if tensor is None:
+        return
+    check_tensor(op, name, tensor)
+    if tensor.shape not in shapes:
+        allowed = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must be {allowed}")
+    check_device(op, name, tensor, like)
+
+
+def fractions(op: str, name: str, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x, a constant in [0, 1] where it is not masked. On other devices that would synchronise."""
+    if x.is_complex():
+        raise TypeError(f"{op}: {name} must be real, got {x.dtype}")
+    x = cast(x.detach(), dtype)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
+        return x
+    least, most = (bound.item() for bound in x.aminmax())  # a third of what a mask costs
+    if not (least >= 0 and most <= 1):
+        bad = ~((x >= 0) & (x <= 1))
+        bad = bad & mask if mask is not None and mask.shape == x.shape else bad
+        if bad.any():
+            raise ValueError(f"{op}: {name} must be in [0, 1], holds {x[bad][0].item()}")
+    return x
+
+
+def as_bool(mask: Tensor | None) -> Tensor | None:
+    """A 0/1 tensor of any dtype as bool."""
+    return mask if mask is None or mask.dtype is torch.bool else mask != 0
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, tokens: Tensor) -> None:
+    """The check of values that the C++ kernels make. On other devices it would synchronise."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    bad = torch.diff(cu_seqlens, prepend=cu_seqlens.new_zeros(1)) < 0
+    bad[0] |= cu_seqlens[0] != 0
+    bad[-1] |= cu_seqlens[-1] != len(tokens)
+    if bad.any():
+        at = int(bad.int().argmax())
+        raise ValueError(
+            f"{op}: cu_seqlens must rise from 0 to N = {len(tokens)}, "
+            f"got {cu_seqlens[at].item()} at index {at}"
+        )
+
+
+def segments(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:
+    """The sequence of each packed token, int64 [N]."""
+    positions = torch.arange(len(tokens), device=tokens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+
+
+def to_tokens(x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x [B] at every token of its sequence."""
+    if cu_seqlens is None:
+        return x[:, None].expand(tokens.shape)
+    return x[segments(cu_seqlens, tokens)]
+
+
+def to_sequences(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The sum [B] of x over the tokens of each sequence."""
+    if cu_seqlens is None:
+        return x.sum(-1)
+    return x.new_zeros(len(cu_seqlens) - 1).index_add(0, segments(cu_seqlens, x), x)
+
+
+def is_last(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Marks the last unmasked token of each sequence."""
+    left = mask.flip(-1).cumsum(-1).flip(-1)  # unmasked tokens from here to the end
+    if cu_seqlens is not None:
+        beyond = torch.nn.functional.pad(left, (0, 1))[cu_seqlens[1:].long()]
+        left = left - to_tokens(beyond, mask, cu_seqlens)
+    return mask & (left == 1)
+
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_labels(op: str, labels: Tensor, rows: Tensor) -> None:
+    """labels [...] for rows [..., V] or [..., H]. Their values are checked by the kernels."""
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"{op}: labels must be integers, got {labels.dtype}")
+    check_shape(op, "labels", labels, rows, rows.shape[:-1])
+
+
+def check_label_values(op, labels, legal, kept, vocab, ignore_index, temperature):
+    """What the kernels check too. Elsewhere it would synchronise: there bad labels are recorded."""
+    if labels.device.type != "cpu":
+        return record_labels(op, labels, kept & ~legal)
+    bad = labels[kept & ~legal]
+    if len(bad):
+        where = f"outside [0, {vocab}) and not ignore_index={ignore_index}"
+        raise IndexError(f"{op}: labels holds {bad[0].item()}, {where}")
+    check_temperature(op, temperature, kept)
+
+
+def check_temperature(op: str, temperature: Tensor, kept: Tensor) -> None:
+    """On the CPU: where rows are kept it is a number to divide by."""
+    bad = temperature.expand(kept.shape)[kept & ~((temperature > 0) & temperature.isfinite())]
+    if len(bad):
+        raise ValueError(f"{op}: temperature holds {bad[0]}, must be finite and > 0")
+
+
+def positive(op: str, name: str, value: float, dtype: torch.dtype) -> float:
+    """value, by which the kernels divide, or multiply with its inverse, in dtype."""
+    check_number(op, name, value)
+    most = torch.finfo(dtype).max
+    if not 1 / most < value < most:
+        needs = f"and its inverse must be finite and > 0 in {dtype}"
+        raise ValueError(f"{op}: {name} {needs}, got {value}")
+    return value
+
+
+def label_temperature(
+    op: str, temperature: float | Tensor, dtype: torch.dtype, labels: Tensor
+) -> Tensor:
+    """0-d, or one per label. Always a tensor, so that a new value compiles nothing anew."""
+    if not isinstance(temperature, Tensor):
+        return scalar(positive(op, "temperature", temperature, dtype), dtype, labels.device)
+    check_device(op, "temperature", temperature, labels)
+    try:
+        return temperature.detach().to(dtype).expand(labels.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: temperature {tuple(temperature.shape)} does not broadcast to labels "
+            f"{tuple(labels.shape)}"
+        ) from None

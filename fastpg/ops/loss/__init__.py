@@ -1,0 +1,1 @@
+"""The losses of tokens, values and preferences."""

@@ -1,0 +1,128 @@
+"""The policy loss of one token in Triton: the maths of csrc/policy_loss.h.
+
+Every function takes tensors of any shape; the numbers are in the order of Options in
+_surrogates.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common.triton import exp_excess, number
+
+
+@triton.jit
+def options_of(
+    like, device_options, low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef
+):
+    """The seven numbers in the dtype of `like`; from memory where they were given there."""
+    if device_options is not None:
+        low, high = tl.load(device_options), tl.load(device_options + 1)
+        dual_clip = tl.load(device_options + 2)
+        tau_positive, tau_negative = tl.load(device_options + 3), tl.load(device_options + 4)
+        kl_coef, entropy_coef = tl.load(device_options + 5), tl.load(device_options + 6)
+    bounds = number(low, like), number(high, like), number(dual_clip, like)
+    taus = number(tau_positive, like), number(tau_negative, like)
+    return bounds, taus, number(kl_coef, like), number(entropy_coef, like)
+
+
+@triton.jit
+def log_ratio(logp, other):
+    """logp - other within +-20; NaN passes through."""
+    d = logp - other
+    return tl.where(d > 20.0, 20.0, tl.where(d < -20.0, -20.0, d))
+
+
+@triton.jit
+def ppo(ratio, advantage, bounds):
+    """-min(r A, clip(r) A), for A < 0 at most -dual_clip A: no gradient where r is held."""
+    low, high, dual_clip = bounds
+    gain, penalty = advantage > 0, advantage < 0
+    most = tl.where(gain, high, dual_clip)
+    too_low = penalty & (ratio < low)
+    too_high = (gain | penalty) & (ratio > most)
+    held = tl.where(too_low, low, tl.where(too_high, most, ratio))
+    slope = tl.where(too_low | too_high, 0.0, -(ratio * advantage))
+    return -(held * advantage), slope, too_low, too_high
+
+
+@triton.jit
+def reinforce(ratio, advantage, logp):
+    """-r A logp with r a constant."""
+    slope = -(ratio * advantage)
+    return tl.where(advantage == 0, 0.0, slope * logp), slope
+
+
+@triton.jit
+def cispo(ratio, advantage, logp, bounds):
+    """-clip(r) A logp with r a constant: a token whose ratio is held keeps its gradient."""
+    low, high, _ = bounds
+    too_low = (advantage != 0) & (ratio < low)
+    too_high = (advantage != 0) & (ratio > high)
+    held = tl.where(too_low, low, tl.where(too_high, high, ratio))
+    value, slope = reinforce(held, advantage, logp)
+    return value, slope, too_low, too_high
+
+
+@triton.jit
+def sapo(ratio, advantage, taus):
+    """-4/tau s A, s = sigmoid(x), x = tau (r - 1). With z = e^-|x|, s (1 - s) = z / (1 + z)^2."""
+    tau = tl.where(advantage < 0, taus[1], taus[0])
+    x = tau * (ratio - 1.0)
+    z = tl.exp(tl.where(x < 0, x, -x))
+    share = 1.0 / (1.0 + z)
+    sigmoid = tl.where(x < 0, z * share, share)
+    return -4.0 / tau * sigmoid * advantage, -4.0 * z * share * share * ratio * advantage
+
+
+@triton.jit
+def surrogate(ratio, advantage, logp, bounds, taus, KIND: tl.constexpr):
+    """The term, its derivative by logp, and where the bounds of the ratio are in force."""
+    if KIND == "ppo":
+        return ppo(ratio, advantage, bounds)
+    elif KIND == "cispo":
+        return cispo(ratio, advantage, logp, bounds)
+    else:
+        if KIND == "sapo":
+            value, slope = sapo(ratio, advantage, taus)
+        else:
+            value, slope = reinforce(ratio, advantage, logp)
+        never = ratio < ratio
+        return value, slope, never, never
+
+
+@triton.jit
+def token_loss(
+    logp, advantage, old_logp, ratio, ref_logp, bounds, taus, kl_coef, SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+):  # fmt: skip
+    """(value, too_low, too_high) of the surrogate, (r, d, e^d - 1 - d), ref_kl, and dL/dlogp.
+
+    r is what the surrogate took, d = logp - old_logp. Of old_logp, ratio, ref_logp any may be None.
+    """
+    zero = tl.zeros_like(logp)
+    d, excess, token_ratio = zero, zero, zero + 1.0
+    if old_logp is not None:
+        d = log_ratio(logp, old_logp)
+        token_ratio, excess = exp_excess(d)
+    r = token_ratio if ratio is None else ratio
+    value, slope, too_low, too_high = surrogate(r, advantage, logp, bounds, taus, SURROGATE)
+    ref_kl = zero
+    if ref_logp is not None:
+        ref_kl, kl_slope = reference_kl(log_ratio(logp, ref_logp), token_ratio, KL)
+        slope += kl_coef * kl_slope
+    return (value, too_low, too_high), (r, d, excess), ref_kl, slope
+
+
+@triton.jit
+def reference_kl(d, ratio, KIND: tl.constexpr):
+    """KL to the reference and its derivative, d = logp - ref_logp; r' = r: of r k3 it is r d."""
+    if KIND == "k2":
+        return d * d * 0.5, d
+    else:
+        _, k3 = exp_excess(-d)
+        if KIND == "k3":
+            return ratio * k3, ratio * d
+        else:
+            return k3, d - k3

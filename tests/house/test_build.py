@@ -1,0 +1,107 @@
+"""The extension: what it may not leak, what it does not need, and life without it."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpg
+from fastpg._library import _C, _cuda
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "unit", sorted(Path(ROOT, "csrc/simd").glob("*.cpp")), ids=lambda p: p.stem
+)
+def test_instruction_sets_do_not_leak(unit, tmp_path):
+    """A weak symbol of one unit could be linked in place of another's: an illegal instruction."""
+    compiler = shutil.which("c++")
+    if not compiler or not shutil.which("nm"):
+        pytest.skip("no C++ compiler here")
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O0",
+        f"-I{ROOT}/csrc",
+        "-c",
+        unit,
+        "-o",
+        tmp_path / "unit.o",
+    ]
+    subprocess.run(command, check=True)
+    symbols = subprocess.run(
+        ["nm", tmp_path / "unit.o"], capture_output=True, text=True, check=True
+    )
+    assert not [line for line in symbols.stdout.splitlines() if line[17:18] in "WVu"]
+
+
+@pytest.mark.parametrize("extension", [_C, _cuda], ids=["_C", "_cuda"])
+def test_extensions_link_neither_torch_nor_cuda(extension):
+    if extension is None or not shutil.which("ldd"):
+        pytest.skip("no extension here, or no ldd")
+    linked = subprocess.run(["ldd", extension.__file__], capture_output=True, text=True, check=True)
+    assert not [name for name in ("torch", "gomp", "cuda") if f"lib{name}" in linked.stdout]
+
+
+def test_the_cuda_extension_is_built_where_there_is_an_nvcc():
+    if _cuda is None and (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        assert torch.version.hip or os.environ.get("FASTPG_CUDA") == "0"
+
+
+@pytest.mark.skipif(_cuda is None or torch.cuda.is_available(), reason="needs _cuda, and no GPU")
+def test_the_cuda_extension_imports_without_a_driver_and_says_so():
+    assert "built for sm_80 sm_90 sm_100, no GPU here" in fastpg.extension_status()
+    assert fastpg.kernels_of()["value_loss"]["CUDA"] == "CUDA C++"
+    with pytest.raises(RuntimeError, match="CUDA says: CUDA driver version is insufficient"):
+        _cuda.value_loss(0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0, (0, 1, 0))
+    with pytest.raises(ValueError, match="scratch memory of the wrong size"):
+        _cuda.value_loss(0, 0, 1025, 0, 0, 0, 0, 0.0, 0, 0, 0, (0, 1, 0))
+
+
+def test_without_the_extension_the_references_serve():
+    out = python(
+        "import sys; sys.modules['fastpg._C'] = None\n"
+        "import torch, fastpg\n"
+        "x = torch.randn(3, 5, requires_grad=True)\n"
+        "fastpg.token_logprobs(x, torch.tensor([0, 1, 2])).sum().backward()\n"
+        "assert x.grad.abs().sum() > 0\n"
+        "assert all(k['CPU'] != 'C++' for k in fastpg.kernels_of().values())\n"
+        "print(fastpg.extension_status())"
+    )
+    assert out.startswith("not loaded (")
+
+
+def test_without_the_cuda_extension_no_op_needs_it():
+    out = python(
+        "import sys; sys.modules['fastpg._cuda'] = None\n"
+        "import fastpg\n"
+        "print('CUDA C++' not in {k['CUDA'] for k in fastpg.kernels_of().values()})\n"
+        "print(fastpg.extension_status())"
+    )
+    assert out.startswith("True\n") and "CUDA C++: not loaded (" in out
+
+
+def test_without_triton_the_references_serve_a_gpu():
+    code = "import fastpg; print(fastpg.kernels_of()['token_logprobs']['CUDA'])"
+    assert python(f"import sys; sys.modules['triton'] = None; {code}") == "reference\n"
+    if importlib.util.find_spec("triton"):
+        assert python(code) == "Triton\n"
+
+
+def test_an_unknown_instruction_set_is_refused():
+    if _C is None:
+        pytest.skip("no extension here")
+    with pytest.raises(ValueError, match="no instruction set 'mmx'"):
+        _C.use_instruction_set("mmx")

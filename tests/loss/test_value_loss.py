@@ -1,0 +1,166 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from accuracy import TOLERANCE, assert_no_worse, leaves
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastpg import ValueStats, merge_stats, value_loss
+from fastpg.ops.loss import value_loss as page
+
+NAMES = ("values", "returns", "weight", "old_values")
+CLIPS = [None, 0.3]
+
+
+def sample(shape, dtype=torch.float32, mean=0.0):
+    values, noise, old, weight = torch.randn(4, *shape, dtype=torch.float64)
+    weight = torch.where(weight > -0.4, 0.5 + torch.rand(shape), 0.0) / (math.prod(shape) + 1)
+    tensors = (mean + values, mean + values + noise, weight, mean + values + 0.5 * old)
+    return dict(zip(NAMES, (t.to(dtype) for t in tensors), strict=True))
+
+
+def run(x, clip):
+    """(loss, stats, gradient of values)"""
+    x = dict(x, values=x["values"].detach().requires_grad_(), clip=clip)
+    if clip is None:
+        del x["old_values"]
+    loss, stats = value_loss(**x)
+    loss.backward()
+    return loss.detach(), stats.values, x["values"].grad
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_matches_reference(kernel, clip, dtype, monkeypatch):
+    shapes = [(1,), (16,), (3, 7), (2, 2048), (4321,), ()]  # below, at and beyond lanes and blocks
+    for x in (sample(shape, dtype) for shape in shapes):
+        ours = run(x, clip)
+        with monkeypatch.context() as patch:
+            patch.setattr(page, "_value_loss", page.reference)
+            torchs = run(x, clip)
+            oracle = run({name: tensor.double() for name, tensor in x.items()}, clip)
+        for a, b, c in zip(ours[:2], torchs[:2], oracle[:2], strict=True):
+            assert_no_worse(a, b, c, TOLERANCE[dtype])
+        rtol = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype]
+        torch.testing.assert_close(ours[2].double(), oracle[2], rtol=rtol, atol=1e-7)
+
+
+def test_a_million_tokens_keep_six_digits():
+    x = sample((1 << 20,))
+    ours, oracle = run(x, 0.3), run({k: t.double() for k, t in x.items()}, 0.3)
+    for a, b in zip(ours, oracle, strict=True):
+        assert (a.double() - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_gradients(kernel, clip):
+    x = sample((3, 5), torch.float64)
+    rest = {"clip": clip, "old_values": x["old_values"] if clip else None}
+    (values,) = leaves(x["values"])
+    assert torch.autograd.gradcheck(
+        lambda v: 3 * value_loss(v, x["returns"], x["weight"], **rest)[0], values
+    )
+    assert not value_loss(x["values"], x["returns"], x["weight"], **rest)[0].requires_grad
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "empty"])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_registration(layout, clip):
+    change = {
+        "contiguous": lambda t: t,
+        "transposed": lambda t: t.t(),
+        "expanded": lambda t: t[:, :1].expand(4, 6),
+        "empty": lambda t: t[:0],
+    }[layout]
+    values, returns, weight, old = (change(t) for t in sample((4, 6)).values())
+    args = (values, returns, weight, old if clip else None, clip or 0.0)
+    torch.library.opcheck(page._value_loss, args)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch compiles by its own old parts
+def test_compile():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(value_loss, backend=counter, fullgraph=True, dynamic=True)
+    compilations = []
+    for n in (50, 77):
+        x = sample((2, n))
+        (values,) = leaves(x.pop("values"))
+        loss, stats = compiled(values, **x, clip=0.3)
+        compilations.append(counter.frame_count)
+        loss.backward()
+        eager = value_loss(values, **x, clip=0.3)
+        torch.testing.assert_close((loss, stats.values), (eager[0], eager[1].values))
+        torch.testing.assert_close(values.grad, torch.autograd.grad(eager[0], values)[0])
+    assert len(set(compilations)) == 1
+
+
+X = torch.zeros(4)
+BAD = [
+    ({"values": X.int()}, TypeError, "values must be floating point, got torch.int32"),
+    ({"weight": X.bool()}, TypeError, "weight must be floating point, got torch.bool"),
+    ({"returns": None}, TypeError, "returns must be a tensor, got NoneType"),
+    ({"returns": X[:3]}, ValueError, r"returns \(3,\) must have the shape of values \(4,\)"),
+    ({"returns": X.to("meta")}, ValueError, "returns on meta, values on cpu"),
+    ({"clip": 0.2}, ValueError, "clip and old_values go together, old_values is None"),
+    ({"old_values": X}, ValueError, "clip and old_values go together, clip is None"),
+    ({"old_values": X, "clip": 0.0}, ValueError, "clip must be finite and > 0, got 0.0"),
+    ({"old_values": X[0], "clip": 0.2}, ValueError, r"old_values \(\) must have the shape"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD, ids=lambda x: str(x)[:30])
+def test_edges(change, error, message):
+    with pytest.raises(error, match=message):
+        value_loss(**{"values": X, "returns": X, "weight": X, **change})
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
+def test_masked_slots_change_no_bit(kernel, clip, poison):
+    x = sample((1000,))
+    masked = x["weight"] == 0
+    bad = {k: t if k == "weight" else t.masked_fill(masked, poison) for k, t in x.items()}
+    assert all(torch.equal(a, b) for a, b in zip(run(x, clip), run(bad, clip), strict=True))
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_all_masked_is_zero(kernel, clip):
+    x = {k: t * (0.0 if k == "weight" else math.nan) for k, t in sample((100,)).items()}
+    loss, stats, grad = run(x, clip)
+    assert loss == 0 and (grad == 0).all()
+    assert set(merge_stats(ValueStats(stats)).values()) == {0.0}
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_any_split_adds_up(kernel, clip):
+    x = sample((5000,), torch.float64)
+    whole = run(x, clip)
+    ends = [0, 17, 17, 4000, 5000]
+    parts = [run({k: t[i:j] for k, t in x.items()}, clip) for i, j in pairwise(ends)]
+    assert torch.equal(torch.cat([p[2] for p in parts]), whole[2])
+    torch.testing.assert_close(sum(p[0] for p in parts), whole[0], rtol=1e-12, atol=0)
+    merged = merge_stats([ValueStats(p[1]) for p in parts])
+    assert merged == pytest.approx(merge_stats(ValueStats(whole[1])), rel=1e-11)
+
+
+def test_threads_change_no_bit():
+    x, threads, results = sample((200_003,)), torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(run(x, 0.3))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_explained_variance_does_not_cancel_at_mean_1e4(kernel):
+    x = sample((100_000,), mean=1e4)
+    kept = x["weight"] != 0
+    returns, residual = x["returns"][kept].double(), (x["returns"] - x["values"])[kept].double()
+    expected = 1 - residual.var(correction=0) / returns.var(correction=0)
+    parts = [[t[i:j] for t in list(x.values())[:3]] for i, j in pairwise([0, 7, 60_000, 100_000])]
+    merged = merge_stats([value_loss(*part)[1] for part in parts])
+    assert merged["explained_variance"] == pytest.approx(expected.item(), rel=1e-6)
+    assert merged["return_mean"] == pytest.approx(returns.mean().item(), rel=1e-9)
+    assert merged["mean"] == pytest.approx(x["values"][kept].double().mean().item(), rel=1e-9)

@@ -1,0 +1,175 @@
+"""The `fastpg` command: a user's own run, and one plain sentence for what cannot be used."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_trainer import tiny_model
+from transformers import AutoModelForCausalLM, HfArgumentParser
+
+from fastpg.cli import main
+from fastpg.tasks import reviews
+from fastpg.trainer import PPOConfig
+
+REPOSITORY = Path(__file__).parents[2]
+REWARDS = """
+def length(prompts, completions, **columns):
+    return [float(len(c.split())) for c in completions]
+
+def short(prompts, completions, **columns):
+    return [0.0]
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A directory with a model, prompts, a reward and a config."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("model")
+    reviews.build_tokenizer().save_pretrained("model")
+    rows = [json.dumps({"prompt": subject, "id": 1}) for subject in reviews.subjects()[:8]]
+    Path("prompts.jsonl").write_text("\n".join(rows))
+    Path("my_rewards.py").write_text(REWARDS)
+    settings = {"output_dir": "run", "num_steps": 1, "rollout_batch_size": 4, "max_new_tokens": 4}
+    Path("run.yaml").write_text(
+        yaml.safe_dump(settings) + "learning_rate: 1e-4\nmixed_precision: no\n"
+    )
+    return tmp_path
+
+
+def run(*argv: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": ""}
+    return subprocess.run(
+        [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+OWN = ["--model", "model", "--dataset", "prompts.jsonl", "--reward", "my_rewards:length"]
+
+
+def test_training_ones_own_model(workspace):
+    command = ["-m", "fastpg", "train", *OWN, "--config", "run.yaml", "--num_steps", "2"]
+    finished = run(*command, cwd=workspace)
+    assert finished.returncode == 0, finished.stderr
+    assert "2/2" in finished.stdout
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2  # the flag, not the file
+    resolved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert resolved["learning_rate"] == 1e-4
+    assert resolved["reward"] == "my_rewards:length"
+    assert resolved["gamma"] == 1.0
+    trained = AutoModelForCausalLM.from_pretrained("run/model").state_dict()
+    start = AutoModelForCausalLM.from_pretrained("model").state_dict()
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+
+
+def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reviews, "SUPERVISED_STEPS", 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    Path("short.yaml").write_text("num_steps: 1\nkl_coef: 0.3")
+    assert main(["train", "--config", "short.yaml"]) == 0
+    assert "embedded task" in capsys.readouterr().out
+    resolved = yaml.safe_load(Path("out/reviews/config.yaml").read_text())
+    assert (resolved["kl_coef"], resolved["max_new_tokens"]) == (0.3, 12)  # file, then the task
+    assert main(["train", "--config", "out/reviews/config.yaml"]) == 0
+    first, again = (Path("out/reviews", d, "completions") for d in ("earlier-1", ""))
+    assert (first / "step_000001.jsonl").read_text() == (again / "step_000001.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--learnin_rate", "1"], "Unknown setting 'learnin_rate'; did you mean 'learning_rate'?"),
+        (["--learning_rate", "fast"], "learning_rate must be a number, not 'fast'."),
+        (["--num_steps", "2.5"], "num_steps must be a whole number, not '2.5'."),
+        (["--seed", "-1"], "seed must be between 0 and 2**31 - 1, not -1."),
+        (["--seed", str(2**70)], f"seed must be between 0 and 2**31 - 1, not {2**70}."),
+        (["--gamma", "1.5"], "gamma must be between 0 and 1, not 1.5."),
+        (["--algorithm", "dapoo"], "Unknown algorithm 'dapoo'; did you mean 'dapo'?"),
+        (["--config", "no.yaml"], "Cannot read the config file no.yaml: No such file"),
+        (
+            ["--config", "typo.yaml"],
+            "Unknown setting 'lerning_rate'; did you mean 'learning_rate'?",
+        ),
+        (["--config", "list.yaml"], "The config file list.yaml must hold `name: value` lines."),
+        (["--config", "broken.yaml"], "The config file broken.yaml is not valid YAML at line 1."),
+        (["--model", "model"], "Your own run also needs --dataset and --reward."),
+        ([*OWN, "--model", "./no"], "Cannot load a causal language model from './no': "),
+        ([*OWN, "--dataset", "no.jsonl"], "Cannot read the dataset no.jsonl: No such file"),
+        ([*OWN, "--dataset", "empty.jsonl"], "The dataset empty.jsonl is empty."),
+        ([*OWN, "--dataset", "bad.jsonl"], "bad.jsonl, line 3: no 'prompt'"),
+        ([*OWN, "--dataset", "my_rewards.py"], "my_rewards.py, line 2: not JSON"),
+        ([*OWN, "--reward", "length"], "A reward is named as module:function, not 'length'."),
+        ([*OWN, "--reward", "nowhere:f"], "Cannot import the module of the reward 'nowhere:f'"),
+        (
+            [*OWN, "--reward", "my_rewards:lenght"],
+            "has no function 'lenght'; did you mean 'length'",
+        ),
+        ([*OWN, "--config", "run.yaml", "--reward", "my_rewards:short"], "Reward short returned 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(workspace, capsys, flags, sentence):
+    Path("typo.yaml").write_text("lerning_rate: 1")
+    Path("list.yaml").write_text("- 1")
+    Path("broken.yaml").write_text("a: [")
+    Path("empty.jsonl").write_text("\n")
+    Path("bad.jsonl").write_text('{"prompt": "the plot"}\n\n{"text": "was"}')
+    assert main(["train", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastpg train: ")
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_a_tokenizer_without_eos_is_refused(workspace, capsys):
+    settings = json.loads(Path("model/tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    Path("model/tokenizer_config.json").write_text(json.dumps(settings))
+    assert main(["train", *OWN]) == 2
+    assert "The tokenizer has no EOS token" in capsys.readouterr().err
+
+
+def test_bad_input_has_no_traceback_and_exit_code_2(workspace):
+    finished = run("-m", "fastpg", "train", "--seeed", "1", cwd=workspace)
+    assert finished.returncode == 2
+    assert finished.stderr == "fastpg train: Unknown setting 'seeed'; did you mean 'seed'?\n"
+
+
+WITHOUT_EXTRA = """
+import sys
+sys.modules.update({"transformers": None, "accelerate": None, "yaml": None, "rich": None})
+from fastpg.cli import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def test_kernels_are_listed_without_the_trainer_extra():
+    finished = run("-W", "ignore", "-c", WITHOUT_EXTRA)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("op ")
+    assert "token_logprobs" in finished.stdout
+    assert f"torch {torch.__version__}" in finished.stdout
+    assert "C++ extension: " in finished.stdout
+
+
+def test_train_without_the_extra_says_what_to_install():
+    finished = run("-c", WITHOUT_EXTRA, "train")
+    assert finished.returncode == 2
+    assert "pip install fastpg[trainer]" in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+def test_import_is_light():
+    code = "import fastpg, sys; assert not {'transformers', 'accelerate', 'rich'} & {*sys.modules}"
+    assert run("-c", code).returncode == 0
+
+
+def test_config_is_a_plain_dataclass_for_other_parsers():
+    (config,) = HfArgumentParser(PPOConfig).parse_args_into_dataclasses(
+        ["--learning_rate", "1e-4", "--cliprange_value", "0.2"]
+    )
+    assert config == PPOConfig(learning_rate=1e-4, cliprange_value=0.2)

@@ -1,0 +1,244 @@
+"""importance_weights against a loop over the sequences, and the laws of importance sampling."""
+
+import math
+
+import pytest
+import torch
+from accuracy import TOLERANCE, assert_no_worse
+from torch.library import opcheck
+
+import fastpg.ops.weight.importance_weights as page
+from bench.inputs import DEVICE
+from fastpg import ImportanceStats, importance_weights, merge_stats
+
+CU = torch.tensor([0, 3, 3, 8, 12, 13, 4120], dtype=torch.int32)  # the last one has two blocks
+OPTIONS = [
+    {},
+    {"high": 1.1},
+    {"low": 0.95, "high": 1.1, "outside": "zero"},
+    {"low": 1.0, "outside": "clamp"},
+]
+LEVELS = ["token", "sequence", "geometric"]
+
+
+def sample(packed=False, dtype=torch.float64, shape=(6, 37)):
+    """logp, behavior_logp, a mask with a sequence that has no unmasked token, and cu_seqlens."""
+    shape = (4120,) if packed else shape
+    logp, noise = torch.randn(2, *shape, dtype=torch.float64)
+    mask = torch.rand(shape) < 0.6
+    mask[slice(8, 12) if packed else slice(1, 2)] = False
+    scale = 0.02 if packed else 0.1
+    return logp.to(dtype), (logp + scale * noise).to(dtype), mask, CU if packed else None
+
+
+def rows_of(x, cu):
+    return list(x) if cu is None else list(x.split(cu.diff().tolist()))
+
+
+def by_hand(logp, behavior, mask, cu, level="token", low=None, high=None, outside="clamp"):
+    """fp64: the weights, and those that are counted, with the ratios that they came from."""
+    out, ratios, weights = torch.zeros(mask.shape, dtype=torch.float64), [], []
+    for row, d, m in zip(*(rows_of(x, cu) for x in (out, logp.double() - behavior.double(), mask)),
+                         strict=True):  # fmt: skip
+        if not m.any():
+            continue
+        d = (
+            d[m]
+            if level == "token"
+            else d[m].sum()[None]
+            if level == "sequence"
+            else d[m].mean()[None]
+        )
+        ratio = d.exp()
+        w = ratio.clone()
+        if low is not None:
+            w[ratio < low] = low if outside == "clamp" else 0.0
+        if high is not None:
+            w[ratio > high] = high if outside == "clamp" else 0.0
+        row[m] = w
+        ratios, weights = [*ratios, ratio], [*weights, w]
+    return out, torch.cat(ratios), torch.cat(weights)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_matches_reference(kernel, dtype, packed, level):
+    logp, behavior, mask, cu = sample(packed, dtype)
+    for options in OPTIONS:
+        ours, _ = importance_weights(logp, behavior, mask, level=level, cu_seqlens=cu, **options)
+        exact, *_ = by_hand(logp, behavior, mask, cu, level, **options)
+        assert ours.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+        assert_no_worse(ours, exact.to(ours.dtype), exact, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_statistics_are_what_their_names_say(kernel, level, options):
+    logp, behavior, mask, _ = sample()
+    _, stats = importance_weights(logp, behavior, mask, level=level, **options)
+    _, r, w = by_hand(logp, behavior, mask, None, level, **options)
+    low, high = options.get("low", 0.0), options.get("high", math.inf)
+    d = (logp - behavior)[mask]
+    expected = {
+        "outside_low": (r < low).double().mean(), "outside_high": (r > high).double().mean(),
+        "weight_mean": w.mean(), "ratio_mean": r.mean(), "ratio_min": r.min(),
+        "ratio_max": r.max(), "ess": w.sum() ** 2 / (len(w) * (w**2).sum()) if w.any() else 0.0,
+        "approx_kl": (d.exp() - 1 - d).mean(), "kl": -d.mean(), "count": len(w),
+    }  # fmt: skip
+    merged = merge_stats(stats)
+    assert merged == pytest.approx({name: float(x) for name, x in expected.items()}, rel=1e-9)
+
+
+def test_gradients():
+    logp, behavior, mask, _ = sample()
+    logp, behavior = logp.requires_grad_(), behavior.requires_grad_()
+    weight, stats = importance_weights(logp, behavior, mask)
+    assert not weight.requires_grad and not stats.values.requires_grad
+
+
+def test_registration():
+    for layout in ("contiguous", "transposed", "expanded", "empty", "packed"):
+        shape = (4, 0) if layout == "empty" else (4, 4)
+        *tensors, cu = sample(layout == "packed", torch.float32, shape)
+        change = {"transposed": torch.t, "expanded": lambda x: x[:1].expand(x.shape)}
+        tensors = [change.get(layout, lambda x: x)(x) for x in tensors]
+        opcheck(page._weights, (*tensors, cu, "token", 0.9, 1.1, "zero"))
+        opcheck(page._weights, (*tensors, cu, "geometric", -math.inf, 1.1, "clamp"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
+def test_compile():
+    compiled = torch.compile(importance_weights, fullgraph=True, dynamic=True)
+    for stance, shape in [("default", (3, 7)), ("fail_on_recompile", (5, 11))]:
+        *tensors, _ = sample(dtype=torch.float32, shape=shape)
+        with torch.compiler.set_stance(stance):
+            weight, stats = compiled(*tensors, level="sequence", high=2.0)
+        expected = importance_weights(*tensors, level="sequence", high=2.0)
+        torch.testing.assert_close((weight, stats.values), (expected[0], expected[1].values))
+
+
+X = torch.zeros(2, 3)
+BAD = [
+    ({"logp": X.int()}, TypeError, "logp must be floating point, got torch.int32"),
+    ({"behavior_logp": X[:1]}, ValueError, r"\(1, 3\) must have the shape of logp \(2, 3\)"),
+    ({"mask": X[0]}, ValueError, r"mask \(3,\) must be \(2, 3\)"),
+    ({"level": "mean"}, ValueError, "level must be one of token, sequence, geometric, got 'mean'"),
+    ({"outside": "drop"}, ValueError, "outside must be one of clamp, zero, got 'drop'"),
+    ({"low": 2.0, "high": 1.0}, ValueError, "low <= high and high > 0 must hold, got 2.0 and 1.0"),
+    ({"high": math.nan}, ValueError, "must hold, got -inf and nan"),
+    ({"cu_seqlens": CU}, ValueError, r"logp must be \[B, T\], or \[N\] with cu_seqlens, got"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD, ids=lambda x: str(x)[:30])
+def test_edges(change, error, message):
+    with pytest.raises(error, match=message):
+        importance_weights(**{"logp": X, "behavior_logp": X, "mask": X, **change})
+
+
+def test_packed_sequences_must_cover_the_tokens(kernel):
+    if kernel in DEVICE:
+        pytest.skip("a GPU would have to wait for the answer")
+    flat = torch.zeros(20)
+    with pytest.raises(ValueError, match="must rise from 0 to N = 20, got 4120 at index 6"):
+        importance_weights(flat, flat, flat, cu_seqlens=CU)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_all_masked_gives_zeros(kernel, level):
+    for shape in (3, 4), (0, 4), (3, 0):
+        nothing = torch.full(shape, math.nan)
+        weight, stats = importance_weights(nothing, nothing, torch.zeros(shape), level=level)
+        assert weight.count_nonzero() == 0
+        merged = merge_stats(stats)
+        assert (merged.pop("ratio_min"), merged.pop("ratio_max")) == (1.0, 1.0)
+        assert set(merged.values()) == {0.0}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
+def test_masked_slots_change_no_bit(kernel, level, poison):
+    *tensors, mask, _ = sample(dtype=torch.float32)
+    bad = [x.masked_fill(~mask, poison) for x in tensors]
+    ours, theirs = (importance_weights(*x, mask, level=level) for x in (tensors, bad))
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1].values, theirs[1].values)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_same_policy_weighs_one(kernel, level):
+    logp, _, mask, _ = sample()
+    weight, stats = importance_weights(logp, logp, mask, level=level)
+    assert torch.equal(weight, mask.double())
+    merged = merge_stats(stats)
+    assert merged["ess"] == merged["weight_mean"] == 1.0 and merged["kl"] == 0.0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_packed_equals_padded_equals_one_by_one(kernel, level):
+    logp, behavior, mask, _ = sample(dtype=torch.float32)
+    cu = torch.arange(0, 37 * 6 + 1, 37, dtype=torch.int32)
+    padded, stats = importance_weights(logp, behavior, mask, level=level)
+    flat = (x.view(-1) for x in (logp, behavior, mask))
+    packed, _ = importance_weights(*flat, level=level, cu_seqlens=cu)
+    rows = zip(logp.split(1), behavior.split(1), mask.split(1), strict=True)
+    alone = [importance_weights(*row, level=level) for row in rows]
+    assert torch.equal(padded.view(-1), packed)
+    assert torch.equal(padded, torch.cat([weight for weight, _ in alone]))
+    merged = merge_stats([part for _, part in alone])
+    assert merged == pytest.approx(merge_stats(stats), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_deleting_masked_tokens_equals_masking_them(kernel, level):
+    logp, behavior, mask, _ = sample()
+    lengths = torch.cat([torch.zeros(1, dtype=torch.long), mask.sum(1)])
+    kept = (x[mask] for x in (logp, behavior, mask))
+    packed, _ = importance_weights(*kept, level=level, cu_seqlens=lengths.cumsum(0).int())
+    weight, _ = importance_weights(logp, behavior, mask, level=level)
+    torch.testing.assert_close(weight[mask], packed, rtol=1e-12, atol=0)
+
+
+def test_the_weight_of_a_sequence_is_the_product_of_its_tokens_weights(kernel):
+    logp, behavior, mask, _ = sample()
+    token, sequence, geometric = (
+        importance_weights(logp, behavior, mask, level=level)[0].masked_fill(~mask, 1.0)
+        for level in LEVELS
+    )
+    product = token.prod(1, keepdim=True).expand(mask.shape)
+    torch.testing.assert_close(sequence[mask], product[mask])
+    mean = product ** (1 / mask.sum(1, keepdim=True))
+    torch.testing.assert_close(geometric[mask], mean[mask])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_far_policies_give_finite_weights(kernel, level):
+    far = torch.full((2, 3), 1e4)
+    for sign in (1, -1):
+        weight, _ = importance_weights(sign * far, -sign * far, torch.ones(2, 3), level=level)
+        torch.testing.assert_close(weight, torch.full((2, 3), math.exp(sign * 20)))
+
+
+def test_weighted_samples_estimate_the_other_policy():
+    """E_b[π/b · f] = E_π[f]: by enumeration, and with the weights bounded it is biased."""
+    behavior, policy = torch.tensor([[3.0, 1, 2], [1, 3, 2]]).double().log_softmax(1)
+    f = torch.tensor([1.0, 5.0, -2.0]).double()
+    mask = torch.ones(1, 3)
+    weight, _ = importance_weights(policy[None], behavior[None], mask)
+    expected = (policy.exp() * f).sum()
+    assert (behavior.exp() * weight[0] * f).sum() == pytest.approx(expected.item())
+    bounded, _ = importance_weights(policy[None], behavior[None], mask, high=2.0)
+    assert (behavior.exp() * bounded[0] * f).sum() < expected
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_threads_change_no_bit(level):
+    *tensors, _ = sample(dtype=torch.float32, shape=(50, 4003))
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        weight, stats = importance_weights(*tensors, level=level, high=1.05)
+        results.append((weight, stats.values))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert len(ImportanceStats.FIELDS) == results[0][1].numel()

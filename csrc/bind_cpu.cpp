@@ -3,10 +3,9 @@
 // tuple.
 #include <array>
 
-#include "common/bind.h"
 #include "common/dtype.h"
+#include "common/module.h"
 #include "common/parallel.h"
-#include "credit/gae.h"
 #include "credit/token_rewards.h"
 #include "credit/whiten.h"
 #include "loss/kl_estimate.h"
@@ -56,18 +55,6 @@ void bind_token_logprobs(py::module_& m) {
         token_logprobs_backward(logit_rows(rows),
                                 {at(grad_logp), at(grad_entropy), at(entropy), at(stats)},
                                 at(grad_logits));
-      });
-}
-
-void bind_gae(py::module_& m) {
-  def(m, "gae", [](const GaeTuple& in, Address advantages, Address returns) {
-    gae(gae_inputs(in), at(advantages), at(returns));
-  });
-  def(m, "gae_backward",
-      [](const GaeTuple& in, Address grad_advantages, Address grad_returns, Address grad_rewards,
-         Address grad_values, Address grad_bootstrap) {
-        gae_backward(gae_inputs(in), at(grad_advantages), at(grad_returns), at(grad_rewards),
-                     at(grad_values), at(grad_bootstrap));
       });
 }
 
@@ -186,25 +173,6 @@ void bind_value_loss(py::module_& m) {
       });
 }
 
-void bind_kl_estimate(py::module_& m) {
-  def(m, "kl_estimate",
-      [](int dtype, int64_t count, int kind, Address logp, Address ref_logp, Address kl) {
-        with_compute_dtype(dtype, [&](auto x) {
-          using T = decltype(x);
-          kl_estimate<T>(at<T>(logp), at<T>(ref_logp), count, KlKind(kind), at<T>(kl));
-        });
-      });
-  def(m, "kl_estimate_backward",
-      [](int dtype, int64_t count, int kind, Address grad, Address logp, Address ref_logp,
-         Address grad_logp) {
-        with_compute_dtype(dtype, [&](auto x) {
-          using T = decltype(x);
-          kl_estimate_backward<T>(at<T>(grad), at<T>(logp), at<T>(ref_logp), count, KlKind(kind),
-                                  at<T>(grad_logp));
-        });
-      });
-}
-
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (auto table = supported_kernels(); *table; ++table) names.emplace_back((*table)->name);
@@ -219,6 +187,7 @@ void use_instruction_set(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  add_ops(m);
   m.def("set_parallel_for", [](Address function) {
     torch_parallel_for = reinterpret_cast<TorchParallelFor>(function);
   });
@@ -226,7 +195,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return kernels().name; }, "The one in use.");
   m.def("use_instruction_set", use_instruction_set);
   bind_token_logprobs(m);
-  bind_gae(m);
   bind_token_rewards(m);
   bind_token_weights(m);
   bind_importance_weights(m);
@@ -234,7 +202,6 @@ PYBIND11_MODULE(_C, m) {
   bind_policy_loss(m);
   bind_policy_loss_from_logits(m);
   bind_value_loss(m);
-  bind_kl_estimate(m);
 }
 
 }  // namespace fpg

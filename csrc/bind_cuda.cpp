@@ -1,8 +1,8 @@
 // The module fastpg._cuda: as fastpg._C, with a stream first. Nothing waits for the GPU.
 #include <array>
 
-#include "common/bind.h"
 #include "common/dtype.h"
+#include "common/module.h"
 #include "common/sequences.h"
 #include "loss/policy_loss.h"
 #include "loss/value_loss.h"
@@ -50,18 +50,6 @@ void bind_policy_loss(py::module_& m) {
         });
 }
 
-void bind_gae(py::module_& m) {
-  m.def("gae", [](Address stream, const GaeTuple& in, Address advantages, Address returns) {
-    gae(gae_inputs(in), at(advantages), at(returns), at<CUstream_st>(stream));
-  });
-  m.def("gae_backward",
-        [](Address stream, const GaeTuple& in, Address grad_advantages, Address grad_returns,
-           Address grad_rewards, Address grad_values, Address grad_bootstrap) {
-          gae_backward(gae_inputs(in), at(grad_advantages), at(grad_returns), at(grad_rewards),
-                       at(grad_values), at(grad_bootstrap), at<CUstream_st>(stream));
-        });
-}
-
 void bind_value_loss(py::module_& m) {
   m.def("value_loss", [](Address stream, int dtype, int64_t count, Address values, Address returns,
                          Address weight, Address old_values, double clip, Address loss,
@@ -78,8 +66,8 @@ void bind_value_loss(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+  add_ops(m);
   m.attr("gpus") = FPG_GPUS;
-  bind_gae(m);
   bind_policy_loss(m);
   bind_value_loss(m);
 }

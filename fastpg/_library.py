@@ -30,12 +30,86 @@ _cuda, _why_no_cuda = _extension("fastpg._cuda")
 if torch.version.hip:
     _cuda, _why_no_cuda = None, "this torch is for AMD"
 
-LIB = torch.library.Library("fastpg", "DEF")
+LIBRARY = torch.library.Library("fastpg", "DEF")
+
+kernels: dict[str, dict[str, str]] = {}  # op -> device -> what serves it
+
+# The codes of csrc/common/dtype.h.
+DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def kernels_of() -> dict[str, dict[str, str]]:
+    """Which kernel serves each op on each device: {"gae": {"CPU": "C++", "CUDA": "reference"}}."""
+    return {name: dict(devices) for name, devices in sorted(kernels.items())}
+
+
+def extension_status() -> str:
+    """One line: what the C++ and CUDA kernels are built for, or why there are none."""
+    if _C is None:
+        cpu = f"not loaded ({_why_not}); every op runs on its PyTorch reference"
+    else:
+        cpu = f"loaded, instruction set {_C.instruction_set()}"
+    if _cuda is None:
+        return f"{cpu}; CUDA C++: not loaded ({_why_no_cuda})"
+    here = "" if torch.cuda.is_available() else ", no GPU here"
+    return f"{cpu}; CUDA C++: built for {_cuda.gpus}{here}"
+
+
+REDUCE_TOKENS = 1024  # kReduceTokens of csrc/common/stream.h
+
+
+def reduction_scratch(
+    tokens: torch.Tensor, statistics: int
+) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """What a reduction of all tokens to so many statistics needs: parts, their number, a ticket."""
+    blocks = max(1, -(-tokens.numel() // REDUCE_TOKENS))
+    parts = tokens.new_empty(blocks, statistics, dtype=torch.float64)
+    return parts, blocks, _ticket(tokens.device)
+
+
+def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor of the same shape, dtype and device, for an output. It is the fastest."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _ticket(device: torch.device) -> torch.Tensor:
+    """A counter at 0, where every launch leaves it: one a stream, whose launches never overlap.
+
+    A graph may be replayed on any stream: there each launch has its own, cleared in the graph.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros((), dtype=torch.int32, device=device)
+    return _ticket_of_stream(device, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+@cache
+def _ticket_of_stream(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros((), dtype=torch.int32, device=device)
+
+
+def scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A 0-d tensor of a number that changes from call to call, without compiling anew for each."""
+    if torch.compiler.is_compiling():  # only arithmetic keeps a Python float symbolic there
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.scalar_tensor(value, dtype=dtype, device=device)
+
+
+def _share_thread_pool() -> None:
+    """Hands torch's parallel loop to the extension, so that torch.set_num_threads holds for it."""
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+    _C.set_parallel_for(ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value)
+
+
+if _C is not None:
+    _share_thread_pool()
+
+
+# --- old way, to be deleted when the last page is converted ---
+
+LIB, _kernels = LIBRARY, kernels
 REFERENCES: dict[torch._ops.OpOverload, Callable] = {}
 CUDA_LAUNCHERS: dict[torch._ops.OpOverload, Callable] = {}
-_kernels: dict[str, dict[str, str]] = {}  # op -> device -> what serves it
-
-DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def define(schema: str, *, fake: Callable, reference: Callable) -> torch._ops.OpOverload:
@@ -119,23 +193,6 @@ def triton_kernels(page: str, *ops: torch._ops.OpOverload) -> None:
         kernel(op, "CUDA", "Triton")(lambda *args, name=name: getattr(launchers(), name)(*args))
 
 
-def kernels_of() -> dict[str, dict[str, str]]:
-    """Which kernel serves each op on each device: {"gae": {"CPU": "C++", "CUDA": "reference"}}."""
-    return {name: dict(devices) for name, devices in sorted(_kernels.items())}
-
-
-def extension_status() -> str:
-    """One line: what the C++ and CUDA kernels are built for, or why there are none."""
-    if _C is None:
-        cpu = f"not loaded ({_why_not}); every op runs on its PyTorch reference"
-    else:
-        cpu = f"loaded, instruction set {_C.instruction_set()}"
-    if _cuda is None:
-        return f"{cpu}; CUDA C++: not loaded ({_why_no_cuda})"
-    here = "" if torch.cuda.is_available() else ", no GPU here"
-    return f"{cpu}; CUDA C++: built for {_cuda.gpus}{here}"
-
-
 def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The tensors as a C++ kernel takes them, by address; the caller keeps them alive."""
     return [x if x is None else x.contiguous() for x in tensors]
@@ -146,45 +203,9 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-REDUCE_TOKENS = 1024  # kReduceTokens of csrc/stream.h
-
-
 def scratch(tokens: torch.Tensor, fields: int) -> tuple[tuple[int, int, int], torch.Tensor]:
     """Scratch of csrc/stream.h for statistics of so many fields, and what must outlive the call."""
     blocks = max(1, -(-tokens.numel() // REDUCE_TOKENS))
     parts = tokens.new_empty(blocks, fields, dtype=torch.float64)
     ticket = _ticket(tokens.device)
     return (parts.data_ptr(), blocks, ticket.data_ptr()), (parts, ticket)
-
-
-def _ticket(device: torch.device) -> torch.Tensor:
-    """A counter at 0, where every launch leaves it: one a stream, whose launches never overlap.
-
-    A graph may be replayed on any stream: there each launch has its own, cleared in the graph.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros((), dtype=torch.int32, device=device)
-    return _ticket_of_stream(device, torch._C._cuda_getCurrentRawStream(device.index))
-
-
-@cache
-def _ticket_of_stream(device: torch.device, stream: int) -> torch.Tensor:
-    return torch.zeros((), dtype=torch.int32, device=device)
-
-
-def scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A 0-d tensor of a number that changes from call to call, without compiling anew for each."""
-    if torch.compiler.is_compiling():  # only arithmetic keeps a Python float symbolic there
-        return torch.ones((), dtype=dtype, device=device) * value
-    return torch.scalar_tensor(value, dtype=dtype, device=device)
-
-
-def _share_thread_pool() -> None:
-    """Hands torch's parallel loop to the extension, so that torch.set_num_threads holds for it."""
-    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-    _C.set_parallel_for(ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value)
-
-
-if _C is not None:
-    _share_thread_pool()

@@ -17,6 +17,7 @@ import torch
 
 import fastpg.ops
 from fastpg._library import _C, CUDA_LAUNCHERS, REFERENCES
+from fastpg._op import OPS
 
 MODULES = {
     m.name.rpartition(".")[2]: m.name
@@ -52,7 +53,9 @@ def deterministic():
 
 
 def op_of(module):
-    """The op that a test file is named after; `_laws` are the second half of some."""
+    """The op under test: the file's OP."""
+    if hasattr(module, "OP"):
+        return module.OP
     return module.__name__.removeprefix("test_").removesuffix("_laws")
 
 
@@ -77,6 +80,20 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("kernel", kernels, indirect=True)
 
 
+def run_with(monkeypatch, op, kind, config):
+    """Makes this kind of kernel the one that an op runs, if the op has one of that kind."""
+    if kind == "reference":
+        monkeypatch.setattr(op, "overload", op.flat(op.reference))
+    elif kind == "triton":
+        launchers = importlib.import_module(f"{op.page}_triton")
+        if hasattr(launchers, op.name):
+            monkeypatch.setattr(op, "overload", op.flat(getattr(launchers, op.name)))
+    elif kind == "cuda-on-cpu":
+        module = cuda_on_cpu.load(config.cache.mkdir("cuda_on_cpu"))
+        if hasattr(module, op.name):
+            monkeypatch.setattr(op, "overload", op.cpp_kernel(module, on_gpu=True))
+
+
 def replace_ops(monkeypatch, page, implementation):
     """The ops that a page calls, by what `implementation` gives for each; None leaves one alone."""
     for name, op in list(vars(page).items()):
@@ -96,6 +113,9 @@ def cuda_launcher(op, module):
 def kernel(request, monkeypatch):
     """The implementation under test; the public function is called as a user would."""
     kind, op = request.param, op_of(request.module)
+    for each in OPS.values():
+        if kind == "reference" or each.page == MODULES[op]:
+            run_with(monkeypatch, each, kind, request.config)
     if kind == "reference":
         for page in PAGES:
             replace_ops(monkeypatch, page, REFERENCES.get)

@@ -8,8 +8,10 @@
 
 #ifdef __CUDACC__
 #define FPG_HD __host__ __device__ __forceinline__
+#define FPG_METHOD __host__ __device__ __forceinline__  // of a class
 #else
 #define FPG_HD static inline __attribute__((always_inline))
+#define FPG_METHOD inline __attribute__((always_inline))
 #endif
 
 namespace fpg {

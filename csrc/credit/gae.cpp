@@ -1,6 +1,7 @@
 // Advantages and returns, and their gradient: several sequences at a time in each thread.
 #include "credit/gae.h"
 
+#include "common/bind.h"
 #include "common/dtype.h"
 
 namespace fpg {
@@ -81,8 +82,8 @@ struct Forward : Tokens<X, kLook> {
 
   Lane start(int64_t sequence) const {
     const bool follows = this->bootstrap && !this->in.truncated;
-    const int64_t begin = this->in.sequences.begin(sequence),
-                  end = this->in.sequences.end(sequence);
+    const int64_t begin = this->in.sequences().begin(sequence),
+                  end = this->in.sequences().end(sequence);
     return {sequence, end - 1, end - begin, {0.0, follows ? this->bootstrap[sequence] : 0.0}};
   }
 
@@ -122,8 +123,8 @@ struct Backward : Tokens<X, kLook> {
         grad_bootstrap(static_cast<X*>(grad_bootstrap)) {}
 
   Lane start(int64_t sequence) const {
-    const int64_t begin = this->in.sequences.begin(sequence),
-                  end = this->in.sequences.end(sequence);
+    const int64_t begin = this->in.sequences().begin(sequence),
+                  end = this->in.sequences().end(sequence);
     return {sequence, begin, end - begin, {0.0, 0.0}};
   }
 
@@ -153,29 +154,29 @@ struct Backward : Tokens<X, kLook> {
 
 template <template <typename, Look> class Walk, typename... Pointers>
 void dispatch(const GaeInputs& in, Pointers... pointers) {
-  in.sequences.check("gae");
+  in.sequences().check("gae");
   with_compute_dtype(in.dtype, [&](auto x) {
     using X = decltype(x);
     switch (look_of(in)) {
       case Look::kNothing:
-        return run(Walk<X, Look::kNothing>(in, pointers...), in.sequences);
+        return run(Walk<X, Look::kNothing>(in, pointers...), in.sequences());
       case Look::kMask:
-        return run(Walk<X, Look::kMask>(in, pointers...), in.sequences);
+        return run(Walk<X, Look::kMask>(in, pointers...), in.sequences());
       case Look::kEverything:
-        return run(Walk<X, Look::kEverything>(in, pointers...), in.sequences);
+        return run(Walk<X, Look::kEverything>(in, pointers...), in.sequences());
     }
   });
 }
 
+void gae(const GaeArguments& in) { dispatch<Forward>(in.inputs, in.advantages, in.returns); }
+
+void gae_backward(const GaeBackwardArguments& in) {
+  dispatch<Backward>(in.inputs, in.grad_advantages, in.grad_returns, in.grad_rewards,
+                     in.grad_values, in.grad_bootstrap);
+}
+
+FPG_BIND(gae, gae)
+FPG_BIND(gae_backward, gae_backward)
+
 }  // namespace
-
-void gae(const GaeInputs& in, void* advantages, void* returns) {
-  dispatch<Forward>(in, advantages, returns);
-}
-
-void gae_backward(const GaeInputs& in, const void* grad_advantages, const void* grad_returns,
-                  void* grad_rewards, void* grad_values, void* grad_bootstrap) {
-  dispatch<Backward>(in, grad_advantages, grad_returns, grad_rewards, grad_values, grad_bootstrap);
-}
-
 }  // namespace fpg

@@ -3,6 +3,7 @@
 // A lane folds four tokens into one affine map; a warp scans the maps of its lanes in a tree, and
 // the warps, one after the other, apply theirs. Tiles of a warp are counted from the sequence's
 // first token, so its bits depend on its own tokens alone: not on the number of warps or the batch.
+#include "common/bind.h"
 #include "common/dtype.h"
 #include "credit/gae.h"
 #include "credit/gae_scan.h"
@@ -284,7 +285,7 @@ __device__ inline typename Walk::Out scan_tile(const Walk& walk, int64_t sequenc
 template <typename Walk>
 __global__ void __launch_bounds__(kMaxWarps* kWarp) gae_kernel(Walk walk) {
   __shared__ Exchange<Walk> all;
-  const Sequence sequence = sequence_at(walk.in.sequences, blockIdx.x);
+  const Sequence sequence = sequence_at(walk.in.sequences(), blockIdx.x);
   const Place<Walk::kReverse> place(sequence.end - sequence.begin);
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const auto load = [&](int tile) {
@@ -314,12 +315,12 @@ const X* typed(const void* array) {
 
 template <template <typename, Look> class Walk, typename X, Look kLook, typename... Arrays>
 void run(const GaeInputs& in, Stream stream, Arrays... arrays) {
-  if (in.sequences.length > INT_MAX)
+  if (in.sequences().length > INT_MAX)
     throw std::invalid_argument("gae: a sequence of more than 2^31 - 1 tokens");
-  const int64_t mean = in.sequences.tokens() / larger<int64_t>(in.sequences.count, 1);
+  const int64_t mean = in.sequences().tokens() / larger<int64_t>(in.sequences().count, 1);
   const int64_t warps = clamp<int64_t>(ceil_div(mean, kWarpTokens), 1, kMaxWarps);
   using Typed = Walk<X, kLook>;
-  launch(gae_kernel<Typed>, in.sequences.count, int(warps) * kWarp, stream,
+  launch(gae_kernel<Typed>, in.sequences().count, int(warps) * kWarp, stream,
          Typed{{in}, typed<X>(arrays)...});
 }
 
@@ -338,16 +339,17 @@ void dispatch(const GaeInputs& in, Stream stream, Arrays... arrays) {
   });
 }
 
+void gae(const GaeArguments& in) {
+  dispatch<Forward>(in.inputs, in.stream, in.advantages, in.returns);
+}
+
+void gae_backward(const GaeBackwardArguments& in) {
+  dispatch<Backward>(in.inputs, in.stream, in.grad_advantages, in.grad_returns, in.grad_rewards,
+                     in.grad_values, in.grad_bootstrap);
+}
+
+FPG_BIND(gae, gae)
+FPG_BIND(gae_backward, gae_backward)
+
 }  // namespace
-
-void gae(const GaeInputs& in, void* advantages, void* returns, Stream stream) {
-  dispatch<Forward>(in, stream, advantages, returns);
-}
-
-void gae_backward(const GaeInputs& in, const void* grad_advantages, const void* grad_returns,
-                  void* grad_rewards, void* grad_values, void* grad_bootstrap, Stream stream) {
-  dispatch<Backward>(in, stream, grad_advantages, grad_returns, grad_rewards, grad_values,
-                     grad_bootstrap);
-}
-
 }  // namespace fpg

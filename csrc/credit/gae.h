@@ -2,6 +2,7 @@
 // fastpg/ops/gae.py hands to the C++ kernel.
 #pragma once
 
+#include "common/fields.h"
 #include "common/numbers.h"
 #include "common/sequences.h"
 #include "common/stream.h"
@@ -34,15 +35,40 @@ FPG_HD GaeNext<T> gae_adjoint(T grad, GaeFactors<T> by) {
 }
 
 struct GaeInputs {
-  Sequences sequences;
-  int dtype;                     // of every pointer to void: fp32 or fp64
-  const void *rewards, *values;  // [tokens]; values may be null: 0
-  const void *gammas, *lams;     // [tokens] or [sequences], or null: gamma, lam
-  bool gamma_per_token, lam_per_token;
+  int dtype;  // of every array of numbers: fp32 or fp64
+  int64_t sequence_count, length;
+  bool gamma_per_token, lam_per_token;  // else they are per sequence
+  const void *rewards, *values;         // [tokens]; without values they are 0
+  const void* bootstrap;                // [tokens] with truncated, else [sequences]; null: 0
+  const bool* mask;                     // [tokens], as all that follow; null: every token is kept
+  const void *gammas, *lams;            // also [sequences]; null: gamma and lam
+  const void *rho, *c;                  // null: 1
+  const bool *terminated, *truncated;   // null: none is
+  const int32_t* cu_seqlens;            // [sequences + 1]; null: padded
   double gamma, lam;
-  const void *rho, *c;                        // [tokens] or null: 1
-  const bool *mask, *terminated, *truncated;  // [tokens] or null
-  const void* bootstrap;  // [tokens] if truncated is given, else [sequences]; null: 0
+
+  FPG_FIELDS(dtype, sequence_count, length, gamma_per_token, lam_per_token, rewards, values,
+             bootstrap, mask, gammas, lams, rho, c, terminated, truncated, cu_seqlens, gamma, lam)
+
+  FPG_METHOD Sequences sequences() const { return {sequence_count, length, cu_seqlens}; }
+};
+
+struct GaeArguments {
+  GaeInputs inputs;
+  void *advantages, *returns;  // [tokens]
+  Stream stream;
+
+  FPG_FIELDS(inputs, advantages, returns, stream)
+};
+
+struct GaeBackwardArguments {
+  GaeInputs inputs;
+  const void *grad_advantages, *grad_returns;         // [tokens]
+  void *grad_rewards, *grad_values, *grad_bootstrap;  // of the shape of the input, if it is there
+  Stream stream;
+
+  FPG_FIELDS(inputs, grad_advantages, grad_returns, grad_rewards, grad_values, grad_bootstrap,
+             stream)
 };
 
 // What a loop must look up for each token, so that the usual batches look up nothing else.
@@ -53,12 +79,5 @@ inline Look look_of(const GaeInputs& in) {
     return Look::kEverything;
   return in.mask ? Look::kMask : Look::kNothing;
 }
-
-void gae(const GaeInputs& in, void* advantages, void* returns);
-void gae_backward(const GaeInputs& in, const void* grad_advantages, const void* grad_returns,
-                  void* grad_rewards, void* grad_values, void* grad_bootstrap);
-void gae(const GaeInputs& in, void* advantages, void* returns, Stream stream);
-void gae_backward(const GaeInputs& in, const void* grad_advantages, const void* grad_returns,
-                  void* grad_rewards, void* grad_values, void* grad_bootstrap, Stream stream);
 
 }  // namespace fpg

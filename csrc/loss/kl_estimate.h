@@ -1,11 +1,14 @@
-// Floor 1: an estimate of KL(policy || reference) at one token, and its derivative by logp.
+// An estimate of KL(policy || reference) at one token, its derivative by logp, and the arguments of
+// fastpg/ops/loss/kl_estimate.py.
 #pragma once
 
 #include "common/elementary.h"
+#include "common/fields.h"
+#include "common/stream.h"
 
 namespace fpg {
 
-enum class KlKind : int { kK1, kK2, kK3 };  // the codes of fastpg/ops/kl_estimate.py
+enum class KlKind : int { kK1, kK2, kK3 };  // the codes of fastpg/ops/loss/kl_estimate.py
 
 // d = logp - ref_logp
 template <KlKind kKind, typename T>
@@ -16,7 +19,7 @@ FPG_HD T kl_value(T d) {
   return exp_excess(-bounded).excess + (d - bounded);
 }
 
-// Of k2 or k3; that of k1 is 1.
+// The derivative of k2 or k3; that of k1 is 1.
 template <KlKind kKind, typename T>
 FPG_HD T kl_slope(T d) {
   if constexpr (kKind == KlKind::kK2) return d;
@@ -24,11 +27,30 @@ FPG_HD T kl_slope(T d) {
   return bounded - exp_excess(-bounded).excess;  // 1 - e^-d without its cancellation
 }
 
-// Each [count]: kl, and grad_logp = dL/dlogp from grad = dL/dkl.
-template <typename T>
-void kl_estimate(const T* logp, const T* ref_logp, int64_t count, KlKind kind, T* kl);
-template <typename T>
-void kl_estimate_backward(const T* grad, const T* logp, const T* ref_logp, int64_t count,
-                          KlKind kind, T* grad_logp);
+struct KlEstimateInputs {
+  int dtype;  // of every array
+  int64_t count;
+  const void *logp, *ref_logp;  // [count]
+  KlKind kind;
+
+  FPG_FIELDS(dtype, count, logp, ref_logp, kind)
+};
+
+struct KlEstimateArguments {
+  KlEstimateInputs inputs;
+  void* kl;  // [count]
+  Stream stream;
+
+  FPG_FIELDS(inputs, kl, stream)
+};
+
+struct KlEstimateBackwardArguments {
+  KlEstimateInputs inputs;
+  const void* grad_kl;  // [count], dL/dkl
+  void* grad_logp;      // [count], dL/dlogp
+  Stream stream;
+
+  FPG_FIELDS(inputs, grad_kl, grad_logp, stream)
+};
 
 }  // namespace fpg

@@ -7,12 +7,13 @@ import torch
 from accuracy import TOLERANCE, assert_no_worse, leaves
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from registration import check_registration
 from torch.autograd import forward_ad, gradcheck
-from torch.library import opcheck
 
-import fastpg.ops.credit.gae as page
 from fastpg import gae
+from fastpg.ops.credit import gae as page
 
+OP = "gae"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 POISON = [float("nan"), float("inf"), -float("inf"), 1e30]
 CU = torch.tensor([0, 3, 3, 8, 12, 13, 20], dtype=torch.int32)
@@ -30,6 +31,13 @@ def flags(shape, seed=1):
     g = torch.Generator().manual_seed(seed)
     terminated, truncated = (torch.rand(shape, generator=g) < 0.3 for _ in range(2))
     return terminated, truncated, torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def record(rewards, values=None, *, gamma=1.0, lam=1.0, **given):
+    """The inputs of the op; what is not given is None."""
+    options = dict.fromkeys(page.Inputs._fields) | given
+    options |= {"rewards": rewards, "values": values, "gamma": gamma, "lam": lam}
+    return page.Inputs(**options)
 
 
 def sequences(x, cu_seqlens):
@@ -74,10 +82,10 @@ def short_blocks(request, monkeypatch):
 def test_matches_reference(kernel, shape, dtype, masked):
     rewards, values, mask = inputs(shape, dtype)
     mask = mask if masked else None
-    options = [None, mask, *[None] * 7, 0.99, 0.95]
+    options = {"mask": mask, "gamma": 0.99, "lam": 0.95}
     out = gae(rewards, values, mask, gamma=0.99, lam=0.95)
-    oracle = page.reference(rewards.double(), values.double(), *options)
-    torchs = page.reference(rewards.to(out[0].dtype), values.to(out[0].dtype), *options)
+    oracle = page.reference(record(rewards.double(), values.double(), **options))
+    torchs = page.reference(record(rewards.to(out[0].dtype), values.to(out[0].dtype), **options))
     assert out[0].dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
     for ours, theirs, exact in zip(out, torchs, oracle, strict=True):
         assert_no_worse(ours, theirs, exact, TOLERANCE[dtype])
@@ -164,12 +172,14 @@ def test_registration():
             rewards, mask = rewards[:1].expand(shape), mask[:, :1].expand(shape)
         terminated, truncated, bootstrap = flags(rewards.shape)
         gammas = torch.full((len(rewards),), 0.9, dtype=torch.float64)
-        options = mask, gammas, None, values, rewards, terminated, truncated, None, 0.0, 0.8
-        args = rewards, values, bootstrap, *options
-        opcheck(page._gae, args)
-        opcheck(page._backward, (values, rewards.sum().expand(rewards.shape), *args))
-        opcheck(page._gae, (rewards, *[None] * 10, 0.9, 0.8))
-        opcheck(page._backward, (values, rewards, rewards, *[None] * 10, 0.9, 0.8))
+        every_input = record(
+            rewards, values, bootstrap=bootstrap, mask=mask, gammas=gammas, rho=values, c=rewards,
+            terminated=terminated, truncated=truncated, lam=0.8,
+        )  # fmt: skip
+        for x in (every_input, record(rewards, gamma=0.9, lam=0.8)):
+            check_registration(page.gae_op, x)
+            expanded = rewards.sum().expand(rewards.shape)
+            check_registration(page.gae_backward_op, page.BackwardInputs(x, values, expanded))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler

@@ -14,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import log_ratio
+
+MAX_LOG_RATIO = tl.constexpr(log_ratio.MAX_LOG_RATIO)
 BLOCK = tl.constexpr(1024)  # tokens that a program has at a time
 CHUNK = tl.constexpr(256)  # partial results that are merged at a time
 
@@ -45,6 +48,20 @@ def on_device(launcher: Callable) -> Callable:
 
 def blocks_of(x: torch.Tensor) -> int:
     return triton.cdiv(x.numel(), BLOCK.value)
+
+
+@triton.jit
+def bounded(d):
+    """A log-ratio within +-MAX_LOG_RATIO; NaN passes through."""
+    return tl.where(
+        d > MAX_LOG_RATIO, MAX_LOG_RATIO, tl.where(d < -MAX_LOG_RATIO, -MAX_LOG_RATIO, d)
+    )
+
+
+@triton.jit
+def load_kept(x, offset, kept):
+    """The values at these offsets; 0, and nothing read, where a token is not kept."""
+    return tl.load(x + offset, mask=kept, other=0)
 
 
 @triton.jit

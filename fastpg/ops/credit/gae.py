@@ -18,17 +18,66 @@ and γ_t ρ_t G_t for the bootstrap that t read.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..._library import DTYPE_CODE, address, contiguous, cpp_kernels, define, triton_kernels
+from ..._autograd import Differentiable
+from ..._library import DTYPE_CODE, empty_like
+from ..._op import Op
 from ..common import checks
-from ..common.autograd import once_differentiable
-from . import gae_options as _options
+from . import gae_options
 
 
-def _grid(x, default, tokens, cu_seqlens):
-    """x as double [B, T] (packed: [1, N]): given per token, per sequence, or not at all."""
+class Inputs(NamedTuple):
+    rewards: Tensor  # [B, T], or packed [N] with cu_seqlens; fp32 or fp64
+    values: Tensor | None  # like rewards; None: 0
+    bootstrap: Tensor | None  # like rewards with `truncated`, else [B]; None: 0
+    mask: Tensor | None  # bool, like rewards; None: every token counts
+    gammas: Tensor | None  # like rewards, or [B]; None: `gamma` for all
+    lams: Tensor | None  # like rewards, or [B]; None: `lam` for all
+    rho: Tensor | None  # like rewards; None: 1
+    c: Tensor | None  # like rewards; None: 1
+    terminated: Tensor | None  # bool, like rewards; None: no token inside a sequence is
+    truncated: Tensor | None  # bool, like rewards; None: no token is
+    cu_seqlens: Tensor | None  # int32 [B + 1]; None: padded
+    gamma: float
+    lam: float
+
+
+class Outputs(NamedTuple):
+    advantages: Tensor  # like rewards
+    returns: Tensor  # like rewards
+
+
+class BackwardInputs(NamedTuple):
+    inputs: Inputs
+    grad_advantages: Tensor  # like rewards
+    grad_returns: Tensor  # like rewards
+
+
+class Gradients(NamedTuple):
+    grad_rewards: Tensor  # like the input; empty, if there was none
+    grad_values: Tensor
+    grad_bootstrap: Tensor
+
+
+class Tokens(NamedTuple):
+    """What the scan knows of every token. All are [B, T] (packed: [1, N]), numbers in fp64."""
+
+    kept: Tensor  # It is not masked.
+    ends: Tensor  # It is the last of its sequence, masked or not.
+    done: Tensor  # It is terminated or truncated: its trace is cut.
+    reads: Tensor  # The value that follows it is a bootstrap.
+    gamma: Tensor
+    rho: Tensor
+    trace: Tensor  # A_t = δ_t + trace_t A_{t+1}. A masked token hands on what follows it.
+
+
+def as_grid(x: Tensor | None, default: float, inputs: Inputs) -> Tensor:
+    """x as fp64 [B, T] (packed: [1, N]), whether it is given per token, per sequence or not."""
+    tokens, cu_seqlens = inputs.rewards, inputs.cu_seqlens
     if x is None:
         x = torch.full(tokens.shape, default, dtype=torch.float64, device=tokens.device)
     elif x.shape != tokens.shape:
@@ -36,25 +85,29 @@ def _grid(x, default, tokens, cu_seqlens):
     return x.double() if cu_seqlens is None else x.double()[None]
 
 
-def _tokens(rewards, mask, gammas, lams, rho, c, terminated, truncated, cu_seqlens, gamma, lam):
-    """Per token: not masked; last of its sequence, masked or not; done; followed by a bootstrap;
-    gamma; rho; and the trace in A_t = δ_t + trace_t A_{t+1}: a masked token hands on what follows.
-    """
-    options = (mask, 1.0), (terminated, 0.0), (truncated, 0.0), (gammas, gamma), (lams, lam)
-    options = *options, (rho, 1.0), (c, 1.0)
-    grids = [_grid(*option, rewards, cu_seqlens) for option in options]
-    kept, terminal, cut = (flag != 0 for flag in grids[:3])
-    gamma, lam, rho, c = (torch.where(kept, x, 1.0) for x in grids[3:])
-    length = rewards.shape[-1]
-    stop = length if cu_seqlens is None else checks.to_tokens(cu_seqlens[1:], rewards, cu_seqlens)
-    ends = (torch.arange(1, length + 1, device=rewards.device) == stop).expand_as(kept)
+def tokens_of(x: Inputs) -> Tokens:
+    """Brings every option into one form, per token."""
+    kept = as_grid(x.mask, 1.0, x) != 0
+    terminal = as_grid(x.terminated, 0.0, x) != 0
+    cut = as_grid(x.truncated, 0.0, x) != 0
+    gamma = torch.where(kept, as_grid(x.gammas, x.gamma, x), 1.0)
+    lam = torch.where(kept, as_grid(x.lams, x.lam, x), 1.0)
+    rho = torch.where(kept, as_grid(x.rho, 1.0, x), 1.0)
+    c = torch.where(kept, as_grid(x.c, 1.0, x), 1.0)
+    length = x.rewards.shape[-1]
+    stop: int | Tensor = length
+    if x.cu_seqlens is not None:
+        stop = checks.to_tokens(x.cu_seqlens[1:], x.rewards, x.cu_seqlens)
+    ends = torch.arange(1, length + 1, device=x.rewards.device) == stop
+    ends = ends.expand_as(kept)
     done = kept & (terminal | cut)
-    reads = ends & ~done if truncated is None else done & ~terminal
-    return kept, ends, done, reads, gamma, rho, torch.where(ends | done, 0.0, gamma * lam * c)
+    reads = ends & ~done if x.truncated is None else done & ~terminal
+    trace = torch.where(ends | done, 0.0, gamma * lam * c)
+    return Tokens(kept, ends, done, reads, gamma, rho, trace)
 
 
-def _scan(a, b):
-    """x_t = b_t + a_t x_{t+1}, along T."""
+def scan_back(a: Tensor, b: Tensor) -> Tensor:
+    """x_t = b_t + a_t x_{t+1}, from the last token to the first."""
     out, x = torch.empty_like(b), b.new_zeros(len(b))
     for t in reversed(range(b.shape[1])):
         x = torch.where(a[:, t] == 0, b[:, t], b[:, t] + a[:, t] * x)
@@ -62,122 +115,145 @@ def _scan(a, b):
     return out
 
 
-def reference(
-    rewards, values, bootstrap, mask, gammas, lams, rho, c, terminated, truncated, cu_seqlens,
-    gamma, lam,
-):  # fmt: skip
-    """Advantages and returns, of the shape and dtype of rewards; the scan itself is double."""
-    checks.check_cu_seqlens("gae", cu_seqlens, rewards)
-    kept, ends, done, reads, gamma, rho, trace = _tokens(
-        rewards, mask, gammas, lams, rho, c, terminated, truncated, cu_seqlens, gamma, lam
-    )
-    if bootstrap is not None and truncated is None:
-        bootstrap = checks.to_tokens(bootstrap, rewards, cu_seqlens)
-    r, v, follows = (_grid(x, 0.0, rewards, cu_seqlens) for x in (rewards, values, bootstrap))
-    v, follows = torch.where(kept, v, 0.0), torch.where(reads, follows, 0.0)
-    hands_on = (~(kept | ends)).double()
-    value_from = _scan(hands_on, torch.where(kept, v, follows))
-    next_value = torch.where(ends | done, follows, value_from.roll(-1, 1))
-    delta = torch.where(kept, rho * (r + gamma * next_value - v), 0.0)
-    advantages = torch.where(kept, _scan(trace, delta), 0.0)
-    return tuple(x.reshape(rewards.shape).to(rewards.dtype) for x in (advantages, advantages + v))
+def scan_forward(a: Tensor, b: Tensor) -> Tensor:
+    """x_t = b_t + a_t x_{t-1}, from the first token to the last."""
+    return scan_back(a.flip(1), b.flip(1)).flip(1)
 
 
-def reference_backward(
-    grad_advantages, grad_returns, rewards, values, bootstrap,
-    mask, gammas, lams, rho, c, terminated, truncated, cu_seqlens, gamma, lam,
-):  # fmt: skip
-    """Gradients of rewards, values and bootstrap; empty for one that is absent."""
-    kept, ends, done, reads, gamma, rho, trace = _tokens(
-        rewards, mask, gammas, lams, rho, c, terminated, truncated, cu_seqlens, gamma, lam
+def reference(x: Inputs) -> Outputs:
+    """The specification: the formulas at the top of this page, scanned token by token in fp64."""
+    checks.check_cu_seqlens("gae", x.cu_seqlens, x.rewards)
+    tokens = tokens_of(x)
+    bootstrap = x.bootstrap
+    if bootstrap is not None and x.truncated is None:
+        bootstrap = checks.to_tokens(bootstrap, x.rewards, x.cu_seqlens)
+    rewards = as_grid(x.rewards, 0.0, x)
+    values = torch.where(tokens.kept, as_grid(x.values, 0.0, x), 0.0)
+    follows = torch.where(tokens.reads, as_grid(bootstrap, 0.0, x), 0.0)
+    # A masked token hands on the value of the next unmasked one.
+    hands_on = (~(tokens.kept | tokens.ends)).double()
+    value_from = scan_back(hands_on, torch.where(tokens.kept, values, follows))
+    next_value = torch.where(tokens.ends | tokens.done, follows, value_from.roll(-1, 1))
+    error = tokens.rho * (rewards + tokens.gamma * next_value - values)
+    delta = torch.where(tokens.kept, error, 0.0)
+    advantages = torch.where(tokens.kept, scan_back(tokens.trace, delta), 0.0)
+    returns = advantages + values
+    return Outputs(
+        advantages.reshape(x.rewards.shape).to(x.rewards.dtype),
+        returns.reshape(x.rewards.shape).to(x.rewards.dtype),
     )
-    grads = (_grid(x, 0.0, rewards, cu_seqlens) for x in (grad_advantages, grad_returns))
-    ga, gr = (torch.where(kept, x, 0.0) for x in grads)
-    grad = _scan(trace.roll(1, 1).flip(1), (ga + gr).flip(1)).flip(1)
-    grad = torch.where(kept, rho * grad, 0.0)
-    hands_on = (~(kept | ends.roll(1, 1))).double()
-    sent = torch.where(done, 0.0, gamma * grad)
-    sent = _scan(hands_on.flip(1), sent.flip(1)).flip(1)  # to the value that follows
-    received = torch.where(ends, 0.0, sent).roll(1, 1)  # nothing wraps: the last token is an end
-    grad_values = torch.where(kept, gr - grad + received, 0.0)
-    if truncated is not None:
-        grad_bootstrap = torch.where(reads, gamma * grad, 0.0)
+
+
+def reference_backward(x: BackwardInputs) -> Gradients:
+    """The adjoint: the second pair of formulas at the top of this page."""
+    inputs, tokens = x.inputs, tokens_of(x.inputs)
+    to_advantages = torch.where(tokens.kept, as_grid(x.grad_advantages, 0.0, inputs), 0.0)
+    to_returns = torch.where(tokens.kept, as_grid(x.grad_returns, 0.0, inputs), 0.0)
+    grad = scan_forward(tokens.trace.roll(1, 1), to_advantages + to_returns)
+    grad = torch.where(tokens.kept, tokens.rho * grad, 0.0)
+    # What a token sends to the value that follows it, past masked tokens.
+    hands_on = (~(tokens.kept | tokens.ends.roll(1, 1))).double()
+    sent = scan_forward(hands_on, torch.where(tokens.done, 0.0, tokens.gamma * grad))
+    received = torch.where(tokens.ends, 0.0, sent).roll(1, 1)  # The last token is an end.
+    grad_values = torch.where(tokens.kept, to_returns - grad + received, 0.0)
+    if inputs.truncated is not None:
+        grad_bootstrap = torch.where(tokens.reads, tokens.gamma * grad, 0.0)
     else:
-        final = torch.where(ends, sent, 0.0).reshape(rewards.shape)
-        grad_bootstrap = checks.to_sequences(final, cu_seqlens)
-    outs = zip((rewards, values, bootstrap), (grad, grad_values, grad_bootstrap), strict=True)
-    return tuple(rewards.new_empty(0) if x is None else g.reshape(x.shape).to(x) for x, g in outs)
+        final = torch.where(tokens.ends, sent, 0.0).reshape(inputs.rewards.shape)
+        grad_bootstrap = checks.to_sequences(final, inputs.cu_seqlens)
+    return Gradients(
+        shaped_like(inputs.rewards, grad, inputs.rewards),
+        shaped_like(inputs.values, grad_values, inputs.rewards),
+        shaped_like(inputs.bootstrap, grad_bootstrap, inputs.rewards),
+    )
 
 
-_INPUTS = (
-    "Tensor rewards, Tensor? values, Tensor? bootstrap, Tensor? mask, Tensor? gammas, Tensor? lams,"
-    " Tensor? rho, Tensor? c, Tensor? terminated, Tensor? truncated, Tensor? cu_seqlens,"
-    " float gamma, float lam"
-)
+def shaped_like(given: Tensor | None, gradient: Tensor, rewards: Tensor) -> Tensor:
+    """The gradient in the shape and dtype of an input; empty for an input that was not given."""
+    if given is None:
+        return rewards.new_empty(0)
+    return gradient.reshape(given.shape).to(given)
 
 
-def _new(rewards, *like):
-    return tuple(rewards.new_empty(0 if x is None else x.shape) for x in like)
+def allocate(x: Inputs) -> Outputs:
+    """Empty advantages and returns."""
+    return Outputs(empty_like(x.rewards), empty_like(x.rewards))
 
 
-_gae = define(
-    f"gae({_INPUTS}) -> (Tensor, Tensor)",
-    fake=lambda rewards, *_: _new(rewards, rewards, rewards),
+def allocate_gradients(x: BackwardInputs) -> Gradients:
+    """An empty gradient for each differentiable input; one without elements if it is absent."""
+    rewards, values, bootstrap = x.inputs.rewards, x.inputs.values, x.inputs.bootstrap
+    return Gradients(
+        empty_like(rewards),
+        rewards.new_empty(0) if values is None else empty_like(values),
+        rewards.new_empty(0) if bootstrap is None else empty_like(bootstrap),
+    )
+
+
+class Sizes(NamedTuple):
+    """The integers that C++ takes first."""
+
+    dtype: int
+    sequence_count: int
+    length: int  # of each sequence; of all together, where they are packed
+    gamma_per_token: bool  # else gammas are per sequence
+    lam_per_token: bool
+
+
+def sizes(x: Inputs) -> Sizes:
+    """The sizes of a padded or packed batch, and the form of gammas and lams."""
+    shape = x.rewards.shape
+    count = shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    gamma_per_token = x.gammas is not None and x.gammas.shape == shape
+    lam_per_token = x.lams is not None and x.lams.shape == shape
+    return Sizes(DTYPE_CODE[x.rewards.dtype], count, shape[-1], gamma_per_token, lam_per_token)
+
+
+def backward_sizes(x: BackwardInputs) -> Sizes:
+    """The same, for the backward op."""
+    return sizes(x.inputs)
+
+
+gae_op = Op(
+    "gae",
+    Inputs,
+    Outputs,
+    page=__name__,
     reference=reference,
+    allocate=allocate,
+    sizes=sizes,
 )
-_backward = define(
-    f"gae_backward(Tensor grad_advantages, Tensor grad_returns, {_INPUTS})"
-    " -> (Tensor, Tensor, Tensor)",
-    fake=lambda *args: _new(args[2], *args[2:5]),
+gae_backward_op = Op(
+    "gae_backward",
+    BackwardInputs,
+    Gradients,
+    page=__name__,
     reference=reference_backward,
+    allocate=allocate_gradients,
+    sizes=backward_sizes,
 )
 
 
-def _inputs(*args):
-    """GaeTuple of csrc/bind.h, and the tensors that must outlive the call."""
-    tensors = contiguous(*args[:11])
-    rewards, gammas, lams, cu_seqlens = (tensors[i] for i in (0, 4, 5, 10))
-    shape = rewards.shape
-    sizes = shape if cu_seqlens is None else (cu_seqlens.shape[0] - 1, shape[0])
-    per_token = (x is not None and x.shape == shape for x in (gammas, lams))
-    addresses = [address(x) for x in tensors]
-    return (*sizes, DTYPE_CODE[rewards.dtype], *per_token, *args[11:], addresses), tensors
+def _forward(x: Inputs) -> tuple[Outputs, Inputs]:
+    return gae_op(x), x
 
 
-def _launch(run, *args):
-    inputs, (rewards, *_alive) = _inputs(*args)
-    out = torch.empty_like(rewards), torch.empty_like(rewards)
-    run(inputs, *map(address, out))
-    return out
+def _backward(x: Inputs, grad_advantages: Tensor | None, grad_returns: Tensor | None) -> Gradients:
+    if grad_advantages is None:
+        grad_advantages = torch.zeros_like(x.rewards)
+    if grad_returns is None:
+        grad_returns = torch.zeros_like(x.rewards)
+    return gae_backward_op(BackwardInputs(x, grad_advantages, grad_returns))
 
 
-def _launch_backward(run, grad_advantages, grad_returns, *args):
-    inputs, (rewards, *rest) = _inputs(*args)
-    grads = grad_advantages.contiguous(), grad_returns.contiguous()  # sum() hands expanded ones
-    out = _new(rewards, rewards, *rest[:2])
-    run(inputs, *map(address, grads + out))
-    return out
-
-
-cpp_kernels(_gae, _launch)
-cpp_kernels(_backward, _launch_backward)
-triton_kernels(__name__, _gae, _backward)
-
-
-class _Gae(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        ctx.save_for_backward(*args[:11])
-        ctx.scalars = args[11:]
-        return _gae(*args)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        inputs = *ctx.saved_tensors, *ctx.scalars
-        out = _backward(*grads, *inputs)
-        grads = (None if x is None else g for x, g in zip(inputs, out, strict=False))
-        return *grads, *[None] * (len(inputs) - len(out))
+_gae = Differentiable(
+    "gae",
+    inputs=Inputs,
+    saved=Inputs,
+    differentiable=("rewards", "values", "bootstrap"),
+    forward=_forward,
+    backward=_backward,
+)
 
 
 def gae(
@@ -194,37 +270,73 @@ def gae(
     c: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns.
+    """Generalised advantage estimation: the advantage and the return of each token.
 
-    rewards, values: [B, T], or packed [N] with cu_seqlens (int32 [B + 1]); bf16, fp16, fp32 or
-    fp64, any strides; differentiable. values=None is 0: both outputs are the reward-to-go.
-    mask: like rewards, bool or 0/1. A masked token is never read, its outputs are 0, and the
-    others are what they would be without it.
-    gamma, lam: floats, or constant tensors [B] or like rewards.
-    terminated: bool or 0/1, [B] (the last unmasked token) or like rewards. None: the last unmasked
-    token is terminal, unless `truncated` marks it or, without `truncated`, a bootstrap is given.
-    truncated: the same shapes; needs a bootstrap of its shape. A token that is both is terminated.
-    bootstrap: the value after each sequence's last unmasked token [B], read where that is not
-    terminated; or, with truncated like rewards, the value after each truncated token.
-    rho, c: constants like rewards, 1 where None: they weigh the error and the trace of each token.
-    With clipped importance ratios the returns are the V-trace targets.
-    Where N = B, a packed tensor is read per token, a bootstrap without `truncated` per sequence.
-    Returns (advantages, returns) like rewards, fp32 (fp64 if an input is fp64), scanned in double.
+    A_t = δ_t + γ_t λ_t c_t (1 − done_t) A_next with δ_t = ρ_t (r_t + γ_t (1 − terminated_t) V_next
+    − V_t), and R_t = A_t + V_t. The next token is the next unmasked one of the sequence.
+
+    Args:
+        rewards: [B, T], or packed [N] with cu_seqlens; any float dtype and strides; differentiable.
+        values: V, like rewards; differentiable. None is 0: both results are then the reward-to-go.
+        mask: Like rewards, bool or 0/1. A masked token is never read, its results are 0, and the
+            other tokens get what they would get without it.
+        gamma: The discount in [0, 1]: a float, or a constant tensor [B] or like rewards.
+        lam: λ in [0, 1]: a float, or a constant tensor [B] or like rewards.
+        terminated: Where an episode ends for good: bool or 0/1, like rewards, or [B] for the last
+            unmasked token of each sequence. None: that token is terminal, unless `truncated` marks
+            it or, without `truncated`, a bootstrap is given.
+        truncated: Where an episode was cut short; the same shapes. It needs a bootstrap of its
+            shape. A token that is both is terminated.
+        bootstrap: The value that follows: [B], after each sequence's last unmasked token, read
+            where that is not terminated; or like rewards with such a `truncated`. Differentiable.
+        rho: ρ, a constant like rewards that weighs the error of each token. None: 1.
+        c: A constant like rewards that weighs the trace of each token. None: 1. With clipped
+            importance ratios for rho and c the returns are the V-trace targets.
+        cu_seqlens: int32 [B + 1], where packed sequences begin and end. If N = B, a tensor [N] is
+            read per token; a bootstrap without `truncated` per sequence.
+
+    Returns:
+        (advantages, returns), each like rewards; fp32, or fp64 if an input is fp64. The scan itself
+        is in fp64.
+
+    Raises:
+        TypeError: An argument is no tensor or number, or has a dtype that it cannot have.
+        ValueError: A shape, a device or a value does not fit; the message names it.
+
+    Example:
+        >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.5, 0.5]])
+        >>> advantages, returns = fastpg.gae(rewards, values, gamma=1.0, lam=0.5)
+        >>> advantages
+        tensor([[0.1250, 0.2500, 0.5000]])
+
+    Reference:
+        Schulman et al. 2016, "High-dimensional continuous control using generalized advantage
+        estimation", arXiv:1506.02438. V-trace: Espeholt et al. 2018, arXiv:1802.01561.
     """
     dtype = checks.compute_dtype("gae", rewards=rewards, values=values, bootstrap=bootstrap)
     count = checks.sequence_count("gae", "rewards", rewards, cu_seqlens)
     checks.check_shape("gae", "values", values, rewards, rewards.shape)
     checks.check_shape("gae", "mask", mask, rewards, rewards.shape)
     mask = checks.as_bool(mask)
-    gammas, gamma = _options.discount("gamma", gamma, rewards, mask, count, dtype)
-    lams, lam = _options.discount("lam", lam, rewards, mask, count, dtype)
-    ratios = _options.ratios(rewards, dtype, rho=rho, c=c)
+    gammas, gamma = gae_options.discount("gamma", gamma, rewards, mask, count, dtype)
+    lams, lam = gae_options.discount("lam", lam, rewards, mask, count, dtype)
     if not (terminated is None and truncated is None and bootstrap is None):
-        bootstrap, terminated, truncated = _options.endings(
+        bootstrap, terminated, truncated = gae_options.endings(
             rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count
         )
-    inputs = [checks.cast(x, dtype) for x in (rewards, values, bootstrap)]
-    options = mask, gammas, lams, *ratios, terminated, truncated, cu_seqlens, gamma, lam
-    if checks.constant(*inputs):
-        return _gae(*inputs, *options)
-    return _Gae.apply(*inputs, *options)
+    inputs = Inputs(
+        rewards=checks.cast(rewards, dtype),
+        values=checks.cast(values, dtype),
+        bootstrap=checks.cast(bootstrap, dtype),
+        mask=mask,
+        gammas=gammas,
+        lams=lams,
+        rho=gae_options.ratio("rho", rho, rewards, dtype),
+        c=gae_options.ratio("c", c, rewards, dtype),
+        terminated=terminated,
+        truncated=truncated,
+        cu_seqlens=cu_seqlens,
+        gamma=gamma,
+        lam=lam,
+    )
+    return _gae(inputs)

@@ -20,14 +20,13 @@ def discount(name, x, rewards, mask, count, dtype):
     return checks.fractions("gae", name, x, mask, dtype), 0.0
 
 
-def ratios(rewards, dtype, **tensors):
-    """rho and c as constants, or None."""
-    for name, x in tensors.items():
-        if x is not None:
-            checks.check_shape("gae", name, x, rewards, rewards.shape)
-            checks.compute_dtype("gae", **{name: x})
-            tensors[name] = checks.cast(x.detach(), dtype)
-    return tensors.values()
+def ratio(name: str, x: Tensor | None, rewards: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """rho or c as a constant; None stands for 1."""
+    if x is None:
+        return None
+    checks.check_shape("gae", name, x, rewards, rewards.shape)
+    checks.compute_dtype("gae", **{name: x})
+    return checks.cast(x.detach(), dtype)
 
 
 def endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count):

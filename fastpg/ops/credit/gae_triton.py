@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..._library import contiguous
-from ..common.triton import OPTIONS, jit, number, on_device, sequence_bounds
+from ..._record import contiguous
+from ..common.triton import OPTIONS, jit, number, sequence_bounds
+from .gae import BackwardInputs, Gradients, Inputs, Outputs, allocate, allocate_gradients
 
 BLOCK = 512  # tokens that are scanned at once
 
@@ -185,30 +187,70 @@ def backward_kernel(
         tl.store(grad_bootstrap + tl.program_id(0), sent_before)
 
 
-def launch(kernel, leading, rewards, out, options):
-    """The kernel on every sequence; options are what both ops take after the differentiable."""
-    *tensors, gamma, lam = options
-    cu_seqlens, per_token = tensors[-1], [x is not None and x.shape == rewards.shape
-                                          for x in tensors[1:3]]  # fmt: skip
-    sequences = len(rewards) if cu_seqlens is None else len(cu_seqlens) - 1
-    if sequences == 0:
-        return
-    kernel[(sequences,)](
-        *contiguous(*leading, *tensors), *out, rewards.shape[-1], rewards.numel(), gamma, lam,
-        GAMMA_PER_TOKEN=per_token[0], LAM_PER_TOKEN=per_token[1], BLOCK=BLOCK,
-        **OPTIONS,
-    )  # fmt: skip
+def scalars_of(x: Inputs) -> dict[str, object]:
+    """What both kernels take besides arrays."""
+    shape = x.rewards.shape
+    return {
+        "length": shape[-1],
+        "tokens": x.rewards.numel(),
+        "gamma": x.gamma,
+        "lam": x.lam,
+        "GAMMA_PER_TOKEN": x.gammas is not None and x.gammas.shape == shape,
+        "LAM_PER_TOKEN": x.lams is not None and x.lams.shape == shape,
+        "BLOCK": BLOCK,
+    }
 
 
-@on_device
-def gae(rewards, values, bootstrap, *options):
-    out = rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
-    launch(forward_kernel, (rewards, values, bootstrap), rewards, out, options)
-    return out
+def sequence_count(x: Inputs) -> int:
+    return len(x.rewards) if x.cu_seqlens is None else len(x.cu_seqlens) - 1
 
 
-@on_device
-def gae_backward(grad_advantages, grad_returns, rewards, values, bootstrap, *options):
-    out = [None if x is None else x.new_empty(x.shape) for x in (rewards, values, bootstrap)]
-    launch(backward_kernel, (grad_advantages, grad_returns), rewards, out, options)
-    return tuple(rewards.new_empty(0) if x is None else x for x in out)
+def gae(x: Inputs) -> Outputs:
+    """Launches a program for each sequence."""
+    x, outputs = contiguous(x), allocate(x)
+    if count := sequence_count(x):
+        forward_kernel[(count,)](
+            rewards=x.rewards,
+            values=x.values,
+            bootstrap=x.bootstrap,
+            **options_of(x),
+            advantages=outputs.advantages,
+            returns=outputs.returns,
+            **scalars_of(x),
+            **OPTIONS,
+        )
+    return outputs
+
+
+def options_of(x: Inputs) -> dict[str, Tensor | None]:
+    """The arrays that no gradient goes to."""
+    return {
+        "mask": x.mask,
+        "gammas": x.gammas,
+        "lams": x.lams,
+        "rho": x.rho,
+        "c": x.c,
+        "terminated": x.terminated,
+        "truncated": x.truncated,
+        "cu_seqlens": x.cu_seqlens,
+    }
+
+
+def gae_backward(x: BackwardInputs) -> Gradients:
+    """Launches a program for each sequence."""
+    gradients = allocate_gradients(x)
+    inputs = contiguous(x.inputs)
+    grad_values = None if inputs.values is None else gradients.grad_values
+    grad_bootstrap = None if inputs.bootstrap is None else gradients.grad_bootstrap
+    if count := sequence_count(inputs):
+        backward_kernel[(count,)](
+            grad_advantages=x.grad_advantages.contiguous(),
+            grad_returns=x.grad_returns.contiguous(),
+            **options_of(inputs),
+            grad_rewards=gradients.grad_rewards,
+            grad_values=grad_values,
+            grad_bootstrap=grad_bootstrap,
+            **scalars_of(inputs),
+            **OPTIONS,
+        )
+    return gradients

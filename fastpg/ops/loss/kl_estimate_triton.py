@@ -1,63 +1,66 @@
-"""kl_estimate on the GPU: the maths of csrc/kl_estimate.h."""
+"""kl_estimate on the GPU: the maths of csrc/loss/kl_estimate.h, a block of tokens to a program."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from ..common.triton import OPTIONS, block_offsets, blocks_of, exp_excess, jit, on_device
+from ..._record import contiguous
+from ..common.triton import OPTIONS, block_offsets, blocks_of, bounded, exp_excess, jit
+from .kl_estimate import BackwardInputs, Gradient, Inputs, Outputs, allocate, allocate_gradient
 
 
 @triton.jit
-def difference(logp, ref_logp, at, inside):
-    return tl.load(logp + at, mask=inside) - tl.load(ref_logp + at, mask=inside)
-
-
-@triton.jit
-def clamped(d):
-    """d within +-20; NaN passes through."""
-    return tl.where(d > 20.0, 20.0, tl.where(d < -20.0, -20.0, d))
+def difference(logp, ref_logp, offset, inside):
+    return tl.load(logp + offset, mask=inside) - tl.load(ref_logp + offset, mask=inside)
 
 
 @jit
 def forward_kernel(logp, ref_logp, kl, count: tl.int64, KIND: tl.constexpr):
-    at = block_offsets()
-    d = difference(logp, ref_logp, at, at < count)
+    offset = block_offsets()
+    value = difference(logp, ref_logp, offset, offset < count)
     if KIND == "k2":
-        d = d * d * 0.5
+        value = value * value * 0.5
     if KIND == "k3":
-        bounded = clamped(d)
-        _, excess = exp_excess(-bounded)
-        d = excess + (d - bounded)
-    tl.store(kl + at, d, mask=at < count)
+        d = bounded(value)
+        _, excess = exp_excess(-d)
+        value = excess + (value - d)
+    tl.store(kl + offset, value, mask=offset < count)
 
 
 @jit
-def backward_kernel(grad, logp, ref_logp, out, count: tl.int64, KIND: tl.constexpr):
-    at = block_offsets()
-    slope = difference(logp, ref_logp, at, at < count)
+def backward_kernel(grad_kl, logp, ref_logp, grad_logp, count: tl.int64, KIND: tl.constexpr):
+    offset = block_offsets()
+    slope = difference(logp, ref_logp, offset, offset < count)
     if KIND == "k3":  # 1 - e^-d without its cancellation
-        bounded = clamped(slope)
-        _, excess = exp_excess(-bounded)
-        slope = bounded - excess
-    tl.store(out + at, tl.load(grad + at, mask=at < count) * slope, mask=at < count)
+        d = bounded(slope)
+        _, excess = exp_excess(-d)
+        slope = d - excess
+    grad = tl.load(grad_kl + offset, mask=offset < count)
+    tl.store(grad_logp + offset, grad * slope, mask=offset < count)
 
 
-def launch(kernel, *tensors_and_kind):
-    *tensors, kind = tensors_and_kind
-    tensors = [x.contiguous() for x in tensors]
-    out = torch.empty_like(tensors[-1])
-    if count := out.numel():
-        kernel[(blocks_of(out),)](*tensors, out, count, KIND=kind, **OPTIONS)
-    return out
+def kl_estimate(x: Inputs) -> Outputs:
+    """Launches a program for each block of tokens."""
+    x, outputs = contiguous(x), allocate(x)
+    if blocks := blocks_of(x.logp):
+        forward_kernel[(blocks,)](
+            x.logp, x.ref_logp, outputs.kl, count=x.logp.numel(), KIND=x.kind, **OPTIONS
+        )
+    return outputs
 
 
-@on_device
-def kl_estimate(*args):
-    return launch(forward_kernel, *args)
-
-
-@on_device
-def kl_estimate_backward(*args):
-    return launch(backward_kernel, *args)
+def kl_estimate_backward(x: BackwardInputs) -> Gradient:
+    """Launches a program for each block of tokens."""
+    inputs, gradient = contiguous(x.inputs), allocate_gradient(x)
+    if blocks := blocks_of(inputs.logp):
+        backward_kernel[(blocks,)](
+            x.grad_kl.contiguous(),
+            inputs.logp,
+            inputs.ref_logp,
+            gradient.grad_logp,
+            count=inputs.logp.numel(),
+            KIND=inputs.kind,
+            **OPTIONS,
+        )
+    return gradient

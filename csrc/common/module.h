@@ -1,0 +1,28 @@
+// What both extension modules have: the ops that bound themselves, and the names of their fields.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/bind.h"
+
+namespace fpg {
+
+inline void add_ops(pybind11::module_& m) {
+  for (Binding& binding : Binding::all())
+    m.add_object(binding.method.ml_name, pybind11::reinterpret_steal<pybind11::object>(
+                                             PyCFunction_New(&binding.method, nullptr)));
+  m.def("fields", [](const std::string& op) {
+    for (const Binding& binding : Binding::all())
+      if (op == binding.method.ml_name) return binding.names();
+    throw std::invalid_argument("no op is called '" + op + "'");
+  });
+}
+
+using Address = uintptr_t;
+template <typename T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace fpg

@@ -1,0 +1,152 @@
+"""The gradient of an op, from records: one autograd function for all of them.
+
+    policy_loss = Differentiable(
+        "policy_loss",
+        inputs=Inputs,
+        saved=Saved,                         # what backward needs: any record
+        differentiable=("logp", "entropy"),  # the inputs that may have a gradient
+        forward=forward,                     # Inputs -> (results, Saved)
+        backward=backward,                   # (Saved, a gradient for each result) -> Gradients
+        constants=(1,),                      # the places of the results that have no gradient
+    )
+
+`Gradients` is a record of the gradients of the differentiable inputs in their order; None stands
+for no gradient. Saved tensors are kept as torch wants them kept, so that a change in place between
+forward and backward raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._record import Layout, without_lists
+
+InputsT = TypeVar("InputsT", bound=tuple)
+SavedT = TypeVar("SavedT", bound=tuple)
+
+
+def needs_no_gradient(*tensors: Tensor | None) -> bool:
+    """Whether no derivative is wanted: then an op skips its autograd function, and 5 of 16 us."""
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return False
+    return forward_ad._current_level < 0  # else the function raises; the op would lose the tangents
+
+
+class Differentiable:
+    """An op with a gradient, called with the record of its inputs.
+
+    Args:
+        name: The public name of the op, for messages.
+        inputs: The record of its inputs.
+        saved: The record of what backward needs.
+        differentiable: The names of the inputs that may have a gradient: tensors, or lists of them.
+        forward: Takes the inputs; returns the results, a tuple, and the saved record.
+        backward: Takes the saved record and one gradient for each result, None for a result that
+            nothing was made of; returns the record of gradients.
+        constants: The places of the results that have no gradient.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        inputs: type[InputsT],
+        saved: type[SavedT],
+        differentiable: tuple[str, ...],
+        forward: Callable[[InputsT], tuple[tuple, SavedT]],
+        backward: Callable[..., tuple],
+        constants: tuple[int, ...] = (),
+    ) -> None:
+        self.name, self.constants = name, constants
+        self.forward, self.backward = forward, backward
+        self.inputs, self.saved = Layout(inputs), Layout(saved)
+        self.places = [inputs._fields.index(field) for field in differentiable]
+        self.function = _function(self)
+
+    def __call__(self, x: InputsT) -> tuple:
+        """The results; differentiable, unless no input wants a gradient."""
+        tensors = [x[place] for place in self.places]
+        if self.inputs.has_lists:
+            tensors = without_lists(tensors)
+        if needs_no_gradient(*tensors):
+            results, _ = self.forward(x)
+            return results
+        return self.function.apply(x, *tensors)
+
+
+def _function(op: Differentiable) -> type[torch.autograd.Function]:
+    """The autograd function of an op. Its first argument is the record that the others are in."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: tuple, *_tensors: Tensor | None) -> tuple:
+            results, saved = op.forward(x)
+            _save(ctx, op.saved, saved)
+            ctx.set_materialize_grads(False)  # zeros for a result nobody used would be a launch
+            if op.constants:
+                ctx.mark_non_differentiable(*[results[place] for place in op.constants])
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return None, *_refusing_a_second(op, ctx, grads)
+            return None, *_gradients(op, ctx, grads)
+
+    return Function
+
+
+def _save(ctx: Any, layout: Layout, saved: tuple) -> None:
+    """Keeps the tensors of a record where torch checks and frees them, the rest as it is."""
+    values = layout.flatten(saved)
+    tensors = [values[place] for place in layout.tensors]
+    ctx.others = [values[place] for place in layout.others]
+    if layout.has_lists:
+        ctx.lengths = [len(value) if isinstance(value, list) else None for value in tensors]
+        tensors = without_lists(tensors)
+    ctx.save_for_backward(*tensors)
+
+
+def _restore(ctx: Any, layout: Layout) -> tuple:
+    """The record that `_save` kept."""
+    tensors: Sequence = ctx.saved_tensors
+    if layout.has_lists:
+        each = iter(tensors)
+        tensors = [
+            next(each) if length is None else [next(each) for _ in range(length)]
+            for length in ctx.lengths
+        ]
+    values: list = [None] * len(layout.types)
+    for place, tensor in zip(layout.tensors, tensors, strict=True):
+        values[place] = tensor
+    for place, value in zip(layout.others, ctx.others, strict=True):
+        values[place] = value
+    return layout.restore(values)
+
+
+def _gradients(op: Differentiable, ctx: Any, grads: tuple) -> list[Tensor | None]:
+    """The gradients of the differentiable inputs; None for one that wants none."""
+    gradients = without_lists(op.backward(_restore(ctx, op.saved), *grads))
+    wanted = ctx.needs_input_grad[1:]
+    return [x if want else None for x, want in zip(gradients, wanted, strict=True)]
+
+
+def _refusing_a_second(op: Differentiable, ctx: Any, grads: tuple) -> list[Tensor | None]:
+    """Gradients that raise when they are differentiated: no op has a second derivative.
+
+    torch's own once_differentiable refuses only where the incoming gradient requires one. That of a
+    plain loss does not, and a penalty on its gradient would be dropped in silence.
+    """
+    with torch.no_grad():
+        gradients = _gradients(op, ctx, grads)
+    leaves = [x if x is None else x.detach().requires_grad_() for x in gradients]
+    message = f"{op.name}: its gradient is not differentiable, double backward is not supported"
+    return torch._C._functions.DelayedError(message.encode(), len(leaves))(*leaves)

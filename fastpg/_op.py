@@ -1,0 +1,233 @@
+"""An op from one record of its inputs.
+
+The inputs of an op are named once, in a NamedTuple on the op's page, a tensor first:
+
+    class Inputs(NamedTuple):
+        logp: Tensor  # any shape
+        ref_logp: Tensor  # like logp
+        kind: str  # a key of KINDS
+
+    class Outputs(NamedTuple):
+        kl: Tensor
+
+    kl_estimate_op = Op(
+        "kl_estimate", Inputs, Outputs,
+        page=__name__,          # the module; kernels in Triton are in `<page>_triton.py`
+        reference=reference,    # Inputs -> Outputs in plain PyTorch: the specification
+        allocate=allocate,      # Inputs -> Outputs, empty: their shapes and dtypes
+        sizes=sizes,            # Inputs -> the integers that C++ needs besides: a NamedTuple
+        codes={"kind": KINDS},  # the integer that stands for a string in C++
+    )
+
+`kl_estimate_op(Inputs(...)).kl` runs torch's operator `fastpg::kl_estimate`. Its schema comes from
+the records, and torch dispatches it to the first of these that exists for the device:
+
+    C++, CUDA C++   The function of this name in fastpg._C or fastpg._cuda. It takes the fields of
+                    sizes, inputs and outputs in this order (csrc/common/bind.h). The names that it
+                    exports are compared with those of the records when the page is imported.
+    Triton          The function of this name in `<page>_triton.py`, from Inputs to Outputs.
+    reference       The specification itself.
+
+A record may hold another: the inputs of a backward op hold the `Inputs` of its forward op.
+`_autograd.Differentiable` makes the public function's gradient from two such ops.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Generic, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from ._library import _C, LIBRARY, _cuda, kernels, reduction_scratch
+from ._record import Layout
+
+InputsT = TypeVar("InputsT", bound=tuple)
+OutputsT = TypeVar("OutputsT", bound=tuple)
+
+OPS: dict[str, Op] = {}  # every op by its name
+
+# What C++ takes after the outputs: the scratch memory of an op that reduces tokens to statistics
+# (csrc/common/stream.h), and the CUDA stream. On a CPU they are 0.
+REDUCTION = ("parts", "blocks", "ticket")
+NO_SCRATCH = (None, 0, None)
+STREAM = "stream"
+
+
+class Op(Generic[InputsT, OutputsT]):
+    """One operator of torch, made from the records of its inputs and outputs.
+
+    Args:
+        name: The operator's name in torch.ops.fastpg, and that of its kernels.
+        inputs: The NamedTuple of its inputs. The first is a tensor.
+        outputs: The NamedTuple of its outputs, tensors or one list of tensors.
+        page: The module that defines the op.
+        reference: The specification; it serves every device that has no kernel.
+        allocate: Makes empty, contiguous outputs. torch.compile takes shapes and dtypes from it.
+        sizes: The NamedTuple of integers that C++ takes first, from the prepared inputs.
+        codes: For each input that is a string, the integer that C++ knows each value by.
+        statistics: How many statistics of all tokens the op reduces to; 0 if it does not reduce.
+        mutates: The name of an input that the op writes to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: type[InputsT],
+        outputs: type[OutputsT],
+        *,
+        page: str,
+        reference: Callable[[InputsT], OutputsT],
+        allocate: Callable[[InputsT], OutputsT],
+        sizes: Callable[[InputsT], tuple] | None = None,
+        codes: Mapping[str, Mapping[str, int]] | None = None,
+        statistics: int = 0,
+        mutates: str | None = None,
+    ) -> None:
+        self.name, self.page = name, page
+        self.inputs, self.outputs = Layout(inputs), Layout(outputs)
+        self.reference, self.allocate = reference, allocate
+        self.sizes, self.statistics = sizes, statistics
+        names = list(self.inputs.types)
+        self.codes = {names.index(field): table for field, table in (codes or {}).items()}
+        self.single = len(self.outputs.types) == 1  # torch returns a lone output without a tuple
+        OPS[name] = self
+        self.overload = self._define(mutates)
+        if sizes is not None:
+            self._attach_cpp()
+        self._attach_triton()
+
+    def __call__(self, x: InputsT) -> OutputsT:
+        """Runs the fastest kernel that there is for the device of the inputs."""
+        values = self.inputs.flatten(x) if self.inputs.nested else x
+        result = self.overload(*values)
+        return self.outputs.record._make((result,) if self.single else result)
+
+    def flat(self, run: Callable[[InputsT], OutputsT]) -> Callable:
+        """The function from record to record, as torch calls it: from values to values."""
+        restore, single = self.inputs.restore, self.single
+
+        def call(*values: Any) -> Any:
+            outputs = run(restore(values))
+            return outputs[0] if single else outputs
+
+        return call
+
+    def attach(self, device: str, label: str, call: Callable) -> None:
+        """Makes a function of flat values the kernel of "CPU" or "CUDA"; kernels_of() shows it."""
+        LIBRARY.impl(self.name, call, device)
+        kernels[self.name][device] = label
+
+    def cpp_kernel(self, module: ModuleType, *, on_gpu: bool) -> Callable:
+        """The function of this op in an extension, as torch calls it.
+
+        A call costs microseconds, and so do the lookups in it: they are made here, once.
+        """
+        function = getattr(module, self.name)
+        restore, allocate, sizes = self.inputs.restore, self.allocate, self.sizes
+        single, codes, statistics = self.single, self.codes, self.statistics
+
+        def call(*values: Any) -> Any:
+            x = restore(values)
+            outputs = allocate(x)
+            if codes:
+                coded = list(values)
+                for place, table in codes.items():
+                    coded[place] = table[values[place]]
+                values = coded
+            scratch: tuple = ()
+            if statistics:  # it lives until the launch is made
+                scratch = reduction_scratch(values[0], statistics) if on_gpu else NO_SCRATCH
+            stream = current_stream(values[0]) if on_gpu else 0
+            function(*sizes(x), *values, *outputs, *scratch, stream)
+            return outputs[0] if single else outputs
+
+        return call
+
+    def _define(self, mutates: str | None) -> torch._ops.OpOverload:
+        kinds = list(self.outputs.types.values())
+        result = kinds[0] if self.single else tuple[tuple(kinds)]
+        signature = inspect.Signature(
+            [
+                inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+                for name, kind in self.inputs.types.items()
+            ],
+            return_annotation=result if kinds else None,
+        )
+
+        def prototype() -> None:
+            """Carries the signature that torch infers the schema from."""
+
+        prototype.__signature__ = signature  # type: ignore[attr-defined]
+        mutated = () if mutates is None else (mutates,)
+        schema = torch.library.infer_schema(prototype, op_name=self.name, mutates_args=mutated)
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, self.flat(self.reference), "CompositeExplicitAutograd")
+        LIBRARY.impl(self.name, self._refuse_vmap, "FuncTorchBatched")
+        torch.library.register_fake(f"fastpg::{self.name}", self.flat(self.allocate), lib=LIBRARY)
+        kernels[self.name] = {"CPU": "reference", "CUDA": "reference"}
+        return getattr(torch.ops.fastpg, self.name).default
+
+    def _refuse_vmap(self, *_: object) -> None:
+        raise RuntimeError(f"{self.name}: torch.vmap is not supported")  # torch would loop
+
+    def _attach_cpp(self) -> None:
+        """Attaches the kernels in C++ and CUDA C++, where there are any."""
+        if _C is not None and hasattr(_C, self.name):
+            self.check_fields(_C)
+            self.attach("CPU", "C++", self.cpp_kernel(_C, on_gpu=False))
+        if _cuda is not None and hasattr(_cuda, self.name):
+            self.check_fields(_cuda)
+            call = self.cpp_kernel(_cuda, on_gpu=True)
+            self.attach("CUDA", "CUDA C++", on_device_of_first(call))
+
+    def check_fields(self, module: ModuleType) -> None:
+        """Raises ImportError unless C++ names the arguments as the records do, in their order."""
+        sizes = get_type_hints(self.sizes)["return"]._fields
+        reduction = REDUCTION if self.statistics else ()
+        ours = [*sizes, *self.inputs.types, *self.outputs.types, *reduction, STREAM]
+        theirs = module.fields(self.name) if hasattr(module, "fields") else []
+        if ours != theirs:
+            raise ImportError(
+                f"fastpg: {module.__name__}.{self.name} was built for other arguments than those "
+                f"of {self.page}; build the extension again\n"
+                f"  Python: {', '.join(ours)}\n  C++:    {', '.join(theirs)}"
+            )
+
+    def _attach_triton(self) -> None:
+        """Attaches the kernel in Triton, to be imported with the first tensor on a GPU."""
+        module = f"{self.page}_triton"
+        if kernels[self.name]["CUDA"] == "CUDA C++":
+            return
+        if find_spec("triton") is None or find_spec(module) is None:
+            return
+
+        @cache
+        def launcher() -> Callable[[InputsT], OutputsT]:
+            return getattr(import_module(module), self.name)
+
+        call = self.flat(lambda x: launcher()(x))
+        self.attach("CUDA", "Triton", on_device_of_first(call))
+
+
+def current_stream(tensor: Tensor) -> int:
+    """The address of the CUDA stream that launches on the tensor's device go to."""
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0
+
+
+def on_device_of_first(call: Callable) -> Callable:
+    """The same function, with the device of its first value as the current one."""
+
+    def on_device(*values: Any) -> Any:
+        if values[0].get_device() == torch.cuda.current_device():
+            return call(*values)
+        with torch.cuda.device_of(values[0]):
+            return call(*values)
+
+    return on_device

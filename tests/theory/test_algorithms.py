@@ -1,17 +1,19 @@
-"""Every row of the table against its formula written out, and what every row must keep."""
+"""Every algorithm of the table against its formula written out, and what each of them must keep."""
 
 import dataclasses
+import doctest
+import typing
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fastpg import merge_stats
-from fastpg.algorithms import ALGORITHMS
+from fastpg import algorithms, merge_stats
+from fastpg.algorithms import ALGORITHMS, AlgorithmName
 
 B, T, GROUP, MAX_LENGTH = 8, 6, 4, 9
-KL_COEF = 0.3  # where a row has a penalty by default
+KL_COEF = 0.3  # where an algorithm has a penalty by default
 
 
 def sample():
@@ -28,23 +30,23 @@ def sample():
     }  # fmt: skip
 
 
-def row_of(name):
-    row = ALGORITHMS[name]
-    return dataclasses.replace(row, kl_coef=KL_COEF if row.kl_coef else 0.0)
+def algorithm_of(name):
+    algorithm = ALGORITHMS[name]
+    return dataclasses.replace(algorithm, kl_coef=KL_COEF if algorithm.kl_coef else 0.0)
 
 
-def run(row, x, rows=slice(None), credit=None, denom=None, process_group=None):
+def run(algorithm, x, rows=slice(None), credit=None, denom=None, process_group=None):
     """Loss, statistics, and gradient by logp of the episodes `rows`."""
     x = {name: tensor[rows] for name, tensor in x.items()}
     logp, mask = x["logp"].detach().requires_grad_(), x["mask"]
     if credit is None:
-        credit, _ = row.advantages(
+        credit, _ = algorithm.advantages(
             x["scores"], mask, group=x["group"], values=x["values"],
             kl=x["old_logp"] - x["ref_logp"], process_group=process_group,
         )  # fmt: skip
-    denom = row.denom(mask, MAX_LENGTH) if denom is None else denom
-    loss, stats = row.loss(
-        logp, credit, row.weights(mask, denom), old_logp=x["old_logp"], ref_logp=x["ref_logp"]
+    denom = algorithm.denom(mask, MAX_LENGTH) if denom is None else denom
+    loss, stats = algorithm.loss(
+        logp, credit, algorithm.weights(mask, denom), old_logp=x["old_logp"], ref_logp=x["ref_logp"]
     )
     return loss.detach(), stats, torch.autograd.grad(loss, logp)[0]
 
@@ -178,11 +180,11 @@ def by_hand_sapo(x, e):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_row_is_its_formula(name):
+def test_an_algorithm_is_its_formula(name):
     x = sample()
     if name == "cispo":
         x["old_logp"][3, 1] -= 3.0  # a ratio beyond its cap
-    loss, _, grad = run(row_of(name), x)
+    loss, _, grad = run(algorithm_of(name), x)
     x["logp"] = x["logp"].requires_grad_()
     formula = globals()[f"by_hand_{name.replace('++', '_plus_plus')}"]
     expected = formula(x, episodes(x))
@@ -193,38 +195,38 @@ def test_a_row_is_its_formula(name):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_any_split_into_micro_batches_adds_up(name):
-    row, x = row_of(name), sample()
-    loss, stats, grad = run(row, x)
-    credit, _ = row.advantages(
+    algorithm, x = algorithm_of(name), sample()
+    loss, stats, grad = run(algorithm, x)
+    credit, _ = algorithm.advantages(
         x["scores"],
         x["mask"],
         group=x["group"],
         values=x["values"],
         kl=x["old_logp"] - x["ref_logp"],
     )
-    denom = row.denom(x["mask"], MAX_LENGTH)
+    denom = algorithm.denom(x["mask"], MAX_LENGTH)
     for sizes in ([1, 7], [3, 3, 2], [1] * B):
         splits = torch.arange(B).split(sizes)
-        parts = [run(row, x, rows, credit[rows], denom) for rows in splits]
+        parts = [run(algorithm, x, rows, credit[rows], denom) for rows in splits]
         torch.testing.assert_close(sum(part[0] for part in parts), loss)
         torch.testing.assert_close(torch.cat([part[2] for part in parts]), grad)
         merged = merge_stats([part[1] for part in parts])
         assert merged == pytest.approx(merge_stats(stats), rel=1e-9)
 
 
-def test_only_rows_with_a_penalty_read_the_reference():
+def test_only_algorithms_with_a_penalty_read_the_reference():
     x = sample()
     poisoned = {**x, "ref_logp": torch.full((B, T), torch.nan)}
-    for name, row in ALGORITHMS.items():
-        finite = run(row, poisoned)[2].isfinite().all()
-        assert finite == (row.kl_coef == 0), name
+    for name, algorithm in ALGORITHMS.items():
+        finite = run(algorithm, poisoned)[2].isfinite().all()
+        assert finite == (algorithm.kl_coef == 0), name
 
 
 def test_only_a_critic_reads_values():
     x = sample()
-    for name, row in ALGORITHMS.items():
-        other = run(row, {**x, "values": x["values"] + torch.randn(B, T)})[2]
-        assert torch.equal(other, run(row, x)[2]) != row.critic, name
+    for name, algorithm in ALGORITHMS.items():
+        other = run(algorithm, {**x, "values": x["values"] + torch.randn(B, T)})[2]
+        assert torch.equal(other, run(algorithm, x)[2]) != algorithm.critic, name
 
 
 def _rank(rank, file, out):
@@ -232,10 +234,10 @@ def _rank(rank, file, out):
     x, results = sample(), {}
     own = slice(rank * GROUP, (rank + 1) * GROUP)
     for name in ALGORITHMS:
-        row = row_of(name)
-        denom = row.denom(x["mask"][own], MAX_LENGTH)
+        algorithm = algorithm_of(name)
+        denom = algorithm.denom(x["mask"][own], MAX_LENGTH)
         dist.all_reduce(denom)
-        loss, stats, grad = run(row, x, own, denom=denom, process_group=dist.group.WORLD)
+        loss, stats, grad = run(algorithm, x, own, denom=denom, process_group=dist.group.WORLD)
         dist.all_reduce(loss)
         results[name] = loss, merge_stats(stats, process_group=dist.group.WORLD), grad
     torch.save(results, f"{out}{rank}")
@@ -246,7 +248,7 @@ def test_two_processes_equal_one(tmp_path):
     mp.start_processes(_rank, (tmp_path / "rendezvous", tmp_path / "out"), 2, start_method="fork")
     ranks = [torch.load(tmp_path / f"out{rank}") for rank in (0, 1)]
     for name in ALGORITHMS:
-        loss, stats, grad = run(row_of(name), sample())
+        loss, stats, grad = run(algorithm_of(name), sample())
         for rank in ranks:
             torch.testing.assert_close(rank[name][0], loss)
             assert rank[name][1] == pytest.approx(merge_stats(stats), rel=1e-9)
@@ -262,20 +264,20 @@ def test_a_critic_without_values_is_refused(name):
 
 @pytest.mark.parametrize("name", ["ppo", "rloo", "reinforce++"])
 def test_a_penalty_without_its_kl_is_refused(name):
-    x, row = sample(), ALGORITHMS[name]
+    x, algorithm = sample(), ALGORITHMS[name]
     given = {"group": x["group"], "values": x["values"]}
     with pytest.raises(ValueError, match="needs kl, got None"):
-        row.advantages(x["scores"], x["mask"], **given)
+        algorithm.advantages(x["scores"], x["mask"], **given)
     with pytest.raises(ValueError, match=r"kl \(8,\) must be \(8, 6\)"):
-        row.advantages(x["scores"], x["mask"], kl=x["scores"], **given)
+        algorithm.advantages(x["scores"], x["mask"], kl=x["scores"], **given)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_mask_of_numbers_is_a_mask(name):
     x = sample()
-    loss, _, grad = run(row_of(name), x)
+    loss, _, grad = run(algorithm_of(name), x)
     for dtype in (torch.float32, torch.int64):
-        theirs, _, their_grad = run(row_of(name), {**x, "mask": x["mask"].to(dtype)})
+        theirs, _, their_grad = run(algorithm_of(name), {**x, "mask": x["mask"].to(dtype)})
         assert torch.equal(theirs, loss) and torch.equal(their_grad, grad)
 
 
@@ -283,5 +285,19 @@ def test_a_mask_of_numbers_is_a_mask(name):
 def test_an_episode_without_tokens_is_not_counted(name):
     mask = torch.ones(3, T, dtype=torch.bool)
     with_empty = torch.cat([mask, torch.zeros_like(mask)])
-    row = ALGORITHMS[name]
-    assert row.denom(with_empty, MAX_LENGTH) == row.denom(mask, MAX_LENGTH)
+    algorithm = ALGORITHMS[name]
+    assert algorithm.denom(with_empty, MAX_LENGTH) == algorithm.denom(mask, MAX_LENGTH)
+
+
+def test_the_names_of_the_type_are_those_of_the_table():
+    assert typing.get_args(AlgorithmName) == tuple(ALGORITHMS)
+
+
+def test_groups_without_their_numbers_are_refused():
+    x = sample()
+    with pytest.raises(ValueError, match="GRPO needs group, got None"):
+        ALGORITHMS["grpo"].advantages(x["scores"], x["mask"])
+
+
+def test_the_example_runs():
+    assert doctest.testmod(algorithms).failed == 0

@@ -10,17 +10,35 @@ import fastpg
 
 if TYPE_CHECKING:
     from fastpg.trainer import PPOTrainer
+    from fastpg.trainer.options import RunConfig
 
-REJECTED, INTERRUPTED = 2, 130
-"""Exit codes besides 0: input that cannot be used, and Ctrl-C."""
+# Exit codes besides 0: for input that cannot be used, and for Ctrl-C.
+REJECTED = 2
+INTERRUPTED = 130
+
+DESCRIPTION = "Without a command: which kernel serves which op on which device."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv`. Returns the exit code."""
+    """Run the `fastpg` command.
+
+    Args:
+        argv: The arguments after `fastpg`. None: those of the process.
+
+    Returns:
+        The exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C.
+
+    Example:
+        >>> from fastpg.cli import main
+        >>> main(["train", "--algorithm", "grpo", "--num_steps", "10"])  # doctest: +SKIP
+        0
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
+    # `train` reads its own flags, whose names are those of the settings.
     if argv[:1] == ["train"]:
         return train(argv[1:])
-    parser = argparse.ArgumentParser("fastpg", description=print_kernels.__doc__)
+    parser = argparse.ArgumentParser("fastpg", description=DESCRIPTION)
+    # This lists `train` in the help and refuses other words.
     commands = parser.add_subparsers(title="commands")
     commands.add_parser("train", help="train a policy; `fastpg train --help` lists the settings")
     parser.parse_args(argv)
@@ -29,14 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_kernels() -> None:
-    """Without a command: which kernel serves which op on which device."""
+    """Print which kernel serves which op on which device, and what is installed."""
     kernels = fastpg.kernels_of()
-    devices = sorted({device for row in kernels.values() for device in row})
+    devices = sorted({device for served in kernels.values() for device in served})
     lines = [["op", *devices]]
-    lines += [[op, *(row.get(device, "-") for device in devices)] for op, row in kernels.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for op, served in kernels.items():
+        lines.append([op, *(served.get(device, "-") for device in devices)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
-        print("  ".join(map(str.ljust, line, widths)).rstrip())
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join(cells).rstrip())
     versions = [f"{name} {_version(name)}" for name in ("torch", "triton")]
     print(f"\nfastpg {fastpg.__version__}, {', '.join(versions)}")
     print(f"C++ extension: {fastpg.extension_status()}")
@@ -50,7 +70,15 @@ def _version(package: str) -> str:
 
 
 def train(argv: Sequence[str]) -> int:
-    """Train as `argv` says. What cannot be used is one sentence on stderr and exit code 2."""
+    """Run `fastpg train`. Input that cannot be used is one sentence on stderr.
+
+    Args:
+        argv: The arguments after `fastpg train`: flags named as the settings of `PPOConfig`.
+
+    Returns:
+        The exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C.
+    """
+    # The trainer is an extra, so it is imported only here.
     try:
         from fastpg.trainer import InputError
     except ImportError as error:
@@ -68,26 +96,36 @@ def train(argv: Sequence[str]) -> int:
 
 
 def _build_trainer(argv: Sequence[str]) -> "PPOTrainer":
-    """The user's own run, or without a model, dataset and reward the embedded task."""
+    """Build the user's own run; without a model, dataset and reward, the embedded task."""
+    # These imports take seconds, and need the extra that `train` has checked for.
     from transformers.utils.logging import disable_progress_bar
 
     from fastpg.tasks import reviews
-    from fastpg.trainer import PPOTrainer
-    from fastpg.trainer.config import InputError, from_mapping
-    from fastpg.trainer.options import RunConfig, load_jsonl, read_options
-    from fastpg.trainer.rewards import load_reward
+    from fastpg.trainer.config import from_mapping
+    from fastpg.trainer.options import RunConfig, read_options
 
     disable_progress_bar()
-    options = read_options(argv)
-    own = {name: options.get(name) for name in ("model", "dataset", "reward")}
-    if not any(own.values()):
-        usual = reviews.DEFAULTS | reviews.OF_ALGORITHM.get(str(options.get("algorithm")), {})
-        args = from_mapping(RunConfig, usual | options)
-        print(reviews.INTRODUCTION.format(algorithm=args.row.title), flush=True)
-        return reviews.build_trainer(args)
-    if missing := [f"--{name}" for name, value in own.items() if value is None]:
+    given = read_options(argv)
+    if any(given.get(name) for name in ("model", "dataset", "reward")):
+        return _own_trainer(from_mapping(RunConfig, given))
+    # What was given comes last: it overrides what the task prefers.
+    preferred = reviews.preferred_settings(str(given.get("algorithm")))
+    args = from_mapping(RunConfig, preferred | given)
+    title = args.resolved().algorithm.title
+    print(reviews.INTRODUCTION.format(algorithm=title), flush=True)
+    return reviews.build_trainer(args)
+
+
+def _own_trainer(args: "RunConfig") -> "PPOTrainer":
+    """Build the trainer of a user's own model, dataset and reward, all three of which it needs."""
+    from fastpg.trainer import InputError, PPOTrainer
+    from fastpg.trainer.options import load_jsonl
+    from fastpg.trainer.rewards import load_reward
+
+    if args.model is None or args.dataset is None or args.reward is None:
+        needed = {"--model": args.model, "--dataset": args.dataset, "--reward": args.reward}
+        missing = [flag for flag, value in needed.items() if value is None]
         raise InputError(f"Your own run also needs {' and '.join(missing)}.")
-    args = from_mapping(RunConfig, options)
     return PPOTrainer(
         args.model,
         load_reward(args.reward),

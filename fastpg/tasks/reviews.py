@@ -11,6 +11,7 @@ The KL penalty to the supervised model is what keeps the reviews varied and gram
 
 import random
 import re
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -34,7 +35,8 @@ INTRODUCTION = """\
 No --model given, so here is the embedded task. A tiny model first learns to write film
 reviews (supervised, some 15 seconds); then {algorithm} teaches it to praise."""
 
-DEFAULTS = {
+# The settings of `fastpg train` with no arguments, where they differ from `PPOConfig`.
+DEFAULTS: dict[str, Any] = {
     "output_dir": "out/reviews",
     "num_steps": 30,
     "rollout_batch_size": 128,
@@ -44,23 +46,35 @@ DEFAULTS = {
     "value_learning_rate": 1e-2,
     "kl_coef": 0.1,
     "missing_eos_penalty": 1.0,
-    "reward_weights": [1.0, 0.0],  # `grammatical` is watched, not rewarded
+    # The reward `grammar` is watched, but the policy is not trained on it.
+    "reward_weights": [1.0, 0.0],
 }
-"""The settings of `fastpg train` with no arguments, where they differ from `PPOConfig`."""
 
-OF_ALGORITHM = {
-    # One step on each rollout, not eight: a larger one.
+# Settings that differ from those again, by the name of the algorithm.
+ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {
+    # These take one step on each rollout, not eight, so it has to be a larger one.
     "reinforce": {"learning_rate": 2e-3},
     "vpg": {"learning_rate": 2e-3},
     "rloo": {"learning_rate": 2e-3},
     # The mean log-ratio of six tokens moves much further than that of a thousand.
     "gspo": {"cliprange": 0.01},
 }
-"""And what an algorithm needs to be different."""
+
+
+def preferred_settings(algorithm: str) -> dict[str, Any]:
+    """Return the settings that this task prefers to those of `PPOConfig`.
+
+    Args:
+        algorithm: A key of `fastpg.algorithms.ALGORITHMS`; another name is like "ppo".
+
+    Returns:
+        The values by the name of the setting.
+    """
+    return DEFAULTS | ALGORITHM_DEFAULTS.get(algorithm, {})
 
 
 def subjects() -> list[str]:
-    """Every way to begin a review: `[opener] article noun verb`."""
+    """List every way to begin a review: `[opener] article noun verb`."""
     return [
         " ".join(filter(None, (opener, article, noun, verb)))
         for opener in ("", *OPENERS)
@@ -71,19 +85,40 @@ def subjects() -> list[str]:
 
 
 def opinion(rng: random.Random) -> str:
-    """The rest of a review: an adjective, `and` another of its kind or `but` one of the other."""
-    kinds = rng.sample([POSITIVE, NEGATIVE], 2)
-    conjunction, second = rng.choice([("and", kinds[0]), ("but", kinds[1])])
-    phrases = [_phrase(rng, kinds[0]), conjunction, _phrase(rng, second)]
-    return " ".join([*(phrases if rng.random() < 0.5 else phrases[:1]), "."])
+    """Finish a review at random.
+
+    It has one adjective, or two: `and` joins those of a kind, `but` a positive and a negative one.
+
+    Args:
+        rng: The random numbers.
+
+    Returns:
+        The rest of a review after its subject, up to the full stop.
+    """
+    kind, other_kind = rng.sample([POSITIVE, NEGATIVE], 2)
+    conjunction, second_kind = rng.choice([("and", kind), ("but", other_kind)])
+    first, second = _phrase(rng, kind), _phrase(rng, second_kind)
+    if rng.random() < 0.5:
+        return f"{first} {conjunction} {second} ."
+    return f"{first} ."
 
 
 def _phrase(rng: random.Random, adjectives: list[str]) -> str:
-    return " ".join([*rng.sample(ADVERBS, rng.randint(0, 1)), rng.choice(adjectives)])
+    """Return an adjective, half of the time with an adverb."""
+    adverbs = rng.sample(ADVERBS, rng.randint(0, 1))
+    return " ".join([*adverbs, rng.choice(adjectives)])
 
 
 def praise(prompts: list[str], completions: list[str]) -> list[float]:
-    """The reward, in [-1, 1]: the balance of positive and negative adjectives."""
+    """Reward positive adjectives and punish negative ones.
+
+    Args:
+        prompts: The beginnings of B reviews. They are not read.
+        completions: The rest of each review.
+
+    Returns:
+        B scores in [-1, 1]: (positive - negative) / (positive + negative), 0 without adjectives.
+    """
     return [_balance(completion.split()) for completion in completions]
 
 
@@ -105,17 +140,35 @@ _REVIEW = re.compile(
 
 
 def grammatical(text: str) -> bool:
-    """Whether `text` is one whole sentence of the grammar."""
+    """Tell whether a text is one whole sentence of the grammar.
+
+    Args:
+        text: A review, its subject included.
+
+    Returns:
+        True if it is.
+    """
     return _REVIEW.fullmatch(text) is not None
 
 
 def grammar(prompts: list[str], completions: list[str]) -> list[float]:
-    """Watched beside the reward: 1 for a grammatical review."""
-    return [float(grammatical(f"{p} {c}")) for p, c in zip(prompts, completions, strict=True)]
+    """Score whole sentences, to be watched beside the reward.
+
+    Args:
+        prompts: The beginnings of B reviews.
+        completions: The rest of each review.
+
+    Returns:
+        B scores: 1 for a grammatical review, else 0.
+    """
+    return [
+        float(grammatical(f"{prompt} {completion}"))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word, one for padding and one for the end."""
+    """Build a tokenizer with a token for each word, one for padding and one for the end."""
     vocabulary = {word: i for i, word in enumerate([PAD, EOS, *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -123,11 +176,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of two layers with random weights.
+    """Build a Qwen3 of two layers with random weights.
 
-    Not a Qwen2: next to one, `AutoTokenizer` ignores the tokenizer that was saved for its own.
+    Args:
+        tokenizer: The tokenizer, which decides the size of the vocabulary.
+        seed: The seed of the weights.
+
+    Returns:
+        The model, in float32.
     """
     torch.manual_seed(seed)
+    # It is not a Qwen2: next to one, `AutoTokenizer` ignores the saved tokenizer for Qwen2's own.
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -147,13 +206,24 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
 def supervise(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int
 ) -> float:
-    """Teach `model` the grammar on `steps` batches of random reviews. Returns the last loss."""
+    """Teach a model the grammar on random reviews.
+
+    Args:
+        model: The model, trained in place.
+        tokenizer: Its tokenizer.
+        steps: Batches of 64 reviews; at least 1.
+        seed: The seed of the reviews.
+
+    Returns:
+        The last loss, in nats per token.
+    """
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     beginnings = subjects()
     for _ in range(steps):
         texts = [f"{rng.choice(beginnings)} {opinion(rng)} {EOS}" for _ in range(64)]
         batch = tokenizer(texts, padding=True, return_tensors="pt")
+        # The loss of transformers ignores the label -100.
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(**batch, labels=labels).loss
         loss.backward()
@@ -163,8 +233,16 @@ def supervise(
 
 
 def build_trainer(args: PPOConfig) -> PPOTrainer:
-    """The task, ready for `train()`: makes the model and teaches it the grammar."""
-    torch.set_num_threads(1)  # the model is so small that threads only wait for each other
+    """Build the trainer of this task: make the model and teach it the grammar.
+
+    Args:
+        args: The settings of the run.
+
+    Returns:
+        The trainer, ready for `train()`.
+    """
+    # The model is so small that threads would only wait for each other.
+    torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed)
     supervise(model, tokenizer, SUPERVISED_STEPS, args.seed)

@@ -1,26 +1,30 @@
 """The settings of a run: one flat dataclass, from Python, YAML and the command line alike."""
 
-import copy
 import dataclasses
-import difflib
-import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
-from fastpg.algorithms import ALGORITHMS, Algorithm
+from fastpg.algorithms import ALGORITHMS, Algorithm, AlgorithmName, GaeOptions, SurrogateOptions
+from fastpg.trainer.parsing import InputError, convert, did_you_mean
 
-
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one plain sentence."""
+MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
 def option(default: Any, text: str) -> Any:
-    """A dataclass field whose help `HfArgumentParser` and `fastpg train --help` show."""
+    """Declare a setting: a dataclass field with a help text.
+
+    Args:
+        default: The value of a setting that nobody gave.
+        text: The help that `HfArgumentParser` and `fastpg train --help` show.
+
+    Returns:
+        The dataclass field.
+    """
     return field(default=default, metadata={"help": text})
 
 
@@ -32,23 +36,76 @@ class PPOConfig:
     `num_ppo_epochs` passes of `num_mini_batches` optimiser steps each. `micro_batch_size` only
     bounds memory: it changes no result beyond rounding.
 
-    Raises `InputError` naming the field and the value when one is out of range.
+    A setting whose default depends on the algorithm is None until `resolved` is called, so that a
+    saved file, or `dataclasses.replace`, can be given another algorithm.
+
+    Args:
+        algorithm: The algorithm, a key of `fastpg.algorithms.ALGORITHMS`: "reinforce", "vpg",
+            "ppo", "grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "gspo", "cispo" or "sapo".
+        output_dir: Directory for metrics, samples, summary and model.
+        seed: Seed of prompts, sampling and minibatches, below 2**31.
+        num_steps: Rollouts to train on.
+        mixed_precision: Autocast dtype of the forward: "no", "bf16" or "fp16".
+        rollout_batch_size: Episodes per step and process.
+        num_generations: Completions per prompt. None: 8 if the algorithm compares them, else 1.
+        max_prompt_length: Tokens of a prompt. Longer prompts lose their beginning.
+        max_new_tokens: Most tokens of a completion.
+        temperature: Temperature of sampling and of every log-probability.
+        num_ppo_epochs: Passes over each rollout. None: 4, or 1 if the surrogate is "reinforce".
+        num_mini_batches: Optimiser steps per pass. None: 2, or 1 if the surrogate is "reinforce".
+        micro_batch_size: Sequences per forward and backward.
+        learning_rate: Learning rate of the policy at the first step; it decays linearly to 0.
+        value_learning_rate: The same for the value head.
+        adam_epsilon: Epsilon of AdamW.
+        max_grad_norm: The gradient is clipped to this norm.
+        gamma: Discount per token, between 0 and 1.
+        lam: Lambda of generalised advantage estimation, between 0 and 1. None: the algorithm's.
+        kl_coef: Weight of the KL penalty to the starting model, in score per nat. With 0 no copy
+            of that model is kept. None: the algorithm's.
+        cliprange: The ratio is clipped to 1 - cliprange, 1 + cliprange. None: the algorithm's.
+        cliprange_high: The upper bound is 1 + cliprange_high. None: as `cliprange`.
+        cliprange_value: Clip range of the values. None: they are not clipped.
+        vf_coef: Weight of the value loss.
+        entropy_coef: Weight of the entropy bonus.
+        missing_eos_penalty: Taken off the score of an unfinished completion.
+        reward_weights: One weight per reward function. None: all are 1.
+        eval_steps: Evaluate every so many steps. None: only at the start and the end.
+        num_eval_samples: Prompts of an evaluation.
+        num_logged_completions: Completions written to a file at each step.
+
+    Raises:
+        InputError: A value has the wrong type, is out of range or means nothing to the algorithm.
+            The sentence names the setting and the value.
+
+    Example:
+        >>> from fastpg.trainer import PPOConfig
+        >>> args = PPOConfig(algorithm="grpo", learning_rate=1e-5)
+        >>> args.num_generations, args.resolved().num_generations
+        (None, 8)
     """
 
-    algorithm: str = option("ppo", f"one of {', '.join(ALGORITHMS)}")
+    # These settings name the run.
+    algorithm: AlgorithmName = field(
+        default="ppo", metadata={"help": f"one of {', '.join(ALGORITHMS)}"}
+    )
     output_dir: str = option("out", "directory for metrics, samples, summary and model")
     seed: int = option(0, "seed of prompts, sampling and minibatches")
     num_steps: int = option(100, "rollouts to train on")
-    mixed_precision: str = option("no", "no, bf16 or fp16: the autocast dtype of the forward")
+    mixed_precision: MixedPrecision = field(
+        default="no", metadata={"help": "no, bf16 or fp16: the autocast dtype of the forward"}
+    )
 
+    # These settings are about sampling. `HfArgumentParser` and `fastpg train --help` list settings
+    # in this order.
     rollout_batch_size: int = option(64, "episodes per step and process")
     num_generations: int | None = option(
         None, "completions per prompt; by default 8 if the algorithm compares them, else 1"
     )
     max_prompt_length: int = option(512, "tokens of a prompt; longer ones lose their beginning")
     max_new_tokens: int = option(128, "tokens of a completion at most")
-    temperature: float = option(1.0, "of sampling, and of every log-probability")
+    temperature: float = option(1.0, "temperature of sampling and of every log-probability")
 
+    # These settings are about the optimiser.
     num_ppo_epochs: int | None = option(
         None, "passes over each rollout; by default 4, or 1 if the surrogate is reinforce"
     )
@@ -56,11 +113,14 @@ class PPOConfig:
         None, "optimiser steps per pass; by default 2, or 1 if the surrogate is reinforce"
     )
     micro_batch_size: int = option(16, "sequences per forward and backward")
-    learning_rate: float = option(1e-6, "of the policy at the first step; decays linearly to 0")
-    value_learning_rate: float = option(1e-3, "of the value head, likewise")
+    learning_rate: float = option(
+        1e-6, "learning rate of the policy at the first step; decays linearly to 0"
+    )
+    value_learning_rate: float = option(1e-3, "learning rate of the value head, likewise")
     adam_epsilon: float = option(1e-5, "epsilon of AdamW")
     max_grad_norm: float = option(1.0, "the gradient is clipped to this norm")
 
+    # These settings are about credit and loss.
     gamma: float = option(1.0, "discount per token")
     lam: float | None = option(
         None, "lambda of generalised advantage estimation; by default the algorithm's"
@@ -79,24 +139,23 @@ class PPOConfig:
     entropy_coef: float = option(0.0, "weight of the entropy bonus")
     missing_eos_penalty: float = option(0.0, "taken off the score of an unfinished completion")
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "one per reward function; all 1 by default"}
+        default=None, metadata={"help": "one weight per reward function; all are 1 by default"}
     )
 
+    # These settings are about what is watched.
     eval_steps: int | None = option(None, "evaluate every so many steps, besides start and end")
     num_eval_samples: int = option(64, "prompts of an evaluation")
     num_logged_completions: int = option(8, "completions written to a file at each step")
 
     def __post_init__(self) -> None:
+        # HfArgumentParser and plain Python give values of any type, so they are converted here too.
+        # The type is that of the instance: a subclass may have settings of its own.
         for name, hint in typing.get_type_hints(type(self)).items():
-            setattr(self, name, _convert(name, getattr(self, name), hint))
+            setattr(self, name, convert(name, getattr(self, name), hint))
+        # The order matters: resolving, for the sizes, needs a known algorithm and legal values.
         self._check_algorithm()
-        settings = self.resolved()
-        for wanted, (holds, names) in _BOUNDS.items():
-            for name in names.split():
-                value = getattr(settings, name)
-                if value is not None and not holds(value):
-                    raise InputError(f"{name} must be {wanted}, not {value!r}.")
-        settings._check_sizes()
+        self._check_ranges()
+        self._check_sizes()
 
     def _check_algorithm(self) -> None:
         """Refuse an unknown algorithm, and settings that mean nothing to it."""
@@ -104,168 +163,188 @@ class PPOConfig:
             raise InputError(
                 f"Unknown algorithm {self.algorithm!r}{did_you_mean(self.algorithm, ALGORITHMS)}"
             )
-        row = ALGORITHMS[self.algorithm]
-        if "clip" not in row.surrogate and (self.cliprange, self.cliprange_high) != (None, None):
+        algorithm = ALGORITHMS[self.algorithm]
+        clip_given = self.cliprange is not None or self.cliprange_high is not None
+        if clip_given and "clip" not in algorithm.surrogate:
             raise InputError(f"cliprange means nothing to algorithm={self.algorithm}.")
-        for name in () if row.critic else ("lam", "cliprange_value"):
+        if algorithm.critic:
+            return
+        for name in ("lam", "cliprange_value"):
             if getattr(self, name) is not None:
                 raise InputError(
                     f"{name} needs a critic, which algorithm={self.algorithm} has not."
                 )
 
+    def _check_ranges(self) -> None:
+        """Refuse a value out of its range. None is left to the algorithm, whose own are legal."""
+        for legal in _RANGES:
+            for name in legal.settings:
+                value = getattr(self, name)
+                if value is not None and not legal.holds(value):
+                    raise InputError(f"{name} must be {legal.words}, not {value!r}.")
+
     def _check_sizes(self) -> None:
-        if self.num_mini_batches > self.rollout_batch_size:
+        """Refuse sizes that do not fit together."""
+        resolved = self.resolved()
+        if resolved.num_mini_batches > self.rollout_batch_size:
             raise InputError(
-                f"num_mini_batches={self.num_mini_batches} is more than "
+                f"num_mini_batches={resolved.num_mini_batches} is more than "
                 f"rollout_batch_size={self.rollout_batch_size}."
             )
-        if self.rollout_batch_size % self.num_generations:
+        if self.rollout_batch_size % resolved.num_generations:
             raise InputError(
                 f"rollout_batch_size={self.rollout_batch_size} must be a multiple of "
-                f"num_generations={self.num_generations}."
+                f"num_generations={resolved.num_generations}."
             )
-        if ALGORITHMS[self.algorithm].center is not None and self.num_generations < 2:
+        if resolved.algorithm.center is not None and resolved.num_generations < 2:
             raise InputError(f"algorithm={self.algorithm} needs num_generations of 2 or more.")
 
-    def resolved(self) -> "PPOConfig":
-        """These settings with the algorithm's own for those that nobody gave.
+    def resolved(self) -> "ResolvedConfig":
+        """Decide what these settings leave to the algorithm.
 
-        The settings themselves keep None there, so that a saved file, or `dataclasses.replace`,
-        can be given another algorithm.
+        Returns:
+            The algorithm with these settings in place of its own, and the sizes that it decides
+            where nobody gave them. These settings themselves stay as they are.
         """
-        row = ALGORITHMS[self.algorithm]
-        low, high = row.surrogate.get("clip", (None, None))
-        on_policy = row.surrogate["surrogate"] == "reinforce"
-        own = {
-            "num_generations": 1 if row.center is None else 8,
-            "num_ppo_epochs": 1 if on_policy else 4,
-            "num_mini_batches": 1 if on_policy else 2,
-            "lam": row.gae["lam"],
-            "kl_coef": row.kl_coef,
-            "cliprange": low,
-            "cliprange_high": high if self.cliprange is None else self.cliprange,
-        }
-        settings = copy.copy(self)
-        for name, value in own.items():
-            if getattr(self, name) is None:
-                setattr(settings, name, value)
-        return settings
+        algorithm = ALGORITHMS[self.algorithm]
+        # Without a bound on the ratio, a second step on the same rollout has nothing to hold it.
+        one_step = algorithm.surrogate["surrogate"] == "reinforce"
+        return ResolvedConfig(
+            algorithm=dataclasses.replace(
+                algorithm,
+                kl_coef=_given_or(self.kl_coef, algorithm.kl_coef),
+                gae=GaeOptions(gamma=self.gamma, lam=_given_or(self.lam, algorithm.gae["lam"])),
+                surrogate=self._surrogate(algorithm),
+            ),
+            num_generations=_given_or(self.num_generations, 1 if algorithm.center is None else 8),
+            num_ppo_epochs=_given_or(self.num_ppo_epochs, 1 if one_step else 4),
+            num_mini_batches=_given_or(self.num_mini_batches, 1 if one_step else 2),
+        )
 
-    @property
-    def row(self) -> Algorithm:
-        """The algorithm with these settings in place of its own."""
-        settings = self.resolved()
-        row = ALGORITHMS[self.algorithm]
-        surrogate = dict(row.surrogate)
-        if "clip" in surrogate:
-            surrogate["clip"] = (settings.cliprange, settings.cliprange_high)
-        gae = {"gamma": settings.gamma, "lam": settings.lam}
-        return dataclasses.replace(row, kl_coef=settings.kl_coef, gae=gae, surrogate=surrogate)
+    def _surrogate(self, algorithm: Algorithm) -> SurrogateOptions:
+        """Return the options of `policy_loss` with the clip range of these settings, if any."""
+        surrogate = algorithm.surrogate.copy()
+        if "clip" not in surrogate:
+            return surrogate
+        # One given range is for both sides, also where the algorithm's own two differ (DAPO).
+        low, high = surrogate["clip"]
+        if self.cliprange is not None:
+            low, high = self.cliprange, self.cliprange
+        if self.cliprange_high is not None:
+            high = self.cliprange_high
+        surrogate["clip"] = (low, high)
+        return surrogate
 
     def save(self, path: Path) -> None:
-        """Write the settings as they were given, as YAML, in the order they are declared."""
+        """Write the settings as they were given, as YAML, in the order of their declaration.
+
+        Args:
+            path: The file to write.
+        """
         path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
 
-_BOUNDS = {
-    "positive": (
-        lambda x: x > 0,
-        "num_steps rollout_batch_size max_prompt_length max_new_tokens temperature num_ppo_epochs "
-        "num_mini_batches micro_batch_size max_grad_norm cliprange cliprange_high cliprange_value "
-        "eval_steps num_eval_samples num_generations",
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """What `PPOConfig` leaves to the algorithm, decided.
+
+    Args:
+        algorithm: The algorithm with the settings of the run in place of its own: discount,
+            lambda, KL coefficient and clip range.
+        num_generations: Completions per prompt.
+        num_ppo_epochs: Passes over each rollout.
+        num_mini_batches: Optimiser steps per pass.
+    """
+
+    algorithm: Algorithm
+    num_generations: int
+    num_ppo_epochs: int
+    num_mini_batches: int
+
+
+# Counts stay int and coefficients stay float; a union would lose which of the two it is.
+Setting = TypeVar("Setting", int, float)
+
+
+def _given_or(given: Setting | None, default: Setting) -> Setting:
+    return default if given is None else given
+
+
+@dataclass(frozen=True)
+class _Range:
+    """What the values of some settings must be: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    settings: tuple[str, ...]
+
+
+# `entropy_coef` and `reward_weights` are not here: they may have either sign.
+_RANGES = (
+    _Range(
+        "positive",
+        lambda value: value > 0,
+        (
+            "num_steps",
+            "rollout_batch_size",
+            "max_prompt_length",
+            "max_new_tokens",
+            "temperature",
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "micro_batch_size",
+            "max_grad_norm",
+            "cliprange",
+            "cliprange_high",
+            "cliprange_value",
+            "eval_steps",
+            "num_eval_samples",
+            "num_generations",
+        ),
     ),
-    "0 or more": (
-        lambda x: x >= 0,
-        "learning_rate value_learning_rate adam_epsilon kl_coef vf_coef num_logged_completions "
-        "missing_eos_penalty",
+    _Range(
+        "0 or more",
+        lambda value: value >= 0,
+        (
+            "learning_rate",
+            "value_learning_rate",
+            "adam_epsilon",
+            "kl_coef",
+            "vf_coef",
+            "num_logged_completions",
+            "missing_eos_penalty",
+        ),
     ),
-    "between 0 and 1": (lambda x: 0 <= x <= 1, "gamma lam"),
-    # Numpy takes 32 bits, and each process adds its number.
-    "between 0 and 2**31 - 1": (lambda x: 0 <= x < 2**31, "seed"),
-    "no, bf16 or fp16": (("no", "bf16", "fp16").count, "mixed_precision"),
-}
-"""What a value must be: the words, the test, the settings."""
+    _Range("between 0 and 1", lambda value: 0 <= value <= 1, ("gamma", "lam")),
+    # NumPy's seeds have 32 bits, and each process adds its number to this one.
+    _Range("between 0 and 2**31 - 1", lambda value: 0 <= value < 2**31, ("seed",)),
+    _Range(
+        "no, bf16 or fp16",
+        lambda value: value in typing.get_args(MixedPrecision),
+        ("mixed_precision",),
+    ),
+)
 
 
 Config = TypeVar("Config", bound=PPOConfig)
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """Build a config from names and values, which may still be text (`"1e-5"`, `"none"`).
+    """Build settings from names and values.
 
-    Raises `InputError` for a name that is no field (with the nearest one) or a wrong type.
+    Args:
+        config_class: `PPOConfig` or a subclass of it.
+        values: The value of each setting by its name. Values may still be text ("1e-5", "none").
+
+    Returns:
+        The settings, an instance of `config_class`.
+
+    Raises:
+        InputError: A name is no setting (the sentence names the nearest one), or a value is bad.
     """
     hints = typing.get_type_hints(config_class)
     for name in values:
         if name not in hints:
             raise InputError(f"Unknown setting {name!r}{did_you_mean(str(name), hints)}")
-    return config_class(**{k: _convert(k, v, hints[k]) for k, v in values.items()})
-
-
-def load_yaml(path: str) -> dict[str, Any]:
-    """The names and values of a YAML file. Raises `InputError` if it holds anything else."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise InputError(f"The config file {path} is not UTF-8 text.") from None
-    except OSError as error:
-        raise InputError(f"Cannot read the config file {path}: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) else 1
-        raise InputError(f"The config file {path} is not valid YAML at line {line}.") from None
-    if not isinstance(values or {}, dict):
-        raise InputError(f"The config file {path} must hold `name: value` lines.")
-    return values or {}
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: a full stop, or the nearest known name."""
-    nearest = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else "."
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` of a field: a key of `_PARSERS`, or one of them `| None`."""
-    optional = type(None) in typing.get_args(hint)
-    kind = typing.get_args(hint)[0] if optional else hint
-    if optional and (value is None or value in ("none", "null")):
-        return None
-    wanted, parse = _PARSERS[kind]
-    try:
-        return parse(value)
-    except (TypeError, ValueError, OverflowError, yaml.YAMLError):
-        raise InputError(f"{name} must be {wanted}, not {value!r}.") from None
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != float(value):
-        raise ValueError
-    return int(value)
-
-
-def _number(value: Any) -> float:
-    # YAML 1.1 reads `1e-5` as text, hence float() rather than a check of the type.
-    if isinstance(value, bool) or not math.isfinite(float(value)):
-        raise ValueError
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    # and it reads a bare `no` as False, which is a value of mixed_precision
-    if value is False:
-        return "no"
-    if not isinstance(value, str):
-        raise ValueError
-    return value
-
-
-def _numbers(value: Any) -> list[float]:
-    return [_number(x) for x in (yaml.safe_load(value) if isinstance(value, str) else value)]
-
-
-_PARSERS = {
-    int: ("a whole number", _integer),
-    float: ("a number", _number),
-    str: ("text", _text),
-    list[float]: ("a list of numbers", _numbers),
-}
+    typed = {name: convert(name, value, hints[name]) for name, value in values.items()}
+    return config_class(**typed)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,33 +15,48 @@ from fastpg.trainer.rollout import Rollout
 
 @dataclass(frozen=True)
 class Episodes:
-    """B prompts with one completion each. Tensors are float32 [B], on the CPU."""
+    """B prompts with one completion each. Tensors are float32 [B], on the CPU.
+
+    Args:
+        prompts: Text or chat messages.
+        completions: The text of the completions.
+        rewards: What each reward function gave, by its name, before weights.
+        scores: What the policy is trained on.
+        lengths: Tokens of the completions, the EOS included.
+        finished: 1 where the completion has an EOS, else 0.
+    """
 
     prompts: list[Any]
     completions: list[str]
     rewards: dict[str, Tensor]
-    """By reward function, before weights."""
     scores: Tensor
-    """What the policy is trained on."""
     lengths: Tensor
-    """Tokens, the EOS included."""
     finished: Tensor
-    """1 where the completion has an EOS."""
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
-        """Means over the episodes."""
-        values = {
+        """Average over the episodes.
+
+        Args:
+            prefix: What the names of the metrics begin with, for example "eval/".
+
+        Returns:
+            Reward, length, share of finished and share of distinct completions, by name.
+        """
+        # A single episode has no sample deviation; that of the population is 0.
+        values: dict[str, Tensor | float] = {
             "reward/mean": self.scores.mean(),
             "reward/std": self.scores.std(correction=0),
-            **{f"rewards/{name}/mean": reward.mean() for name, reward in self.rewards.items()},
-            "completions/mean_length": self.lengths.mean(),
-            "completions/finished": self.finished.mean(),
-            "completions/distinct": len(set(self.completions)) / len(self.completions),
         }
+        for name, reward in self.rewards.items():
+            values[f"rewards/{name}/mean"] = reward.mean()
+        values["completions/mean_length"] = self.lengths.mean()
+        values["completions/finished"] = self.finished.mean()
+        # A fall of this share is the first sign of a policy that collapses on one answer.
+        values["completions/distinct"] = len(set(self.completions)) / len(self.completions)
         return {prefix + name: float(value) for name, value in values.items()}
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """One JSON object per episode."""
+        """Yield one JSON object per episode."""
         for i, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
             yield {
                 "prompt": prompt,
@@ -54,12 +69,21 @@ class Episodes:
 
     @staticmethod
     def concatenate(parts: Iterable["Episodes"]) -> "Episodes":
-        """The episodes of several processes as one."""
+        """Join the episodes of several processes.
+
+        Args:
+            parts: At least one part, all with the same reward functions.
+
+        Returns:
+            All episodes, in the order of the parts.
+        """
         parts = list(parts)
         return Episodes(
-            prompts=[p for part in parts for p in part.prompts],
-            completions=[c for part in parts for c in part.completions],
-            rewards={n: torch.cat([part.rewards[n] for part in parts]) for n in parts[0].rewards},
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            completions=[completion for part in parts for completion in part.completions],
+            rewards={
+                name: torch.cat([part.rewards[name] for part in parts]) for name in parts[0].rewards
+            },
             scores=torch.cat([part.scores for part in parts]),
             lengths=torch.cat([part.lengths for part in parts]),
             finished=torch.cat([part.finished for part in parts]),
@@ -68,33 +92,53 @@ class Episodes:
 
 def score_rollout(
     rollout: Rollout,
-    rows: Sequence[dict[str, Any]],
+    examples: Sequence[dict[str, Any]],
     reward_funcs: Sequence[RewardFunction],
     tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
 ) -> Episodes:
-    """Decode the completions of `rollout` and score them with every reward function.
+    """Decode the completions of a rollout and score them with every reward function.
 
     Chat prompts get chat completions, `[{"role": "assistant", "content": ...}]`, as in TRL.
-    Raises `InputError` for a reward that is no list of B finite numbers.
+
+    Args:
+        rollout: B episodes.
+        examples: The B dicts of the dataset that they began with.
+        reward_funcs: The reward functions.
+        tokenizer: The tokenizer that decodes the completions.
+        args: The settings, for `reward_weights` and `missing_eos_penalty`.
+
+    Returns:
+        The scored episodes.
+
+    Raises:
+        InputError: A reward is no list of B finite numbers.
     """
-    texts = [
-        tokenizer.decode(ids[mask], skip_special_tokens=True)
-        for ids, mask in zip(rollout.completion_ids, rollout.mask, strict=True)
-    ]
+    texts = _decoded(rollout, tokenizer)
+    # A reward function sees completions in the form of the prompts it sees.
     completions = [
-        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-        for row, text in zip(rows, texts, strict=True)
+        text if isinstance(example["prompt"], str) else [{"role": "assistant", "content": text}]
+        for example, text in zip(examples, texts, strict=True)
     ]
-    rewards = {name_of(reward): score(reward, rows, completions) for reward in reward_funcs}
+    rewards = {name_of(reward): score(reward, examples, completions) for reward in reward_funcs}
+    # Everything about rewards is on the CPU: they come from Python and go to files.
     weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
     finished = rollout.finished.float().cpu()
+    weighted = weights @ torch.stack(list(rewards.values()))
     return Episodes(
-        prompts=[row["prompt"] for row in rows],
+        prompts=[example["prompt"] for example in examples],
         completions=texts,
         rewards=rewards,
-        scores=weights @ torch.stack([*rewards.values()])
-        - args.missing_eos_penalty * (1 - finished),
+        scores=weighted - args.missing_eos_penalty * (1 - finished),
         lengths=rollout.mask.sum(-1).float().cpu(),
         finished=finished,
     )
+
+
+def _decoded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the text of each completion, without special tokens."""
+    texts = []
+    for ids, mask in zip(rollout.completion_ids, rollout.mask, strict=True):
+        # `decode` is typed for batches too; the tokens of one completion give one text.
+        texts.append(cast(str, tokenizer.decode(ids[mask], skip_special_tokens=True)))
+    return texts

@@ -62,8 +62,8 @@ class Learner:
     args: PPOConfig
 
     def __post_init__(self) -> None:
-        self.args = self.args.resolved()
-        self.row = self.args.row
+        self.resolved = self.args.resolved()
+        self.row = self.resolved.algorithm
         try:
             policy = self.accelerator.unwrap_model(self.model).policy
             self.head = find_head(policy, self.accelerator.autocast)
@@ -82,7 +82,7 @@ class Learner:
         mask = rollout.mask
         logp, values, ref_logp = self._before_update(rollout)
         kl = None if ref_logp is None else fastpg.kl_estimate(logp, ref_logp, kind="k1")
-        group = torch.arange(len(mask), device=mask.device) // self.args.num_generations
+        group = torch.arange(len(mask), device=mask.device) // self.resolved.num_generations
         advantages, returns = self.row.advantages(
             scores.to(mask.device),
             mask,
@@ -116,7 +116,7 @@ class Learner:
         """`num_ppo_epochs` passes of `num_mini_batches` optimiser steps. Returns metrics."""
         count = len(experience.logp)
         steps = []
-        for epoch in range(self.args.num_ppo_epochs):
+        for epoch in range(self.resolved.num_ppo_epochs):
             # A rollout is in random order already; the first pass keeps the one of `experience`.
             order = torch.randperm(count) if epoch else torch.arange(count)
             steps += [self._step(experience, rows) for rows in self._minibatches(order)]
@@ -136,7 +136,7 @@ class Learner:
         return metrics
 
     def _minibatches(self, order: Tensor) -> Iterator[Tensor]:
-        return iter(order.tensor_split(self.args.num_mini_batches))
+        return iter(order.tensor_split(self.resolved.num_mini_batches))
 
     def _step(self, experience: Experience, rows: Tensor) -> Step:
         """One optimiser step on the episodes `rows`, whose micro-batches add up exactly."""

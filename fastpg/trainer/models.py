@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastpg.trainer.config import InputError
 from fastpg.trainer.head import Head, TokenLoss, completion_logprobs, completion_loss
+from fastpg.trainer.parsing import InputError
 
 
 class PolicyWithValue(nn.Module):

@@ -7,12 +7,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastpg.trainer.config import InputError, PPOConfig, did_you_mean, load_yaml, option
+from fastpg.trainer.config import PPOConfig, option
+from fastpg.trainer.parsing import InputError, did_you_mean, load_yaml
+
+DESCRIPTION = "Train a policy. Flags override the settings of the config file."
 
 
 @dataclass
 class RunConfig(PPOConfig):
-    """`PPOConfig`, and by name what Python hands to `PPOTrainer` as objects."""
+    """`PPOConfig`, and by name what Python hands to `PPOTrainer` as objects.
+
+    Args:
+        model: Directory or name of a causal language model.
+        dataset: JSONL file of prompts, one object with a "prompt" a line.
+        eval_dataset: The same for evaluation. None: the first training prompts.
+        reward: The reward function as "module:function".
+    """
 
     model: str | None = option(None, "directory or name of a causal language model")
     dataset: str | None = option(None, "JSONL file of prompts: one object with a 'prompt' a line")
@@ -21,55 +31,90 @@ class RunConfig(PPOConfig):
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that raises `InputError` where argparse prints its usage and exits."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message[0].upper()}{message[1:]}.")
 
 
 def read_options(argv: Sequence[str]) -> dict[str, Any]:
-    """The settings that `argv` gives, flags over the `--config` file. Values may still be text.
+    """Read the settings that a command line gives. Flags override the `--config` file.
 
-    Raises `InputError` for an unknown flag, with the nearest known one, or an unreadable file.
+    Args:
+        argv: The arguments after `fastpg train`.
+
+    Returns:
+        The values of the settings that were given, by name. Values may still be text.
+
+    Raises:
+        InputError: A flag is unknown (the sentence names the nearest one), or the file cannot be
+            read.
     """
-    parser = _Parser("fastpg train", description=__doc__, allow_abbrev=False)
+    settings = fields(RunConfig)
+    # An abbreviated flag would change its meaning when a setting is added.
+    parser = _Parser("fastpg train", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of `name: value` settings")
-    for f in fields(RunConfig):
+    for setting in settings:
+        text = setting.metadata["help"]
+        if setting.default is not None:
+            text += f" (default: {setting.default})"
+        # SUPPRESS leaves out what nobody gave, so that defaults do not override the file.
         parser.add_argument(
-            f"--{f.name}",
-            metavar=f.name.rpartition("_")[2].upper(),
+            f"--{setting.name}",
+            metavar=setting.name.rpartition("_")[2].upper(),
             default=argparse.SUPPRESS,
-            help=f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})"),
+            help=text,
         )
+    # argparse's own error for an unknown flag would not name the nearest known one.
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
-        names = [f.name for f in fields(RunConfig)]
-        raise InputError(f"Unknown setting {name!r}{did_you_mean(name, names)}")
+        known = [setting.name for setting in settings]
+        raise InputError(f"Unknown setting {name!r}{did_you_mean(name, known)}")
     values = vars(flags)
     path = values.pop("config")
-    return {**(load_yaml(path) if path else {}), **values}
+    # Both are still text or YAML's idea of a type; `from_mapping` converts them.
+    from_file = load_yaml(path) if path else {}
+    return from_file | values
 
 
 def load_jsonl(path: str) -> list[dict[str, Any]]:
-    """The rows of a JSONL dataset. Raises `InputError` with the line of the first bad one."""
+    """Read a JSONL dataset. Blank lines are skipped.
+
+    Args:
+        path: The file, UTF-8 text of one JSON object a line.
+
+    Returns:
+        The objects, each with a "prompt" that is text or a list of chat messages.
+
+    Raises:
+        InputError: The file cannot be read or is empty, or a line is bad (the sentence says which).
+    """
     try:
-        # By the file's lines: splitlines() also splits at U+2028, which JSON text may hold.
+        # Lines are those of the file: splitlines() also splits at U+2028, which JSON may hold.
+        # Some editors begin UTF-8 text with a byte order mark, which is no part of the JSON.
         with Path(path).open(encoding="utf-8-sig") as file:
             lines = list(file)
     except UnicodeDecodeError:
         raise InputError(f"The dataset {path} is not UTF-8 text.") from None
     except OSError as error:
         raise InputError(f"Cannot read the dataset {path}: {error.strerror}.") from None
-    rows = [_row(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
+    examples = [
+        _example(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not examples:
         raise InputError(f"The dataset {path} is empty.")
-    return rows
+    return examples
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def _example(line: str, where: str) -> dict[str, Any]:
+    """Return the object of one line; `where` names the line in errors."""
     try:
-        row = json.loads(line)
+        example = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg}).") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list):
+    if not isinstance(example, dict) or not isinstance(example.get("prompt"), str | list):
         raise InputError(f"{where}: no 'prompt' that is text or a list of chat messages.")
-    return row
+    return example

@@ -1,6 +1,7 @@
 """The end of a run: what changed, where the time went, which kernels ran, what was written."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.table import Table
 import fastpg
 from fastpg.trainer.episodes import Episodes
 
+# What a run leaves in its output directory, and what is said of it in the report.
 FILES = {
     "model": "the policy and its tokenizer, for `from_pretrained`; the value head",
     "metrics.jsonl": "one row of metrics a step",
@@ -23,48 +25,69 @@ FILES = {
     "summary.md": "this report",
     "reward_and_kl.png": "reward and KL over the steps",
 }
-"""What a run leaves in its output directory."""
 
 NUM_SAMPLES = 6
+SAMPLE_WIDTH = 160  # characters of a prompt or completion
 
 
 @dataclass(frozen=True)
 class Section:
-    """A titled table, for Markdown and the terminal alike."""
+    """A titled table, for Markdown and the terminal alike.
+
+    Args:
+        title: The title.
+        header: The heading of each column.
+        lines: The cells of each line.
+    """
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    lines: Sequence[tuple[str, ...]]
 
     def markdown(self) -> str:
-        """The section as Markdown."""
-        lines = [self.header, ("---",) * len(self.header), *self.rows]
-        cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
-        return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(c)} |" for c in cells), ""])
+        """Return the section as Markdown."""
+        rule = ("---",) * len(self.header)
+        text = [f"## {self.title}", ""]
+        for line in (self.header, rule, *self.lines):
+            # A bar in a cell would begin another cell.
+            cells = [cell.replace("|", r"\|") for cell in line]
+            text.append(f"| {' | '.join(cells)} |")
+        return "\n".join([*text, ""])
 
     def table(self) -> Table:
-        """The section for a rich console."""
+        """Return the section for a rich console."""
         table = Table(
-            *self.header,
             title=self.title,
             title_justify="left",
             title_style="bold",
             box=box.SIMPLE_HEAD,
         )
-        for row in self.rows:
-            table.add_row(*map(escape, row))
+        for heading in self.header:
+            table.add_column(heading)
+        for cells in self.lines:
+            # rich reads [brackets] as markup, and completions may hold them.
+            table.add_row(*map(escape, cells))
         return table
 
 
 @dataclass(frozen=True)
 class Report:
-    """A finished run. `title`: of the algorithm; `before`, `after`: the evaluations; `seconds`: of
-    each phase of training."""
+    """What is said of a finished run.
+
+    Args:
+        title: The name of the algorithm.
+        before: The evaluation before training.
+        after: The evaluation after training.
+        steps: The metrics of each step, and its number as "step".
+        seconds: The seconds of each phase of training.
+        device: The type of the device, as `fastpg.kernels_of` writes it: "CPU", "CUDA".
+        directory: Where the files of the run are.
+    """
 
     title: str
     before: Episodes
     after: Episodes
-    rows: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
     seconds: dict[str, float]
     device: str
     directory: Path
@@ -72,65 +95,70 @@ class Report:
     def write(self) -> None:
         """Write `summary.md` and its plot."""
         self._plot().savefig(self.directory / "reward_and_kl.png", dpi=120)
-        sections = [section.markdown() for section in self._sections()]
-        text = "\n".join(
-            [f"# {self.title} run", "", *sections, "![reward and KL](reward_and_kl.png)", ""]
-        )
-        (self.directory / "summary.md").write_text(text)
+        text = [f"# {self.title} run", ""]
+        text += [section.markdown() for section in self._sections()]
+        text += ["![reward and KL](reward_and_kl.png)", ""]
+        (self.directory / "summary.md").write_text("\n".join(text))
 
     def show(self, console: Console) -> None:
-        """Print the report on `console`."""
+        """Print the report.
+
+        Args:
+            console: Where to print it.
+        """
         for section in self._sections():
             console.print(section.table())
 
     def _sections(self) -> list[Section]:
-        return [
-            self._samples(),
-            self._evaluation(),
-            self._times(),
-            self._kernels(),
-            Section(
-                f"Written to {self.directory}",
-                ("file", "what it is"),
-                list(FILES.items()),
-            ),
-        ]
+        files = Section(f"Written to {self.directory}", ("file", "what it is"), list(FILES.items()))
+        return [self._samples(), self._evaluation(), self._times(), self._kernels(), files]
 
     def _samples(self) -> Section:
-        columns = (self.before.prompts, self.before.completions, self.after.completions)
-        rows = [tuple(map(_text, row)) for row in zip(*columns, strict=True)]
-        return Section("Samples", ("prompt", "before", "after"), rows[:NUM_SAMPLES])
+        # Both evaluations have the same prompts, in the same order.
+        samples = zip(
+            self.before.prompts, self.before.completions, self.after.completions, strict=True
+        )
+        lines = [
+            (_shortened(prompt), _shortened(before), _shortened(after))
+            for prompt, before, after in samples
+        ]
+        return Section("Samples", ("prompt", "before", "after"), lines[:NUM_SAMPLES])
 
     def _evaluation(self) -> Section:
+        # Both evaluations drew the same random numbers, so they differ by the policy alone.
         before, after = self.before.metrics(), self.after.metrics()
-        rows = [(name, f"{before[name]:.3f}", f"{after[name]:.3f}") for name in before]
-        return Section("Evaluation", ("metric", "before", "after"), rows)
+        lines = [(name, f"{before[name]:.3f}", f"{after[name]:.3f}") for name in before]
+        return Section("Evaluation", ("metric", "before", "after"), lines)
 
     def _times(self) -> Section:
+        # Evaluation is no phase of training, so the shares are of the steps alone.
         total = sum(self.seconds.values())
-        rows = [(phase, f"{s:.1f}", f"{s / total:.0%}") for phase, s in self.seconds.items()]
-        return Section("Where the time went", ("phase", "seconds", "share"), rows)
+        lines = [(phase, f"{s:.1f}", f"{s / total:.0%}") for phase, s in self.seconds.items()]
+        return Section("Where the time went", ("phase", "seconds", "share"), lines)
 
     def _kernels(self) -> Section:
         kernels = fastpg.kernels_of().items()
-        rows = [(op, devices.get(self.device, "reference")) for op, devices in kernels]
-        return Section(f"Kernels on {self.device}", ("op", "kernel"), rows)
+        # An op without a kernel for this device is served by its reference.
+        lines = [(op, devices.get(self.device, "reference")) for op, devices in kernels]
+        return Section(f"Kernels on {self.device}", ("op", "kernel"), lines)
 
     def _plot(self) -> Figure:
+        # A Figure of its own, without pyplot, needs no display and stays out of global state.
         figure = Figure(figsize=(7, 4), layout="tight")
-        steps = [row["step"] for row in self.rows]
+        steps = [metrics["step"] for metrics in self.steps]
         reward = figure.subplots()
-        reward.plot(steps, [row["reward/mean"] for row in self.rows], color="tab:blue")
+        reward.plot(steps, [metrics["reward/mean"] for metrics in self.steps], color="tab:blue")
         reward.set_xlabel("step")
         reward.set_ylabel("mean reward", color="tab:blue")
-        if "objective/kl" in self.rows[0]:  # not without a reference model
+        # Without a reference model there is no KL.
+        if "objective/kl" in self.steps[0]:
             kl = reward.twinx()
-            kl.plot(steps, [row["objective/kl"] for row in self.rows], color="tab:orange")
+            kl.plot(steps, [metrics["objective/kl"] for metrics in self.steps], color="tab:orange")
             kl.set_ylabel("KL to the starting model, nats per episode", color="tab:orange")
         return figure
 
 
-def _text(content: Any) -> str:
-    """The beginning of a prompt or completion on one line: of chat messages, the last one."""
+def _shortened(content: Any) -> str:
+    """Return the beginning of a text, or of the last of some chat messages, on one line."""
     text = content if isinstance(content, str) else content[-1]["content"]
-    return textwrap.shorten(text, 160, placeholder=" ...")
+    return textwrap.shorten(text, SAMPLE_WIDTH, placeholder=" ...")

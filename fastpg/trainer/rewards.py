@@ -9,19 +9,30 @@ from typing import Any
 
 import torch
 
-from fastpg.trainer.config import InputError, did_you_mean
+from fastpg.trainer.parsing import InputError, did_you_mean
 
 RewardFunction = Callable[..., Sequence[float]]
+"""A function of prompts, completions and columns of the dataset, each by name and of length B."""
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """Import the function that `"module:function"` names; the working directory is searched too.
+    """Import a reward function. Modules in the working directory are found too.
 
-    Raises `InputError` when there is no such module or function.
+    Args:
+        spec: The function as "module:function".
+
+    Returns:
+        The function.
+
+    Raises:
+        InputError: There is no such module or function.
     """
+    # "module:" and ":function" have a colon too, but name nothing.
     module_name, colon, name = spec.partition(":")
     if not (module_name and colon and name):
         raise InputError(f"A reward is named as module:function, not {spec!r}.")
+    # The installed `fastpg` command, unlike `python -m fastpg`, does not search the working
+    # directory by itself.
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -36,26 +47,46 @@ def load_reward(spec: str) -> RewardFunction:
 
 
 def name_of(reward: RewardFunction) -> str:
-    """The name under which a reward is logged."""
+    """Return the name under which a reward is logged.
+
+    Args:
+        reward: A function, or an object that can be called.
+
+    Returns:
+        Its own name, or that of its class.
+    """
     return getattr(reward, "__name__", type(reward).__name__)
 
 
 def score(
-    reward: RewardFunction, rows: Sequence[dict[str, Any]], completions: Sequence[Any]
+    reward: RewardFunction, examples: Sequence[dict[str, Any]], completions: Sequence[Any]
 ) -> torch.Tensor:
-    """Call `reward` on B dataset rows and their completions. Returns float32 [B], on the CPU.
+    """Call a reward function and check what it returns.
 
-    Raises `InputError` unless it returns B finite numbers.
+    Args:
+        reward: The function. It gets the columns that it names, or all if it has `**columns`.
+        examples: B dicts of the dataset. A column that one of them lacks is None there.
+        completions: B texts or lists of chat messages.
+
+    Returns:
+        float32 [B], on the CPU.
+
+    Raises:
+        InputError: The function needs a column that is not there, or does not return B finite
+            numbers.
     """
-    names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    columns |= {"prompts": [row["prompt"] for row in rows], "completions": list(completions)}
+    # A dict and not a set: the order of the columns is then that of the dataset.
+    names = dict.fromkeys(name for example in examples for name in example if name != "prompt")
+    columns = {name: [example.get(name) for example in examples] for name in names}
+    columns["prompts"] = [example["prompt"] for example in examples]
+    columns["completions"] = list(completions)
     values = reward(**_accepted(reward, columns))
-    return _checked(name_of(reward), values, len(rows))
+    return _checked(name_of(reward), values, len(examples))
 
 
 def _accepted(reward: RewardFunction, columns: dict[str, list]) -> dict[str, list]:
-    """The columns that `reward` takes by name: all of them if it has `**columns`."""
+    """Return the columns that `reward` takes by name: all of them if it has `**columns`."""
+    # TRL passes every column to every reward; here a function need not name what it does not use.
     parameters = inspect.signature(reward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return columns
@@ -69,8 +100,10 @@ def _accepted(reward: RewardFunction, columns: dict[str, list]) -> dict[str, lis
 
 
 def _checked(name: str, values: Any, count: int) -> torch.Tensor:
+    """Return the values of the reward `name` as float32 [count], if that is what they are."""
     refusal = InputError(f"Reward {name} must return a list of numbers, not {values!r}.")
-    if isinstance(values, dict):  # iterating it would give its keys
+    # A dict can be iterated, but that would take its keys for rewards.
+    if isinstance(values, dict):
         raise refusal
     try:
         numbers = [_as_float(value) for value in values]
@@ -78,7 +111,7 @@ def _checked(name: str, values: Any, count: int) -> torch.Tensor:
         raise refusal from None
     if len(numbers) != count:
         raise InputError(f"Reward {name} returned {len(numbers)} values for {count} completions.")
-    # float32 is what training sees: 1e39 is finite only before
+    # Training sees float32, in which a finite number such as 1e39 becomes infinite.
     rewards = torch.tensor(numbers, dtype=torch.float64).float()
     for i, reward in enumerate(rewards.tolist()):
         if not math.isfinite(reward):
@@ -89,5 +122,6 @@ def _checked(name: str, values: Any, count: int) -> torch.Tensor:
 def _as_float(value: Any) -> float:
     try:
         return float(value)
-    except OverflowError:  # a huge int
+    except OverflowError:
+        # An int can be larger than any float.
         return math.inf

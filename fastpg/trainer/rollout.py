@@ -2,31 +2,37 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpg.trainer.config import InputError
 from fastpg.trainer.head import causal_lm
+from fastpg.trainer.parsing import InputError
 
 IGNORE_INDEX = -100
+
+Prompt = str | list[dict[str, str]]
+"""Text, or chat messages."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """B episodes: prompts in the first P slots, padded left; completions in the last T, right."""
+    """B episodes: prompts in the first P slots, padded left; completions in the last T, right.
+
+    Args:
+        input_ids: int64 [B, P + T].
+        attention_mask: int64 [B, P + T], 1 at prompt tokens and at the completion tokens of `mask`.
+        mask: bool [B, T], the completion up to and including its first EOS.
+        finished: bool [B], whether the completion has an EOS.
+    """
 
     input_ids: Tensor
-    """int64 [B, P + T]"""
     attention_mask: Tensor
-    """int64 [B, P + T]: 1 at prompt tokens and at the completion tokens of `mask`."""
     mask: Tensor
-    """bool [B, T]: the completion up to and including its first EOS."""
     finished: Tensor
-    """bool [B]: the completion has an EOS."""
 
     @property
     def completion_ids(self) -> Tensor:
@@ -39,76 +45,123 @@ class Rollout:
         return self.completion_ids.where(self.mask, IGNORE_INDEX)
 
     def __getitem__(self, rows: Tensor) -> "Rollout":
-        """The episodes `rows`, int64 [n], in that order."""
-        return Rollout(*(getattr(self, f.name)[rows] for f in fields(self)))
+        """Return the episodes `rows`, int64 [n], in that order."""
+        return Rollout(
+            input_ids=self.input_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            mask=self.mask[rows],
+            finished=self.finished[rows],
+        )
 
 
 def completion_mask(ids: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which of the sampled `ids` [B, T] belong to the completion, and which rows have an EOS.
+    """Find where sampled completions end.
 
-    By position, never by `ids != pad`: where pad and EOS are one token that would drop the EOS
-    and with it the reward.
+    Args:
+        ids: int64 [B, T], sampled tokens.
+        eos_ids: The tokens that end a completion.
+
+    Returns:
+        Which tokens belong to the completion, bool [B, T], its first EOS included; and which
+        completions have an EOS, bool [B].
     """
+    # The mask goes by position and not by `ids != pad`: where pad and EOS are one token that would
+    # drop the EOS, and the reward with it.
     is_eos = torch.isin(ids, torch.tensor(eos_ids, device=ids.device))
     eos_before = is_eos.cumsum(-1) - is_eos.long()
     return eos_before == 0, is_eos.any(-1)
 
 
 def eos_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion. Raises `InputError` if the tokenizer names none."""
+    """List every token that ends a completion.
+
+    Args:
+        policy: The model, whose generation config may name more of them.
+        tokenizer: The tokenizer.
+
+    Returns:
+        The tokens, sorted.
+
+    Raises:
+        InputError: The tokenizer has no EOS token.
+    """
     if tokenizer.eos_token_id is None:
         raise InputError("The tokenizer has no EOS token, so no completion could ever end.")
+    ends = {tokenizer.eos_token_id}
+    # The config holds a token, a list of tokens, or None.
     more = policy.generation_config.eos_token_id
-    more = more if isinstance(more, list) else [more]
-    return sorted({tokenizer.eos_token_id, *(i for i in more if i is not None)})
+    if isinstance(more, list):
+        ends.update(more)
+    elif more is not None:
+        ends.add(more)
+    return sorted(ends)
 
 
 def encode(
-    prompts: Sequence[str | list[dict[str, str]]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 [B, P], padded on the left.
+    """Turn prompts into tokens.
 
-    A prompt is text, or chat messages that the tokenizer's template turns into text. The template
-    writes its own special tokens, so none are added to it. Raises `InputError` for no template or
-    no tokens.
+    Args:
+        prompts: B prompts. The tokenizer's template turns chat messages into text.
+        tokenizer: The tokenizer.
+        max_length: Most tokens of a prompt. Longer prompts lose their beginning.
+
+    Returns:
+        Token ids and attention mask, int64 [B, P], padded on the left.
+
+    Raises:
+        InputError: There is no chat template, or a prompt has no tokens.
     """
-    rows = [_encode_one(prompt, tokenizer)[-max_length:] for prompt in prompts]
-    width = max(map(len, rows))
+    encoded = [_encode_one(prompt, tokenizer)[-max_length:] for prompt in prompts]
+    width = max(len(tokens) for tokens in encoded)
     pad = pad_id(tokenizer)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    # `generate` continues at the right end of its input, hence the padding on the left.
+    ids = torch.tensor([[pad] * (width - len(tokens)) + tokens for tokens in encoded])
+    mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in encoded])
     return ids, mask
 
 
-def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    is_chat = not isinstance(prompt, str)
-    if is_chat and tokenizer.chat_template is None:
+def _encode_one(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    elif tokenizer.chat_template is None:
         raise InputError("The prompts are chat messages, but the tokenizer has no chat template.")
-    text = prompt
-    if is_chat:
+    else:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
+        # The template writes its own special tokens, so none are added here.
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise InputError(f"The prompt {prompt!r} has no tokens.")
     return ids
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token, or EOS for want of one: the masks do not care."""
+    """Choose a token to pad with.
+
+    Args:
+        tokenizer: A tokenizer with an EOS token.
+
+    Returns:
+        The padding token, or EOS for want of one: padding is masked, so any token would do.
+    """
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 @contextmanager
 def sampling(policy: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, no gradient, and `config` alone: everything is as before afterwards.
+    """Let a model sample as one generation config says, and restore it afterwards.
 
-    The model's own generation config is set aside, because `generate` fills what a passed one
-    leaves open from it (a `repetition_penalty`, say), and then samples from another distribution
-    than the one the log-probabilities are of.
+    Inside, the model is in evaluation mode and makes no gradients.
+
+    Args:
+        policy: The model.
+        config: The only generation config that counts inside.
     """
     modes = [(module, module.training) for module in policy.modules()]
+    # `generate` fills what a passed config leaves open from the model's own (a
+    # `repetition_penalty`, say), and then samples from another distribution than that of the
+    # log-probabilities. So the model's own config is set aside.
     own_configs = {model: model.generation_config for model in (policy, causal_lm(policy))}
     policy.eval()
     for model in own_configs:
@@ -119,6 +172,7 @@ def sampling(policy: PreTrainedModel, config: GenerationConfig) -> Iterator[None
     finally:
         for model, own_config in own_configs.items():
             model.generation_config = own_config
+        # Not policy.train(): some modules may have been in evaluation mode before.
         for module, training in modes:
             module.training = training
 
@@ -126,15 +180,27 @@ def sampling(policy: PreTrainedModel, config: GenerationConfig) -> Iterator[None
 def sample(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[Prompt],
     *,
     max_prompt_length: int,
     max_new_tokens: int,
     temperature: float,
 ) -> Rollout:
-    """Sample one completion for each of the B prompts, from the whole distribution.
+    """Sample one completion for each prompt, from the whole distribution.
 
-    Raises `InputError` when a prompt cannot be encoded or leaves too few positions.
+    Args:
+        policy: The model.
+        tokenizer: Its tokenizer.
+        prompts: B prompts, text or chat messages.
+        max_prompt_length: Most tokens of a prompt. Longer prompts lose their beginning.
+        max_new_tokens: Most tokens of a completion.
+        temperature: Logits are divided by it.
+
+    Returns:
+        B episodes in the order of the prompts, on the device of the model.
+
+    Raises:
+        InputError: A prompt cannot be encoded, or the model has too few positions.
     """
     ids, attention = encode(prompts, tokenizer, max_prompt_length)
     _check_positions(policy, ids.shape[1], max_new_tokens)
@@ -143,6 +209,7 @@ def sample(
     config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
+        # Log-probabilities are over the whole vocabulary, so nothing is cut off it here.
         top_k=0,
         top_p=1.0,
         max_new_tokens=max_new_tokens,
@@ -150,13 +217,17 @@ def sample(
         pad_token_id=pad_id(tokenizer),
     )
     with sampling(policy, config):
-        sequences = policy.generate(input_ids=ids, attention_mask=attention)
+        # Every causal language model has `generate`, but the type PreTrainedModel does not say so.
+        generator: Any = policy
+        sequences: Tensor = generator.generate(input_ids=ids, attention_mask=attention)
     mask, finished = completion_mask(sequences[:, ids.shape[1] :], ends)
     return Rollout(sequences, torch.cat([attention, mask.long()], dim=1), mask, finished)
 
 
 def _check_positions(policy: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    """Refuse a prompt that leaves too few positions for a completion."""
+    config: Any = policy.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and prompt_length + max_new_tokens > positions:
         raise InputError(
             f"The model has {positions} positions: too few for a prompt of {prompt_length} tokens "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_trainer import tiny_model
+from tiny_trainer import tiny_model
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from fastpg.cli import main
@@ -90,6 +90,7 @@ def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys)
         (["--seed", str(2**70)], f"seed must be between 0 and 2**31 - 1, not {2**70}."),
         (["--gamma", "1.5"], "gamma must be between 0 and 1, not 1.5."),
         (["--algorithm", "dapoo"], "Unknown algorithm 'dapoo'; did you mean 'dapo'?"),
+        (["--mixed_precision", "fp8"], "mixed_precision must be no, bf16 or fp16, not 'fp8'."),
         (["--config", "no.yaml"], "Cannot read the config file no.yaml: No such file"),
         (
             ["--config", "typo.yaml"],
@@ -98,6 +99,7 @@ def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys)
         (["--config", "list.yaml"], "The config file list.yaml must hold `name: value` lines."),
         (["--config", "broken.yaml"], "The config file broken.yaml is not valid YAML at line 1."),
         (["--model", "model"], "Your own run also needs --dataset and --reward."),
+        ([*OWN, "--dataset", "none"], "Your own run also needs --dataset."),
         ([*OWN, "--model", "./no"], "Cannot load a causal language model from './no': "),
         ([*OWN, "--dataset", "no.jsonl"], "Cannot read the dataset no.jsonl: No such file"),
         ([*OWN, "--dataset", "empty.jsonl"], "The dataset empty.jsonl is empty."),

@@ -1,6 +1,7 @@
 """What `--algorithm` makes of the trainer: groups, critics, references, denominators, settings."""
 
 import dataclasses
+import doctest
 import re
 
 import pytest
@@ -9,8 +10,9 @@ from test_trainer import by_hand, parameters_after_a_step, perturb
 from tiny_trainer import make_trainer, metrics_of
 
 from fastpg.algorithms import ALGORITHMS
-from fastpg.trainer import InputError, PPOConfig
-from fastpg.trainer.config import from_mapping, load_yaml
+from fastpg.trainer import InputError, PPOConfig, config
+from fastpg.trainer.config import from_mapping
+from fastpg.trainer.parsing import load_yaml
 from fastpg.trainer.rollout import Rollout
 
 
@@ -88,14 +90,18 @@ def test_a_loss_of_groups_against_a_computation_by_hand(tmp_path, algorithm):
     assert loss == pytest.approx(float(expected), rel=1e-4)
 
 
+def resolved_algorithm(**settings):
+    return PPOConfig(**settings).resolved().algorithm
+
+
 def test_settings_take_the_place_of_the_algorithms_own():
-    assert PPOConfig(algorithm="dapo").row.surrogate["clip"] == (0.2, 0.28)
-    assert PPOConfig(algorithm="dapo", cliprange=0.1).row.surrogate["clip"] == (0.1, 0.1)
-    row = PPOConfig(algorithm="grpo", cliprange_high=0.3, kl_coef=0.5, gamma=0.9).row
-    assert row.surrogate == {"surrogate": "ppo", "clip": (0.2, 0.3), "kl": "k3"}
-    assert (row.kl_coef, row.gae) == (0.5, {"gamma": 0.9, "lam": 1.0})
+    assert resolved_algorithm(algorithm="dapo").surrogate["clip"] == (0.2, 0.28)
+    assert resolved_algorithm(algorithm="dapo", cliprange=0.1).surrogate["clip"] == (0.1, 0.1)
+    grpo = resolved_algorithm(algorithm="grpo", cliprange_high=0.3, kl_coef=0.5, gamma=0.9)
+    assert grpo.surrogate == {"surrogate": "ppo", "clip": (0.2, 0.3), "kl": "k3"}
+    assert (grpo.kl_coef, grpo.gae) == (0.5, {"gamma": 0.9, "lam": 1.0})
     for name, own in ALGORITHMS.items():
-        assert PPOConfig(algorithm=name).row == own
+        assert resolved_algorithm(algorithm=name) == own
 
 
 @pytest.mark.parametrize("other", ALGORITHMS)
@@ -106,7 +112,7 @@ def test_saved_settings_of_one_algorithm_do_for_another(tmp_path, first, other):
     saved = from_mapping(PPOConfig, {**load_yaml(tmp_path / "config.yaml"), "algorithm": other})
     assert saved == dataclasses.replace(given, algorithm=other)
     assert saved.resolved() == PPOConfig(algorithm=other, learning_rate=1e-4).resolved()
-    assert saved.row == ALGORITHMS[other]
+    assert saved.resolved().algorithm == ALGORITHMS[other]
 
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "rloo", "vpg"])
@@ -141,3 +147,7 @@ def test_without_a_bound_on_the_ratio_a_rollout_is_one_step(tmp_path, algorithm)
 def test_settings_that_do_not_fit_the_algorithm_are_refused(settings, sentence):
     with pytest.raises(InputError, match=re.escape(sentence)):
         PPOConfig(**settings)
+
+
+def test_the_example_of_the_settings_runs():
+    assert doctest.testmod(config).failed == 0

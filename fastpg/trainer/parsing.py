@@ -1,0 +1,130 @@
+"""From what a user wrote to typed values, and one plain sentence where that cannot be."""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import yaml
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one plain sentence."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """End a sentence about an unknown name.
+
+    Args:
+        name: The unknown name.
+        names: The known names.
+
+    Returns:
+        The nearest known name as a question, or a full stop if none is near.
+    """
+    nearest = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else "."
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """Read the settings of a YAML file.
+
+    Args:
+        path: The file, UTF-8 text of `name: value` lines.
+
+    Returns:
+        The values by name, as YAML reads them; none for an empty file.
+
+    Raises:
+        InputError: The file cannot be read or holds anything else.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise InputError(f"The config file {path} is not UTF-8 text.") from None
+    except OSError as error:
+        raise InputError(f"Cannot read the config file {path}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        # Errors of the syntax know their line; an unreadable character has only a position.
+        mark = getattr(error, "problem_mark", None)
+        line = 1 if mark is None else mark.line + 1
+        raise InputError(f"The config file {path} is not valid YAML at line {line}.") from None
+    # An empty file is read as None, and means no settings.
+    if not isinstance(values or {}, dict):
+        raise InputError(f"The config file {path} must hold `name: value` lines.")
+    return values or {}
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """Convert the value of a setting to the type of its dataclass field.
+
+    Args:
+        name: The name of the setting, for the error.
+        value: A value of any type; text is parsed.
+        hint: int, float, str, list[float], a Literal of strings, or one of these `| None`.
+
+    Returns:
+        The value as `hint` says. Whether a string is one of a Literal is not checked here.
+
+    Raises:
+        InputError: The value cannot be converted.
+    """
+    optional = type(None) in get_args(hint)
+    if optional and (value is None or value in ("none", "null")):
+        return None
+    kind = get_args(hint)[0] if optional else hint
+    # An unknown word gets a better sentence from the check of its setting than from a parser.
+    if get_origin(kind) is Literal:
+        kind = str
+    parser = _PARSERS[kind]
+    try:
+        return parser.parse(value)
+    except (TypeError, ValueError, OverflowError, yaml.YAMLError):
+        raise InputError(f"{name} must be {parser.words}, not {value!r}.") from None
+
+
+def _integer(value: Any) -> int:
+    # A bool is an int to Python, but `num_steps: true` is a mistake.
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    # YAML 1.1 reads `1e-5` as text, so numbers are parsed and not checked by type.
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    # YAML 1.1 reads a bare `no` as False, and "no" is a value of mixed_precision.
+    if value is False:
+        return "no"
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def _numbers(value: Any) -> list[float]:
+    # A flag on the command line is text: "[1, 0.5]".
+    if isinstance(value, str):
+        value = yaml.safe_load(value)
+    return [_number(element) for element in value]
+
+
+class _Parser(NamedTuple):
+    """What values of one type are called, and the function that makes them."""
+
+    words: str
+    parse: Callable[[Any], Any]
+
+
+# A field of another type needs a parser here.
+_PARSERS: dict[Any, _Parser] = {
+    int: _Parser("a whole number", _integer),
+    float: _Parser("a number", _number),
+    str: _Parser("text", _text),
+    list[float]: _Parser("a list of numbers", _numbers),
+}

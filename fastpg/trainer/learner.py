@@ -1,12 +1,15 @@
-"""The learning half: credit for a rollout, then updates on it. The maths is in the ops, and which
-of them are called with what is a row of fastpg.algorithms."""
+"""The learning half: credit for a rollout, then updates on it.
+
+The maths is in the ops; `fastpg.algorithms` says which of them are called, and with what options.
+"""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor, nn
@@ -15,17 +18,33 @@ from transformers import PreTrainedModel
 import fastpg
 from fastpg.integrations.peft import UnknownHead
 from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.head import TokenLoss, completion_logprobs, find_head
+from fastpg.trainer.head import Head, completion_logprobs, find_head
+from fastpg.trainer.models import (
+    CompletionBatch,
+    CompletionLoss,
+    PolicyWithValue,
+    logprobs_through,
+    loss_through,
+)
+from fastpg.trainer.objective import Objective, Targets
 from fastpg.trainer.rollout import Rollout
 
 logger = get_logger(__name__)
+
+Stats = fastpg.PolicyStats | fastpg.ValueStats
 
 
 @dataclass(frozen=True)
 class Experience:
     """What the optimiser learns from: a rollout and, for each of its tokens, float32 [B, T].
 
-    values: of algorithms with a critic. ref_logp: where there is a reference.
+    Args:
+        rollout: The B episodes.
+        logp: Log-probs before the first update.
+        values: Values before the first update, if there is a critic.
+        ref_logp: Log-probs under the reference, if there is one.
+        advantages: The credit of each token.
+        returns: The targets of the values.
     """
 
     rollout: Rollout
@@ -36,54 +55,87 @@ class Experience:
     returns: Tensor
 
     def __getitem__(self, rows: Tensor) -> "Experience":
-        """The episodes `rows`, int64 [n], in that order."""
-        columns = (getattr(self, f.name) for f in fields(self))
-        return Experience(*(None if x is None else x[rows] for x in columns))
+        """Return the episodes `rows`, int64 [n], in that order."""
+        return Experience(
+            rollout=self.rollout[rows],
+            logp=self.logp[rows],
+            values=None if self.values is None else self.values[rows],
+            ref_logp=None if self.ref_logp is None else self.ref_logp[rows],
+            advantages=self.advantages[rows],
+            returns=self.returns[rows],
+        )
 
 
 class Step(NamedTuple):
     """One optimiser step: the statistics of its parts, and the norm of its gradient."""
 
-    policy: list[fastpg.PolicyStats]
-    value: list[fastpg.ValueStats | None]
-    grad_norm: Tensor
+    policy_stats: list[fastpg.PolicyStats]
+    value_stats: list[fastpg.ValueStats]  # empty without a critic
+    grad_norm: Tensor  # 0-d, before clipping
 
 
 @dataclass
 class Learner:
-    """Turns scored rollouts into optimiser steps."""
+    """Turns scored rollouts into optimiser steps.
+
+    Args:
+        accelerator: The accelerator that prepared `model` and `optimizer`.
+        model: A prepared `PolicyWithValue`.
+        reference: The frozen policy of the KL penalty, if there is a penalty.
+        optimizer: The optimiser of the model's parameters.
+        args: The settings of the run.
+    """
 
     accelerator: Accelerator
     model: nn.Module
-    """A prepared `PolicyWithValue`."""
     reference: PreTrainedModel | None
-    """The frozen policy of the KL penalty, if there is a penalty."""
     optimizer: torch.optim.Optimizer
     args: PPOConfig
 
     def __post_init__(self) -> None:
         self.resolved = self.args.resolved()
-        self.row = self.resolved.algorithm
+        self.algorithm = self.resolved.algorithm
+        self.objective = Objective(
+            algorithm=self.algorithm,
+            entropy_coef=self.args.entropy_coef,
+            vf_coef=self.args.vf_coef,
+            cliprange_value=self.args.cliprange_value,
+        )
+        self.head = self._find_head()
+
+    def _find_head(self) -> Head | None:
+        """Return how the model makes logits; None, with a warning, if that is not understood."""
+        unwrapped: PolicyWithValue = self.accelerator.unwrap_model(self.model)
         try:
-            policy = self.accelerator.unwrap_model(self.model).policy
-            self.head = find_head(policy, self.accelerator.autocast)
+            return find_head(unwrapped.policy, self.accelerator.autocast)
         except UnknownHead as reason:
             logger.warning(f"Log-probs come from the model's logits, for {reason}.")
-            self.head = None
+            return None
 
     @torch.no_grad()
     def experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, dict[str, float]]:
-        """Credit every token of `rollout`, whose episodes scored `scores`, float32 [B].
+        """Credit every token of a rollout.
 
         The old log-probs come from the training forward, in the micro-batches of the first pass,
-        and not from `generate`: the first ratio is then exactly 1, in bf16 too; on a GPU as far as
-        its BLAS rounds alike for any number of rows.
+        and not from `generate`: the first ratio is then exactly 1, in bf16 too. On a GPU that
+        holds as far as its BLAS rounds alike for any number of rows.
+
+        Args:
+            rollout: B episodes, the completions of a prompt one after the other.
+            scores: float32 [B], what each episode earned.
+
+        Returns:
+            The experience, and metrics of it over all processes.
         """
         mask = rollout.mask
         logp, values, ref_logp = self._before_update(rollout)
-        kl = None if ref_logp is None else fastpg.kl_estimate(logp, ref_logp, kind="k1")
+        # In the reward, k1 gives the gradient of the KL itself; k3 would give another.
+        kl = None
+        if ref_logp is not None:
+            kl = fastpg.kl_estimate(logp, ref_logp, kind="k1")
+        # The loader puts the completions of a prompt one after the other.
         group = torch.arange(len(mask), device=mask.device) // self.resolved.num_generations
-        advantages, returns = self.row.advantages(
+        advantages, returns = self.algorithm.advantages(
             scores.to(mask.device),
             mask,
             group=group,
@@ -93,129 +145,145 @@ class Learner:
         )
         metrics = {}
         if kl is not None:
+            # This is the KL of whole completions, in nats: a sum over tokens, a mean over episodes.
             metrics["objective/kl"] = self.accelerator.reduce(kl.sum(-1).mean(), "mean").item()
         if values is not None:
-            # How well the values foresaw returns that they were not fitted to yet.
-            _, foresight = fastpg.value_loss(values, returns, fastpg.token_weights(mask))
-            metrics["value/explained_variance"] = self._merge([foresight])["explained_variance"]
+            # These values were not yet fitted to the returns, so this says how well they foresee.
+            _, stats = fastpg.value_loss(values, returns, fastpg.token_weights(mask))
+            metrics["value/explained_variance"] = self._merge([stats])["explained_variance"]
         return Experience(rollout, logp, values, ref_logp, advantages, returns), metrics
 
     def _before_update(self, rollout: Rollout) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probs, values if any, and those of the reference if any: float32 [B, T]."""
-        parts = [
-            (*self._policy(rollout[rows]), self._reference_logp(rollout[rows]))
-            for minibatch in self._minibatches(torch.arange(len(rollout.mask)))
-            for rows in minibatch.split(self.args.micro_batch_size)
-        ]
-        logp, _, values, ref_logp = (
-            None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
-        )
-        return logp, values, ref_logp
+        """Return log-probs, values if any, and those of the reference if any: float32 [B, T]."""
+        logp, values, ref_logp = [], [], []
+        for minibatch in self._minibatches(torch.arange(len(rollout.mask))):
+            # The same rows go through one forward as in the first pass of `update`: a matrix
+            # product may round otherwise for another number of rows.
+            for rows in minibatch.split(self.args.micro_batch_size):
+                batch = self._batch(rollout[rows])
+                results = logprobs_through(self.model, batch)
+                logp.append(results.logp)
+                if results.values is not None:
+                    values.append(results.values)
+                if self.reference is not None:
+                    ref_logp.append(self._reference_logp(self.reference, batch))
+        return torch.cat(logp), _concatenated(values), _concatenated(ref_logp)
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """`num_ppo_epochs` passes of `num_mini_batches` optimiser steps. Returns metrics."""
+        """Make `num_ppo_epochs` passes of `num_mini_batches` optimiser steps each.
+
+        Args:
+            experience: What `experience` returned for a rollout.
+
+        Returns:
+            Metrics over all steps and processes: "policy/...", "value/..." with a critic, and
+            "grad_norm".
+        """
         count = len(experience.logp)
-        steps = []
+        steps: list[Step] = []
         for epoch in range(self.resolved.num_ppo_epochs):
-            # A rollout is in random order already; the first pass keeps the one of `experience`.
-            order = torch.randperm(count) if epoch else torch.arange(count)
-            steps += [self._step(experience, rows) for rows in self._minibatches(order)]
-        first = self._merge(steps[0].policy)
-        policy = self._merge([part for step in steps for part in step.policy])
-        metrics = {
-            **{f"policy/{name}": x for name, x in policy.items()},
-            "policy/loss": policy["loss"] / len(steps),
-            "policy/clip_frac": policy["clip_frac_low"] + policy["clip_frac_high"],
-            "policy/first_ratio_deviation": max(first["ratio_max"] - 1, 1 - first["ratio_min"]),
-            "grad_norm": torch.stack([step.grad_norm for step in steps]).mean().item(),
-        }
-        if self.row.critic:
-            value = self._merge([part for step in steps for part in step.value])
+            # A rollout is in random order already; the first pass keeps the order in which
+            # `experience` computed the old log-probs.
+            order = torch.arange(count) if epoch == 0 else torch.randperm(count)
+            for rows in self._minibatches(order):
+                steps.append(self._step(experience, rows))
+        return self._metrics(steps)
+
+    def _metrics(self, steps: list[Step]) -> dict[str, float]:
+        """Merge the statistics of the steps on a rollout into numbers, over all processes."""
+        # A ratio of the first step that is not 1 shows that sampling and training disagree.
+        first = self._merge(steps[0].policy_stats)
+        policy = self._merge([part for step in steps for part in step.policy_stats])
+        metrics = {f"policy/{name}": value for name, value in policy.items()}
+        # A loss is a sum over the parts of a step, so its mean is over steps and not over parts.
+        metrics["policy/loss"] = policy["loss"] / len(steps)
+        metrics["policy/clip_frac"] = policy["clip_frac_low"] + policy["clip_frac_high"]
+        deviation = max(first["ratio_max"] - 1, 1 - first["ratio_min"])
+        metrics["policy/first_ratio_deviation"] = deviation
+        metrics["grad_norm"] = torch.stack([step.grad_norm for step in steps]).mean().item()
+        if self.algorithm.critic:
+            value = self._merge([part for step in steps for part in step.value_stats])
             metrics["value/loss"] = value["loss"] / len(steps)
             metrics["value/clip_frac"] = value["clip_frac"]
         return metrics
 
-    def _minibatches(self, order: Tensor) -> Iterator[Tensor]:
-        return iter(order.tensor_split(self.resolved.num_mini_batches))
+    def _minibatches(self, order: Tensor) -> tuple[Tensor, ...]:
+        """Split `order`, int64 [B], into the rows of each optimiser step."""
+        return order.tensor_split(self.resolved.num_mini_batches)
 
     def _step(self, experience: Experience, rows: Tensor) -> Step:
-        """One optimiser step on the episodes `rows`, whose micro-batches add up exactly."""
-        count = self.row.denom(experience.rollout.mask[rows], self.args.max_new_tokens)
+        """Make one optimiser step on the episodes `rows`, whose micro-batches add up exactly."""
+        # The denominator counts the whole step, on all processes: a micro-batch with fewer tokens
+        # then weighs less, as it would if it were not split off.
+        count = self.algorithm.denom(experience.rollout.mask[rows], self.args.max_new_tokens)
         denom = self.accelerator.reduce(count, "sum")
         parts = rows.split(self.args.micro_batch_size)
-        policy, value = [], []
+        policy_stats: list[fastpg.PolicyStats] = []
+        value_stats: list[fastpg.ValueStats] = []
         for i, part in enumerate(parts, start=1):
             with self._synchronized_if(i == len(parts)):
-                loss, policy_stats, value_stats = self._loss(experience[part], denom)
-                # Processes average their gradients; the losses are parts of a sum.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-            policy += policy_stats
-            value.append(value_stats)
+                result = self._loss(experience[part], denom)
+                # Processes average their gradients, but the losses are parts of a sum.
+                self.accelerator.backward(result.loss * self.accelerator.num_processes)
+            policy_stats += result.policy_stats
+            if result.value_stats is not None:
+                value_stats.append(result.value_stats)
+        # Statistics stay on the device until the rollout is done: reading them here would wait for
+        # it at every step.
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Step(policy, value, norm)
+        return Step(policy_stats, value_stats, norm)
 
-    def _loss(
-        self, experience: Experience, denom: Tensor
-    ) -> tuple[Tensor, list[fastpg.PolicyStats], fastpg.ValueStats | None]:
-        """The share of these episodes in the loss of an optimiser step with that denominator."""
-        args = self.args
-        weight = self.row.weights(experience.rollout.mask, denom)
-        level = self.row.surrogate.get("level", "token")
-        token_loss = self._token_loss(experience, weight, level)
-        batch = *self._batch(experience.rollout), token_loss, level
-        loss, policy_stats, values = self.model(*batch)
-        if values is None:
-            return loss, policy_stats, None
-        clip = args.cliprange_value
-        old_values = None if clip is None else experience.values
-        value_loss, value_stats = fastpg.value_loss(
-            values, experience.returns, weight, old_values=old_values, clip=clip
+    def _loss(self, experience: Experience, denom: Tensor) -> CompletionLoss:
+        """Return the share of these episodes in a step whose losses are divided by `denom`."""
+        targets = Targets(
+            token_weight=self.algorithm.weights(experience.rollout.mask, denom),
+            advantages=experience.advantages,
+            returns=experience.returns,
+            old_logp=experience.logp,
+            ref_logp=experience.ref_logp,
+            old_values=experience.values,
         )
-        return loss + args.vf_coef * value_loss, policy_stats, value_stats
+        batch = self._batch(experience.rollout)
+        return loss_through(self.model, batch, targets, self.objective)
 
-    def _token_loss(self, experience: Experience, weight: Tensor, level: str) -> TokenLoss:
-        """The policy loss of `rows` of all tokens, flat; at level "sequence" of all as [B, T]."""
-        shape = weight.shape if level == "sequence" else (-1,)
-
-        def token_loss(logp: Tensor, entropy: Tensor, rows: Tensor):
-            def of_rows(x: Tensor | None) -> Tensor | None:
-                return None if x is None else x.flatten()[rows].view(shape)
-
-            return self.row.loss(
-                logp.view(shape),
-                of_rows(experience.advantages),
-                of_rows(weight),
-                old_logp=of_rows(experience.logp),
-                ref_logp=of_rows(experience.ref_logp),
-                entropy=entropy.view(shape),
-                entropy_coef=self.args.entropy_coef,
-            )
-
-        return token_loss
-
-    def _policy(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probs and entropy of the completion tokens, and values, if any: float32 [B, T]."""
-        return self.model(*self._batch(rollout))
-
-    def _reference_logp(self, rollout: Rollout) -> Tensor | None:
-        if self.reference is None:
-            return None
+    def _reference_logp(self, reference: PreTrainedModel, batch: CompletionBatch) -> Tensor:
+        # The reference is not prepared, so nothing else puts its forward under autocast.
         with self.accelerator.autocast():
-            return completion_logprobs(self.reference, *self._batch(rollout))[0]
+            logp, _, _ = completion_logprobs(
+                reference,
+                batch.input_ids,
+                batch.attention_mask,
+                batch.labels,
+                batch.temperature,
+                batch.head,
+            )
+        return logp
 
-    def _batch(self, rollout: Rollout) -> tuple[Any, ...]:
-        """What both forwards take."""
-        ids, mask = rollout.input_ids, rollout.attention_mask
-        return ids, mask, rollout.labels, self.args.temperature, self.head
+    def _batch(self, rollout: Rollout) -> CompletionBatch:
+        # The head and the temperature go along, so that old, new and reference log-probs cannot be
+        # computed in different ways.
+        return CompletionBatch(
+            input_ids=rollout.input_ids,
+            attention_mask=rollout.attention_mask,
+            labels=rollout.labels,
+            temperature=self.args.temperature,
+            head=self.head,
+        )
 
     def _synchronized_if(self, last: bool) -> contextlib.AbstractContextManager:
+        """Let processes exchange gradients in the last micro-batch of a step only."""
+        # Gradients of the micro-batches before add up on each process; one exchange is enough.
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     @property
-    def _process_group(self) -> Any:
-        return torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+    def _process_group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD if self.accelerator.num_processes > 1 else None
 
-    def _merge(self, stats: Sequence[Any]) -> dict[str, float]:
+    def _merge(self, stats: Sequence[Stats]) -> dict[str, float]:
         return fastpg.merge_stats(stats, process_group=self._process_group)
+
+
+def _concatenated(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat(parts) if parts else None

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from fastpg.ops.vocabulary import linear_token_loss
 from fastpg.trainer.head import Head
-from fastpg.trainer.models import PolicyWithValue
+from fastpg.trainer.models import CompletionBatch, PolicyWithValue
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
@@ -237,7 +237,8 @@ def test_outputs_are_float32_under_mixed_precision():
     ids = torch.arange(12).view(2, 6)
     for head in (Head(), None):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = model(ids, torch.ones_like(ids), ids[:, -3:], 1.0, head)
+            batch = CompletionBatch(ids, torch.ones_like(ids), ids[:, -3:], 1.0, head)
+            outputs = model.logprobs(batch)
         assert all(x.shape == (2, 3) and x.dtype == torch.float32 for x in outputs)
 
 

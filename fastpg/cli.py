@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 REJECTED = 2
 INTERRUPTED = 130
 
-DESCRIPTION = "Without a command: which kernel serves which op on which device."
+DESCRIPTION = "Without a command, print which kernel serves which op on which device."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +108,7 @@ def _build_trainer(argv: Sequence[str]) -> "PPOTrainer":
     given = read_options(argv)
     if any(given.get(name) for name in ("model", "dataset", "reward")):
         return _own_trainer(from_mapping(RunConfig, given))
-    # What was given comes last: it overrides what the task prefers.
+    # The given settings come last: they override those that the task prefers.
     preferred = reviews.preferred_settings(str(given.get("algorithm")))
     args = from_mapping(RunConfig, preferred | given)
     title = args.resolved().algorithm.title

@@ -1,4 +1,4 @@
-"""The settings of a run: one flat dataclass, from Python, YAML and the command line alike."""
+"""The settings of a run: one flat dataclass for Python, YAML and the command line alike."""
 
 import dataclasses
 import typing
@@ -246,7 +246,7 @@ class PPOConfig:
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """What `PPOConfig` leaves to the algorithm, decided.
+    """The choices that `PPOConfig` leaves to the algorithm, made. Nothing here is optional.
 
     Args:
         algorithm: The algorithm with the settings of the run in place of its own: discount,
@@ -272,7 +272,7 @@ def _given_or(given: Setting | None, default: Setting) -> Setting:
 
 @dataclass(frozen=True)
 class _Range:
-    """What the values of some settings must be: in words, and as a test."""
+    """A condition on the values of some settings: in words, and as a test."""
 
     words: str
     holds: Callable[[Any], bool]

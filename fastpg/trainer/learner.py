@@ -36,7 +36,7 @@ Stats = fastpg.PolicyStats | fastpg.ValueStats
 
 @dataclass(frozen=True)
 class Experience:
-    """What the optimiser learns from: a rollout and, for each of its tokens, float32 [B, T].
+    """A rollout with the data of its updates: a number for each token, float32 [B, T].
 
     Args:
         rollout: The B episodes.
@@ -117,8 +117,8 @@ class Learner:
         """Credit every token of a rollout.
 
         The old log-probs come from the training forward, in the micro-batches of the first pass,
-        and not from `generate`: the first ratio is then exactly 1, in bf16 too. On a GPU that
-        holds as far as its BLAS rounds alike for any number of rows.
+        and not from `generate`: the first ratio is then exactly 1, in bf16 too. On a GPU this
+        also needs a BLAS that rounds alike for any number of tokens.
 
         Args:
             rollout: B episodes, the completions of a prompt one after the other.
@@ -157,8 +157,8 @@ class Learner:
         """Return log-probs, values if any, and those of the reference if any: float32 [B, T]."""
         logp, values, ref_logp = [], [], []
         for minibatch in self._minibatches(torch.arange(len(rollout.mask))):
-            # The same rows go through one forward as in the first pass of `update`: a matrix
-            # product may round otherwise for another number of rows.
+            # The same episodes share a forward as in the first pass of `update`: a matrix product
+            # may round differently for another number of them.
             for rows in minibatch.split(self.args.micro_batch_size):
                 batch = self._batch(rollout[rows])
                 results = logprobs_through(self.model, batch)

@@ -1,4 +1,4 @@
-"""What a run shows while it runs, and the files it writes as it goes."""
+"""The display of a run while it goes on, and the files that it writes."""
 
 import json
 import math

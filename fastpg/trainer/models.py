@@ -53,7 +53,7 @@ class LossRequest:
 
 
 class CompletionLogprobs(NamedTuple):
-    """What the policy says of B completions, each float32 [B, T]."""
+    """Log-probs, entropy and values of B completions, each float32 [B, T]."""
 
     logp: Tensor
     entropy: Tensor  # in nats

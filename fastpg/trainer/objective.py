@@ -11,7 +11,7 @@ from fastpg.trainer.head import TokenLoss
 
 @dataclass(frozen=True)
 class Targets:
-    """What the losses of B completions compare the policy with. Tensors are float32 [B, T].
+    """The constants in the losses of B completions. Tensors are float32 [B, T].
 
     Args:
         token_weight: The weight of every token, 0 where masked.
@@ -33,7 +33,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step minimises: policy loss + vf_coef · value loss − entropy_coef · entropy.
+    """The loss that a step minimises: policy loss + vf_coef · value loss − entropy_coef · entropy.
 
     Args:
         algorithm: The algorithm, with the settings of the run in place of its own.

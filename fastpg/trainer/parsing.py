@@ -1,4 +1,4 @@
-"""From what a user wrote to typed values, and one plain sentence where that cannot be."""
+"""Turns what a user wrote into typed values, or into one plain sentence about what is wrong."""
 
 import difflib
 import math
@@ -115,7 +115,7 @@ def _numbers(value: Any) -> list[float]:
 
 
 class _Parser(NamedTuple):
-    """What values of one type are called, and the function that makes them."""
+    """The words for values of one type, and the function that makes them."""
 
     words: str
     parse: Callable[[Any], Any]

@@ -15,10 +15,10 @@ from rich.table import Table
 import fastpg
 from fastpg.trainer.episodes import Episodes
 
-# What a run leaves in its output directory, and what is said of it in the report.
+# The files that a run leaves in its output directory, as the report describes them.
 FILES = {
     "model": "the policy and its tokenizer, for `from_pretrained`; the value head",
-    "metrics.jsonl": "one row of metrics a step",
+    "metrics.jsonl": "the metrics of each step, one line a step",
     "completions": "samples of every step",
     "tensorboard": "the metrics, for TensorBoard",
     "config.yaml": "the settings as given, for `fastpg train --config`",
@@ -72,7 +72,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """What is said of a finished run.
+    """The summary of a finished run.
 
     Args:
         title: The name of the algorithm.

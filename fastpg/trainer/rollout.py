@@ -1,4 +1,4 @@
-"""From prompts to sampled completions, as tensors."""
+"""Samples completions of prompts, as tensors."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""`PPOTrainer`: sample, score, learn, over and over."""
+"""`PPOTrainer` samples, scores and learns, over and over."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -236,7 +236,7 @@ class PPOTrainer:
             # Processes have different prompts, and must not draw the same numbers for them.
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
             with self.accelerator.split_between_processes(examples) as own:
-                # With fewer prompts than processes, some have none.
+                # Some processes have no prompt if there are fewer prompts than processes.
                 episodes = [self._score(own, self._sample(own))] if own else []
         return Episodes.concatenate(gather_object(episodes))
 
@@ -292,7 +292,7 @@ def _check_dataset(name: str, dataset: Dataset) -> None:
     for i in range(len(dataset)):
         example = dataset[i]
         if not isinstance(example, dict) or not _is_prompt(example.get("prompt")):
-            raise InputError(f"The rows of the {name} dataset must have a 'prompt'.")
+            raise InputError(f"Every example of the {name} dataset must have a 'prompt'.")
 
 
 def _is_prompt(prompt: Any) -> bool:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .moments import Moments, merge_moments
+
 
 class PolicyStats(NamedTuple):
     """What policy_loss counted over its unmasked tokens: values [16] in the order of FIELDS.
@@ -95,10 +97,8 @@ class ValueStats(NamedTuple):
     @staticmethod
     def merge(rows: Tensor) -> Tensor:
         """[M, 8] -> [8]; the moments by Chan: M2 = Σ M2ᵢ + Σ nᵢ (meanᵢ − mean)²."""
-        count, means, m2 = rows[:, :1], rows[:, 4::2], rows[:, 5::2]
-        mean = (count * means).sum(0) / count.sum(0).clamp(min=1)
-        spread = (m2 + count * (means - mean) ** 2).sum(0)
-        return torch.cat([rows[:, :4].sum(0), torch.stack([mean, spread], 1).flatten()])
+        _, mean, m2 = merge_moments(Moments(rows[:, :1], rows[:, 4::2], rows[:, 5::2]))
+        return torch.cat([rows[:, :4].sum(0), torch.stack([mean, m2], 1).flatten()])
 
     @staticmethod
     def summary(row: list[float]) -> dict[str, float]:

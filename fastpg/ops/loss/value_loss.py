@@ -28,14 +28,8 @@ from ..._library import (
 )
 from ..common.autograd import once_differentiable
 from ..common.checks import alike, check_number, constant
+from ..common.moments import moments_of
 from ..common.stats import ValueStats
-
-
-def _moments(x, kept):
-    """Mean and sum of squared distances from it, over the kept tokens, in fp64."""
-    x, count = x.double(), kept.sum().clamp(min=1)
-    mean = torch.where(kept, x, 0.0).sum() / count
-    return mean, torch.where(kept, (x - mean) ** 2, 0.0).sum()
 
 
 def reference(values, returns, weight, old_values, clip):
@@ -52,7 +46,7 @@ def reference(values, returns, weight, old_values, clip):
     clipped = held**2 > error**2
     loss = (weight * 0.5 * torch.where(clipped, held, error) ** 2).sum(dtype=torch.float64)
     sums = [kept.sum(), weight.sum(dtype=torch.float64), loss, clipped.sum()]
-    fields = [*sums, *_moments(returns, kept), *_moments(-error, kept)]
+    fields = [*sums, *moments_of(returns, kept)[1:], *moments_of(-error, kept)[1:]]
     stats = torch.stack([field.double() for field in fields])
     return loss.to(values.dtype), weight * torch.where(clipped, 0.0, error), stats
 

@@ -8,8 +8,10 @@ from importlib.util import find_spec
 import torch
 from torch.nn.functional import pad
 
+import fastpg
 from fastpg import gae
 
+from .._example import Example
 from .._timing import Case
 
 BATCH, LENGTH, GAMMA = 8, 8192, 1.0
@@ -117,3 +119,24 @@ def cases(device):
     yield case(f"lam=0.95, {size}", 0.95, fast, device, targets=targets, calls=10)
     slow = {"PyTorch, a loop over T": lambda *args: lambda: by_loop(*args)} | torchrl
     yield case(f"lam=1, {size}", 1.0, slow, device)
+
+
+def examples(device):
+    """Small calls of the op."""
+    rewards, values = torch.randn(2, 3, 7, device=device).unbind()
+    mask = torch.rand(3, 7, device=device) < 0.8
+    arguments = {"rewards": rewards, "values": values, "gamma": 0.9, "lam": 0.8}
+    yield Example(
+        fastpg.gae,
+        arguments | {"mask": mask},
+        differentiable=("rewards", "values"),
+        forward_launches=1,
+        backward_launches=2,
+    )
+    options = {"rho": values.exp(), "c": rewards.exp(), "terminated": ~mask, "truncated": mask}
+    yield Example(
+        fastpg.gae,
+        arguments | options | {"bootstrap": rewards + 1},
+        differentiable=("rewards", "values", "bootstrap"),
+        variant="every option",
+    )

@@ -2,8 +2,10 @@
 
 import torch
 
+import fastpg
 from fastpg import token_rewards
 
+from .._example import Example
 from .._timing import Case
 
 BATCH, LENGTH, COEF = 128, 8192, 0.05
@@ -38,4 +40,21 @@ def cases(device):
             "torch.compile": lambda: compiled(scores, mask, kl),
         },
         device=device,
+    )
+
+
+def examples(device):
+    """Small calls of the op."""
+    mask = torch.rand(3, 7, device=device) < 0.8
+    yield Example(
+        fastpg.token_rewards,
+        {
+            "scores": torch.randn(3, device=device),
+            "mask": mask,
+            "kl": torch.randn(3, 7, device=device),
+            "kl_coef": 0.1,
+        },
+        differentiable=("scores", "kl"),
+        forward_launches=1,
+        backward_launches=1,
     )

@@ -2,8 +2,10 @@
 
 import torch
 
+import fastpg
 from fastpg import whiten
 
+from .._example import Example
 from .._timing import Case
 
 BATCH, LENGTH, EPS = 128, 8192, 1e-8
@@ -37,4 +39,16 @@ def cases(device):
             "torch.compile": lambda: compiled(x, mask),
         },
         device=device,
+    )
+
+
+def examples(device):
+    """Small calls of the op."""
+    x = torch.randn(3, 7, device=device)
+    yield Example(
+        fastpg.whiten,
+        {"x": x, "mask": x < 1},
+        differentiable=("x",),
+        forward_launches=3,
+        backward_launches=3,
     )

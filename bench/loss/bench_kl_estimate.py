@@ -2,8 +2,10 @@
 
 import torch
 
+import fastpg
 from fastpg import kl_estimate
 
+from .._example import Example
 from .._timing import Case
 
 TOKENS = 1_000_000
@@ -42,4 +44,16 @@ def cases(device):
             "torch.compile": training(torch.compile(eager), logp, ref_logp),
         },
         device=device,
+    )
+
+
+def examples(device):
+    """Small calls of the op."""
+    logp, ref_logp = torch.randn(2, 3, 7, device=device).unbind()
+    yield Example(
+        fastpg.kl_estimate,
+        {"logp": logp, "ref_logp": ref_logp, "kind": "k3"},
+        differentiable=("logp", "ref_logp"),
+        forward_launches=1,
+        backward_launches=2,
     )

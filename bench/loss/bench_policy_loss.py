@@ -2,8 +2,10 @@
 
 import torch
 
+import fastpg
 from fastpg import policy_loss
 
+from .._example import Example
 from .._timing import Case
 
 TOKENS, CLIP = 1_000_000, 0.2
@@ -122,3 +124,30 @@ def cases(device):
     yield plain_case(TOKENS, device, targets, calls=1)
     targets = {"fastpg, plain": ">= 0.67", "eager, loss alone": ">= 5"}
     yield every_option_case(TOKENS, device, targets)
+
+
+def examples(device):
+    """Small calls of the op."""
+    logp, advantages, old_logp, ref_logp = torch.randn(4, 3, 7, device=device).unbind()
+    weight = (advantages < 1).float()
+    arguments = {"logp": logp, "advantages": advantages, "weight": weight, "old_logp": old_logp}
+    terms = {"ref_logp": ref_logp, "kl_coef": 0.1, "entropy": ref_logp.abs(), "entropy_coef": 0.1}
+    yield Example(
+        fastpg.policy_loss,
+        arguments | terms,
+        differentiable=("logp",),
+        forward_launches=2,
+        backward_launches=1,
+    )
+    yield Example(
+        fastpg.policy_loss,
+        arguments | terms | {"surrogate": "sapo"},
+        differentiable=("logp", "entropy"),
+        variant="with an entropy",
+    )
+    yield Example(
+        fastpg.policy_loss,
+        arguments | {"level": "sequence"},
+        differentiable=("logp",),
+        variant="per sequence",
+    )

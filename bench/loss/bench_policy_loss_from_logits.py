@@ -5,8 +5,10 @@ In place, the logits hold their gradient after a call, and the next call takes t
 
 import torch
 
+import fastpg
 from fastpg import policy_loss, policy_loss_from_logits, token_logprobs
 
+from .._example import Example
 from .._timing import Case
 from ..inputs import logits_and_labels
 from ..vocabulary import bench_token_logprobs
@@ -93,3 +95,21 @@ def cases(device):
     else:
         for dtype in (torch.float32, torch.bfloat16):
             yield case(ROWS, dtype, device)
+
+
+def examples(device):
+    """Small calls of the op."""
+    advantages, weight, old_logp = torch.randn(3, 3, device=device).unbind()
+    yield Example(
+        fastpg.policy_loss_from_logits,
+        {
+            "logits": torch.randn(3, 33, device=device),
+            "labels": torch.tensor([0, 5, 32], device=device),
+            "advantages": advantages,
+            "weight": weight,
+            "old_logp": old_logp,
+        },
+        differentiable=("logits",),
+        forward_launches=5,
+        backward_launches=1,
+    )

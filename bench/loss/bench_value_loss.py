@@ -2,8 +2,10 @@
 
 import torch
 
+import fastpg
 from fastpg import value_loss
 
+from .._example import Example
 from .._timing import Case
 
 TOKENS, CLIP = 1_000_000, 0.2
@@ -52,4 +54,23 @@ def case(tokens, device):
         ours="fastpg, with its statistics",
         calls=50 if device == "cuda" else 1,
         device=device,
+    )
+
+
+def examples(device):
+    """Small calls of the op."""
+    values, returns, old_values = torch.randn(3, 3, 7, device=device).unbind()
+    arguments = {"values": values, "returns": returns, "weight": (values < 1).float()}
+    yield Example(
+        fastpg.value_loss,
+        arguments,
+        differentiable=("values",),
+        forward_launches=2,
+        backward_launches=1,
+    )
+    yield Example(
+        fastpg.value_loss,
+        arguments | {"old_values": old_values, "clip": 0.2},
+        differentiable=("values",),
+        variant="clipped",
     )

@@ -6,8 +6,10 @@ Forward and backward to hidden and weight; extra MiB does not count their gradie
 import torch
 from torch.nn.functional import linear
 
+import fastpg
 from fastpg import linear_token_logprobs, token_logprobs
 
+from .._example import Example
 from .._timing import Case
 from ..inputs import head_and_labels
 
@@ -136,4 +138,15 @@ def adapted_head(inputs, name, device):
         {key: with_an_adapter(function, *inputs) for key, function in functions.items()},
         device=device,
         results_mib=inputs[0].nbytes / 2**20,
+    )
+
+
+def examples(device):
+    """Small calls of the op."""
+    hidden, head_weight = torch.randn(3, 4, device=device), torch.randn(33, 4, device=device)
+    labels = torch.tensor([0, 5, 32], device=device)
+    yield Example(
+        fastpg.linear_token_logprobs,
+        {"hidden": hidden, "weight": head_weight, "labels": labels, "bias": head_weight[:, 0]},
+        differentiable=("hidden", "weight", "bias"),
     )

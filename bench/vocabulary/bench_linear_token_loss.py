@@ -6,8 +6,10 @@ weight; extra MiB does not count their gradients.
 
 import torch
 
+import fastpg
 from fastpg import linear_token_loss, policy_loss
 
+from .._example import Example
 from .._timing import Case
 from .bench_linear_token_logprobs import CPU_SHAPES, CUDA_SHAPES, eager, problem, products
 
@@ -75,4 +77,19 @@ def case(inputs, name, gradients, device, quick):
         results_mib=gradients,
         least=5 if quick else 2,
         memory_target=f"<= eager / 15 + {buffer:.0f}" if "eager" in candidates else "",
+    )
+
+
+def _mean_logp(logp, entropy, rows):
+    return logp.sum() / 3, None
+
+
+def examples(device):
+    """Small calls of the op."""
+    hidden, head_weight = torch.randn(3, 4, device=device), torch.randn(33, 4, device=device)
+    labels = torch.tensor([0, 5, 32], device=device)
+    yield Example(
+        fastpg.linear_token_loss,
+        {"hidden": hidden, "weight": head_weight, "labels": labels, "token_loss": _mean_logp},
+        differentiable=("hidden", "weight"),
     )

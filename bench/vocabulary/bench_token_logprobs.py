@@ -5,8 +5,10 @@ On the CPU 256 rows of V=151936; on a GPU more, of other widths and types too.
 
 import torch
 
+import fastpg
 from fastpg import token_logprobs
 
+from .._example import Example
 from .._timing import Case
 from ..inputs import logits_and_labels
 
@@ -129,4 +131,23 @@ def of_dtype(dtype, device):
         },
         targets={"eager": ">= 6"},
         device=device,
+    )
+
+
+def examples(device):
+    """Small calls of the op."""
+    logits, labels = torch.randn(3, 33, device=device), torch.tensor([0, 5, 32], device=device)
+    arguments = {"logits": logits, "labels": labels}
+    yield Example(
+        fastpg.token_logprobs,
+        arguments,
+        differentiable=("logits",),
+        forward_launches=3,
+        backward_launches=1,
+    )
+    yield Example(
+        fastpg.token_logprobs,
+        arguments | {"temperature": 0.7, "softcap": 5.0, "return_entropy": True},
+        differentiable=("logits",),
+        variant="every option",
     )

@@ -2,8 +2,10 @@
 
 import torch
 
+import fastpg
 from fastpg import importance_weights
 
+from .._example import Example
 from .._timing import Case
 
 BATCH, LENGTH, HIGH = 128, 8192, 2.0
@@ -64,3 +66,15 @@ def _case(device, level, eager):
 def cases(device):
     yield _case(device, "token", eager_token)
     yield _case(device, "geometric", eager_geometric)
+
+
+def examples(device):
+    """Small calls of the op."""
+    logp, behavior_logp = torch.randn(2, 3, 7, device=device).unbind()
+    arguments = {"logp": logp, "behavior_logp": behavior_logp, "mask": logp < 1}
+    yield Example(fastpg.importance_weights, arguments | {"high": 2.0}, forward_launches=2)
+    yield Example(
+        fastpg.importance_weights,
+        arguments | {"level": "geometric", "low": 0.5, "high": 2.0, "outside": "zero"},
+        variant="per sequence",
+    )

@@ -2,8 +2,10 @@
 
 import torch
 
+import fastpg
 from fastpg import token_weights
 
+from .._example import Example
 from .._timing import Case
 
 BATCH, LENGTH = 128, 8192
@@ -34,3 +36,9 @@ def cases(device):
         {"fastpg": fused, "eager": lambda: eager(mask), "torch.compile": lambda: compiled(mask)},
         device=device,
     )
+
+
+def examples(device):
+    """Small calls of the op."""
+    mask = torch.rand(3, 7, device=device) < 0.8
+    yield Example(fastpg.token_weights, {"mask": mask, "reduce": "sequence"}, forward_launches=4)

@@ -1,0 +1,219 @@
+"""What every public op promises, asked of every op by the examples of the benchmarks."""
+
+import importlib
+import re
+
+import kernels
+import pytest
+import torch
+from registration import check_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import fastpg
+from bench._example import examples, tensors_of
+from fastpg._op import OPS, Op
+
+EXAMPLES = list(examples())
+NOT_OPS = {"check", "extension_status", "kernels_of", "merge_stats"}
+
+every_example = pytest.mark.parametrize("example", EXAMPLES, ids=str)
+with_gradient = pytest.mark.parametrize(
+    "example", [e for e in EXAMPLES if e.differentiable], ids=str
+)
+
+
+def gradients(example, **changed):
+    """The gradients of the sum of the results by every differentiable argument."""
+    leaves = example.leaves() | changed
+    total = sum(x.sum() for x in example.call(**leaves) if x.requires_grad)
+    return torch.autograd.grad(total, [leaves[name] for name in example.differentiable])
+
+
+def recorded_calls(example):
+    """Every operator that an example runs, forward and backward, with its inputs."""
+    calls = []
+    run = Op.__call__
+
+    def recorded(op, x):
+        calls.append((op, x))
+        return run(op, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Op, "__call__", recorded)
+        example.call()
+        if example.differentiable:
+            gradients(example)
+    return calls
+
+
+def has_operators(example):
+    """Whether the op has operators of its own; else nothing is hidden from autograd and vmap."""
+    return bool(recorded_calls(example))
+
+
+def test_every_public_op_has_an_example():
+    public = {name for name in fastpg.__all__ if name.islower()} - NOT_OPS
+    assert {example.op for example in EXAMPLES} == public
+
+
+@every_example
+def test_inputs_are_not_modified(example):
+    before = {
+        name: value.clone()
+        for name, value in example.arguments.items()
+        if isinstance(value, torch.Tensor)
+    }
+    example.call()
+    if example.differentiable:
+        gradients(example)
+    for name, value in before.items():
+        assert torch.equal(example.arguments[name], value), name
+
+
+@every_example
+def test_results_are_contiguous_and_the_same_again(example):
+    results = example.call()
+    assert all(x.is_contiguous() for x in results)
+    assert all(torch.equal(a, b) for a, b in zip(results, example.call(), strict=True))
+
+
+def kernels_of_examples():
+    for example in EXAMPLES:
+        for kind in kernels.kinds_of(example.op) if kernels.ops_of(example.op) else []:
+            if kind != "reference":
+                yield pytest.param(example, kind, id=f"{example}-{kind}")
+
+
+@pytest.mark.parametrize(("example", "kind"), list(kernels_of_examples()))
+def test_every_kernel_agrees_with_the_reference(example, kind, monkeypatch, request):
+    with monkeypatch.context() as patch:
+        kernels.run_with(patch, "reference", example.op, request.config.cache)
+        expected = example.call()
+        expected += gradients(example) if example.differentiable else []
+    kernels.run_with(monkeypatch, kind, example.op, request.config.cache)
+    with kernels.instruction_set(kind):
+        results = example.call()
+        results += gradients(example) if example.differentiable else []
+    for ours, theirs in zip(results, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+
+
+@with_gradient
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_gradient_can_be_read_but_a_penalty_on_it_raises(example, checkpointed):
+    if not has_operators(example):
+        pytest.skip("its gradient is torch's own, which can be differentiated")
+    leaves = example.leaves()
+
+    def first_result(*inputs):
+        return example.call(**dict(zip(leaves, inputs, strict=True)))[0]
+
+    inputs = list(leaves.values())
+    if checkpointed:
+        out = checkpoint(first_result, *inputs, use_reentrant=False)
+    else:
+        out = first_result(*inputs)
+    loss = out.sum()
+    retain = example.op != "policy_loss_from_logits"  # which allows one backward
+    grads = torch.autograd.grad(loss, inputs, create_graph=True, retain_graph=retain)
+    message = f"{example.op}: its gradient is not differentiable, double backward"
+    with pytest.raises(RuntimeError, match=message):
+        sum(grad.square().sum() for grad in grads).backward()
+
+
+@every_example
+def test_vmap_raises(example):
+    if not has_operators(example):
+        pytest.skip("torch.vmap knows the ops that it is made of")
+    name = (*example.differentiable, *example.arguments)[0]
+    batch = torch.stack([example.arguments[name]] * 2)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda x: tuple(example.call(**{name: x})))(batch)
+
+
+@every_example
+def test_an_argument_of_the_wrong_type_is_named(example):
+    for name, value in example.arguments.items():
+        if not isinstance(value, bool):  # Any object is true or false.
+            with pytest.raises((TypeError, ValueError), match=rf"^\w+: .*{re.escape(name)}"):
+                example.function(**example.arguments | {name: object()})
+
+
+def test_the_examples_run_every_operator():
+    seen = {op.name for example in EXAMPLES for op, _ in recorded_calls(example)}
+    assert seen >= set(OPS) - RUN_ELSEWHERE
+
+
+# Operators of a path that takes several processes, or memory that is given away.
+RUN_ELSEWHERE = {"linear_token_logprobs_part", "policy_loss_from_logits_scale"}
+
+
+@every_example
+def test_registration(example):
+    for op, x in recorded_calls(example):
+        check_registration(op, x)
+
+
+# Ops of torch that launch nothing.
+NO_LAUNCH = ("empty", "view", "detach", "alias", "expand", "select", "squeeze", "reshape")
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels of Triton and the ops of torch that would launch one."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names, self.inside = [], False
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        run = interpreter.InterpretedFunction.run
+
+        def counted(kernel, *args, **options):
+            self.names.append(kernel.fn.__name__)
+            self.inside = True  # The interpreter copies with ops of torch.
+            run(kernel, *args, **options)
+            self.inside = False
+
+        monkeypatch.setattr(interpreter.InterpretedFunction, "run", counted)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if not self.inside and not any(part in name for part in NO_LAUNCH):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+counted = [e for e in EXAMPLES if e.forward_launches is not None]
+
+
+@pytest.mark.skipif(
+    not kernels.TRITON or kernels.GPU, reason="launches are counted in Triton's interpreter"
+)
+@pytest.mark.parametrize("example", counted, ids=str)
+def test_an_op_takes_a_few_launches(example, monkeypatch, request):
+    kernels.run_with(monkeypatch, "triton", example.op, request.config.cache)
+    leaves = example.leaves()
+    with Launches(monkeypatch) as seen:
+        results = example.call(**leaves)
+        assert len(seen.names) <= example.forward_launches, seen.names
+        if not leaves:
+            return
+        upstream = torch.ones_like(results[0])
+        seen.names.clear()
+        torch.autograd.grad(results[0], list(leaves.values()), upstream)
+        assert len(seen.names) <= example.backward_launches, seen.names
+
+
+def test_every_op_has_a_kernel_that_needs_no_toolkit():
+    """CUDA C++ needs an nvcc; so every op that it serves has a kernel in Triton as well."""
+    for op in OPS.values():
+        if fastpg.kernels_of()[op.name]["CUDA"] in ("CUDA C++", "Triton"):
+            module = importlib.import_module(f"{op.page}_triton")
+            assert hasattr(module, op.name), op.name
+        else:
+            assert fastpg.kernels_of()[op.name]["CUDA"] == "BLAS", op.name
+
+
+def test_statistics_are_tensors_too():
+    loss, stats = fastpg.value_loss(torch.ones(2), torch.zeros(2), torch.ones(2))
+    assert len(tensors_of((loss, stats))) == 2

@@ -82,9 +82,14 @@ GIVEN_OR_NOT = (..., None)  # of a tensor
 
 
 def variants_of(kernel, few: bool, **choices: tuple) -> Iterator[Variant]:
-    """One for each choice of constants, in fp64 and fp32. The first of each is the largest."""
+    """One for each choice of constants, in fp64 and fp32. The first of each is the largest.
+
+    Packed and padded batches take other branches: with `few` too, both are compiled.
+    """
     choices = {"dtype": ("fp64", "fp32")} | choices
-    for values in itertools.product(*(v[:1] if few else v for v in choices.values())):
+    if few:
+        choices = {k: v if k == "cu_seqlens" else v[:1] for k, v in choices.items()}
+    for values in itertools.product(*choices.values()):
         constants = dict(zip(choices, values, strict=True))
         dtype = constants.pop("dtype")
         constants = {name: value for name, value in constants.items() if value is not ...}

@@ -77,14 +77,17 @@ def block_offsets():
 
 
 @triton.jit
-def sequence_bounds(sequence, length, tokens, cu_seqlens):
+def sequence_bounds(
+    sequence: tl.tensor, length: tl.tensor, tokens: tl.tensor, cu_seqlens: tl.tensor
+):
     """First token of a sequence and the one after its last; never outside the tokens there are."""
     if cu_seqlens is None:
         begin = sequence.to(tl.int64) * length
-        return begin, begin + length
-    begin = tl.load(cu_seqlens + sequence).to(tl.int64)
-    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-    return tl.maximum(begin, 0), tl.minimum(end, tokens)
+        end = begin + length
+    else:
+        begin = tl.maximum(tl.load(cu_seqlens + sequence).to(tl.int64), 0)
+        end = tl.minimum(tl.load(cu_seqlens + sequence + 1).to(tl.int64), tokens)
+    return begin, end
 
 
 @triton.jit

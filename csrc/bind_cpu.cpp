@@ -13,7 +13,6 @@
 #include "simd/kernels.h"
 #include "vocabulary/token_logprobs.h"
 #include "weight/importance_weights.h"
-#include "weight/token_weights.h"
 
 namespace py = pybind11;
 
@@ -70,15 +69,6 @@ void bind_token_rewards(py::module_& m) {
          double kl_coef, Address grad_scores, Address grad_kl) {
         token_rewards_backward({count, length, at<int32_t>(cu_seqlens)}, dtype, at(grad),
                                at<bool>(mask), kl_coef, at(grad_scores), at(grad_kl));
-      });
-}
-
-void bind_token_weights(py::module_& m) {
-  def(m, "token_weights",
-      [](int64_t count, int64_t length, Address cu_seqlens, Address mask, Address denom, int reduce,
-         Address weights) {
-        token_weights({count, length, at<int32_t>(cu_seqlens)}, at<bool>(mask), at<double>(denom),
-                      Reduce(reduce), at<float>(weights));
       });
 }
 
@@ -196,7 +186,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_instruction_set", use_instruction_set);
   bind_token_logprobs(m);
   bind_token_rewards(m);
-  bind_token_weights(m);
   bind_importance_weights(m);
   bind_whiten(m);
   bind_policy_loss(m);

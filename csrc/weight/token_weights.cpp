@@ -4,11 +4,15 @@
 #include <numeric>
 #include <vector>
 
+#include "common/bind.h"
+#include "common/parallel.h"
+
 namespace fpg {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // tokens a thread should have at least
+constexpr int64_t kGrain = 32768;  // A thread should have at least so many tokens.
 
+// The unmasked tokens of each sequence.
 std::vector<int64_t> unmasked(const Sequences& sequences, const bool* mask) {
   std::vector<int64_t> lengths(sequences.count);
   parallel_for(sequences, kGrain, [&](int64_t first, int64_t last) {
@@ -18,22 +22,25 @@ std::vector<int64_t> unmasked(const Sequences& sequences, const bool* mask) {
   return lengths;
 }
 
-}  // namespace
-
-void token_weights(const Sequences& sequences, const bool* mask, const double* denom, Reduce reduce,
-                   float* weights) {
+void token_weights(const TokenWeightsArguments& in) {
+  const Sequences sequences = in.inputs.sequences();
+  const bool* mask = in.inputs.mask;
+  const Reduce reduce = in.inputs.reduce;
   sequences.check("token_weights");
   const std::vector<int64_t> lengths = unmasked(sequences, mask);
   int64_t counted = 0;
   for (const int64_t length : lengths) counted += reduce == Reduce::kToken ? length : length > 0;
-  const double total = denom ? *denom : double(counted);
+  const double denom = in.inputs.denom ? *in.inputs.denom : double(counted);
   parallel_for(sequences, kGrain, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
-      const float weight = token_weight(total, double(lengths[s]), reduce);
+      const float weight = token_weight(denom, double(lengths[s]), reduce);
       for (int64_t i = sequences.begin(s); i < sequences.end(s); ++i)
-        weights[i] = mask[i] ? weight : 0.f;
+        in.weight[i] = mask[i] ? weight : 0.f;
     }
   });
 }
 
+FPG_BIND(token_weights, token_weights)
+
+}  // namespace
 }  // namespace fpg

@@ -65,6 +65,12 @@ def load_kept(x, offset, kept):
 
 
 @triton.jit
+def load_mask(mask: tl.tensor, offset: tl.tensor, inside: tl.tensor):
+    """Which of these tokens a bool tensor marks; none of those outside, which are not read."""
+    return tl.load(mask + offset, mask=inside, other=0).to(tl.int1)
+
+
+@triton.jit
 def number(x, like):
     """A Python float, handed over as fp64, in the dtype of `like`. The interpreter keeps floats."""
     return (tl.full([], 0.0, tl.float64) + x).to(like.dtype)

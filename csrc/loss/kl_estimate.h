@@ -15,7 +15,7 @@ template <KlKind kKind, typename T>
 FPG_HD T kl_value(T d) {
   if constexpr (kKind == KlKind::kK1) return d;
   if constexpr (kKind == KlKind::kK2) return d * d * T(0.5);
-  const T bounded = clamp(d, T(-20), T(20));
+  const T bounded = bounded_log_ratio(d);
   return exp_excess(-bounded).excess + (d - bounded);
 }
 
@@ -23,7 +23,7 @@ FPG_HD T kl_value(T d) {
 template <KlKind kKind, typename T>
 FPG_HD T kl_slope(T d) {
   if constexpr (kKind == KlKind::kK2) return d;
-  const T bounded = clamp(d, T(-20), T(20));
+  const T bounded = bounded_log_ratio(d);
   return bounded - exp_excess(-bounded).excess;  // 1 - e^-d without its cancellation
 }
 

@@ -97,8 +97,7 @@ struct LossTerm {
 
 template <typename T>
 FPG_HD T log_ratio(T logp, T other) {
-  const T d = logp - other;  // NaN passes through
-  return select(d > T(20), T(20), select(d < T(-20), T(-20), d));
+  return bounded_log_ratio(logp - other);
 }
 
 // What the surrogates need of the options, in the type of the tokens.

@@ -38,11 +38,6 @@ struct ImportanceBounds {
   bool zero;         // a ratio outside of them becomes 0, else the bound
 };
 
-template <typename T>
-FPG_HD T bounded_log_ratio(T d) {  // NaN passes through
-  return select(d > T(20), T(20), select(d < T(-20), T(-20), d));
-}
-
 // below, above: 1 where the ratio is out of its bounds. NaN is neither.
 template <typename T>
 struct ImportanceWeight {

@@ -6,8 +6,6 @@
 #include "common/dtype.h"
 #include "common/module.h"
 #include "common/parallel.h"
-#include "credit/token_rewards.h"
-#include "credit/whiten.h"
 #include "loss/kl_estimate.h"
 #include "loss/policy_loss_from_logits.h"
 #include "simd/kernels.h"
@@ -57,21 +55,6 @@ void bind_token_logprobs(py::module_& m) {
       });
 }
 
-void bind_token_rewards(py::module_& m) {
-  def(m, "token_rewards",
-      [](int64_t count, int64_t length, Address cu_seqlens, int dtype, Address scores, Address kl,
-         Address mask, double kl_coef, Address rewards) {
-        token_rewards({count, length, at<int32_t>(cu_seqlens)}, dtype, at(scores), at(kl),
-                      at<bool>(mask), kl_coef, at(rewards));
-      });
-  def(m, "token_rewards_backward",
-      [](int64_t count, int64_t length, Address cu_seqlens, int dtype, Address grad, Address mask,
-         double kl_coef, Address grad_scores, Address grad_kl) {
-        token_rewards_backward({count, length, at<int32_t>(cu_seqlens)}, dtype, at(grad),
-                               at<bool>(mask), kl_coef, at(grad_scores), at(grad_kl));
-      });
-}
-
 void bind_importance_weights(py::module_& m) {
   def(m, "importance_weights",
       [](int dtype, int64_t count, int64_t length, Address cu_seqlens, Address logp,
@@ -83,23 +66,6 @@ void bind_importance_weights(py::module_& m) {
           importance_weights<T>({count, length, at<int32_t>(cu_seqlens)}, tokens, IsLevel(level),
                                 {low, high, zero}, at<T>(weight), at<double>(stats));
         });
-      });
-}
-
-void bind_whiten(py::module_& m) {
-  def(m, "whiten_moments", [](int64_t n, int dtype, Address x, Address mask, Address out) {
-    whiten_moments(n, dtype, at(x), at<bool>(mask), at<Moments>(out));
-  });
-  def(m, "whiten",
-      [](int64_t n, int dtype, Address x, Address mask, Address moments, bool center, double eps,
-         Address out) {
-        whiten(n, dtype, at(x), at<bool>(mask), *at<Moments>(moments), center, eps, at(out));
-      });
-  def(m, "whiten_backward",
-      [](int64_t n, int dtype, Address grad, Address x, Address mask, Address moments, bool center,
-         double eps, Address out) {
-        whiten_backward(n, dtype, at(grad), at(x), at<bool>(mask), *at<Moments>(moments), center,
-                        eps, at(out));
       });
 }
 
@@ -185,9 +151,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return kernels().name; }, "The one in use.");
   m.def("use_instruction_set", use_instruction_set);
   bind_token_logprobs(m);
-  bind_token_rewards(m);
   bind_importance_weights(m);
-  bind_whiten(m);
   bind_policy_loss(m);
   bind_policy_loss_from_logits(m);
   bind_value_loss(m);

@@ -4,14 +4,15 @@
 #include <numeric>
 #include <vector>
 
+#include "common/bind.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
 
 namespace fpg {
 namespace {
 
-constexpr int64_t kBlock = 4096;  // elements; a block stays in the first cache while read twice
-constexpr int64_t kGrain = 8;     // blocks a thread should have at least
+constexpr int64_t kBlock = 4096;  // A block stays in the first cache while it is read twice.
+constexpr int64_t kGrain = 8;     // A thread should have at least so many blocks.
 
 // The sum of term(i) over [begin, end), as eight interleaved sums that are added in a fixed order.
 template <typename Term>
@@ -27,9 +28,9 @@ double sum(int64_t begin, int64_t end, const Term& term) {
   return lanes[0];
 }
 
-// block(begin, end) for every block of [0, n), in order of their index.
+// What block(begin, end) returns for every block of [0, n), in their order.
 template <typename Part, typename Block>
-std::vector<Part> by_blocks(int64_t n, const Block& block) {
+std::vector<Part> block_parts(int64_t n, const Block& block) {
   std::vector<Part> parts(ceil_div(n, kBlock));
   parallel_for(parts.size(), kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -52,12 +53,12 @@ Moments moments(int64_t n, const X* x, const bool* mask) {
     return {count, mean, squares};
   };
   Moments all{0, 0, 0};
-  for (const Moments& part : by_blocks<Moments>(n, block)) all = merge(all, part);
+  for (const Moments& part : block_parts<Moments>(n, block)) all = merge(all, part);
   return all;
 }
 
 struct GradientSums {
-  double grad, grad_x;  // sums of grad and of grad * (x - mean)
+  double grad, grad_deviation;  // the sums of dL/dy and of dL/dy (x - mean)
 };
 
 template <typename X>
@@ -67,48 +68,57 @@ GradientSums gradient_sums(int64_t n, const X* grad, const X* x, const bool* mas
             sum(begin, end, [&](int64_t i) { return mask[i] ? grad[i] * (x[i] - mean) : 0.0; })};
   };
   GradientSums all{0, 0};
-  for (const GradientSums& part : by_blocks<GradientSums>(n, block))
-    all = {all.grad + part.grad, all.grad_x + part.grad_x};
+  for (const GradientSums& part : block_parts<GradientSums>(n, block))
+    all = {all.grad + part.grad, all.grad_deviation + part.grad_deviation};
   return all;
 }
 
-}  // namespace
-
-void whiten_moments(int64_t n, int dtype, const void* x, const bool* mask, Moments* out) {
-  with_compute_dtype(dtype, [&](auto element) {
-    *out = moments(n, static_cast<const decltype(element)*>(x), mask);
+void whiten_moments(const WhitenMomentsArguments& in) {
+  with_compute_dtype(in.inputs.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    *in.moments = moments(in.inputs.count, static_cast<const T*>(in.inputs.x), in.inputs.mask);
   });
 }
 
-void whiten(int64_t n, int dtype, const void* x_, const bool* mask, const Moments& all, bool center,
-            double eps, void* out) {
-  const double scale = whiten_scale(all, eps), shift = center ? 0 : all.mean, mean = all.mean;
-  with_compute_dtype(dtype, [&](auto element) {
-    using X = decltype(element);
-    const X* x = static_cast<const X*>(x_);
-    X* y = static_cast<X*>(out);
-    parallel_for(n, kGrain * kBlock, [=](int64_t begin, int64_t end) {
+void whiten(const WhitenArguments& in) {
+  const Moments all = *in.inputs.moments;
+  const double scale = whiten_scale(all, in.inputs.eps);
+  const double mean = all.mean, shift = in.inputs.center ? 0 : all.mean;
+  const bool* mask = in.inputs.mask;
+  with_compute_dtype(in.inputs.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* x = static_cast<const T*>(in.inputs.x);
+    T* y = static_cast<T*>(in.y);
+    parallel_for(in.inputs.count, kGrain * kBlock, [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        y[i] = mask[i] ? X(whiten(double(x[i]), mean, scale, shift)) : X(0);
+        y[i] = mask[i] ? T(whitened(double(x[i]), mean, scale, shift)) : T(0);
     });
   });
 }
 
-void whiten_backward(int64_t n, int dtype, const void* grad_, const void* x_, const bool* mask,
-                     const Moments& all, bool center, double eps, void* out) {
-  with_compute_dtype(dtype, [&](auto element) {
-    using X = decltype(element);
-    const X *x = static_cast<const X*>(x_), *grad = static_cast<const X*>(grad_);
-    X* dx = static_cast<X*>(out);
-    const auto [sum_grad, sum_grad_x] = gradient_sums(n, grad, x, mask, all.mean);
+void whiten_backward(const WhitenBackwardArguments& in) {
+  const int64_t count = in.inputs.count;
+  const Moments all = *in.inputs.moments;
+  const bool* mask = in.inputs.mask;
+  with_compute_dtype(in.inputs.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* x = static_cast<const T*>(in.inputs.x);
+    const T* grad_y = static_cast<const T*>(in.grad_y);
+    T* grad_x = static_cast<T*>(in.grad_x);
+    const GradientSums sums = gradient_sums(count, grad_y, x, mask, all.mean);
+    const double scale = whiten_scale(all, in.inputs.eps), mean = all.mean;
     const WhitenGradient g =
-        whiten_gradient(all, whiten_scale(all, eps), center, sum_grad, sum_grad_x);
-    const double mean = all.mean;
-    parallel_for(n, kGrain * kBlock, [=](int64_t begin, int64_t end) {
+        whiten_gradient(all, scale, in.inputs.center, sums.grad, sums.grad_deviation);
+    parallel_for(count, kGrain * kBlock, [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        dx[i] = mask[i] ? X(g.scale * grad[i] + g.offset + g.slope * (x[i] - mean)) : X(0);
+        grad_x[i] = mask[i] ? T(g.scale * grad_y[i] + g.offset + g.slope * (x[i] - mean)) : T(0);
     });
   });
 }
 
+FPG_BIND(whiten_moments, whiten_moments)
+FPG_BIND(whiten, whiten)
+FPG_BIND(whiten_backward, whiten_backward)
+
+}  // namespace
 }  // namespace fpg

@@ -1,7 +1,9 @@
-// Floor 1: the whitened element, its gradient, and what the page fastpg/ops/whiten.py hands over.
+// The whitened element, its gradient, and the arguments of fastpg/ops/credit/whiten.py.
 #pragma once
 
+#include "common/fields.h"
 #include "common/moments.h"
+#include "common/stream.h"
 
 namespace fpg {
 
@@ -10,28 +12,69 @@ FPG_HD double whiten_scale(const Moments& all, double eps) {
   return all.count > 1 ? 1 / __builtin_sqrt(all.m2 / (all.count - 1) + eps) : 1.0;
 }
 
-// `shift` is what is added after scaling: 0, or the mean where it is kept.
-FPG_HD double whiten(double x, double mean, double scale, double shift) {
+// `shift` is added after scaling: 0, or the mean where it is kept.
+FPG_HD double whitened(double x, double mean, double scale, double shift) {
   return (x - mean) * scale + shift;
 }
 
-// dL/dx = scale * grad + offset + slope * (x - mean), from sums over all the elements.
+// dL/dx = scale * dL/dy + offset + slope * (x - mean), from sums over all the elements.
 struct WhitenGradient {
   double scale, offset, slope;
 };
 
 FPG_HD WhitenGradient whiten_gradient(const Moments& all, double scale, bool center,
-                                      double sum_grad, double sum_grad_x) {
+                                      double sum_grad, double sum_grad_deviation) {
   if (all.count == 0) return {0, 0, 0};
   const double mean_grad = sum_grad / all.count;
-  const double slope = all.count > 1 ? scale * scale * scale * sum_grad_x / (all.count - 1) : 0;
+  const double slope =
+      all.count > 1 ? scale * scale * scale * sum_grad_deviation / (all.count - 1) : 0;
   return {scale, (center ? -scale : 1 - scale) * mean_grad, -slope};
 }
 
-void whiten_moments(int64_t n, int dtype, const void* x, const bool* mask, Moments* out);
-void whiten(int64_t n, int dtype, const void* x, const bool* mask, const Moments& all, bool center,
-            double eps, void* out);
-void whiten_backward(int64_t n, int dtype, const void* grad, const void* x, const bool* mask,
-                     const Moments& all, bool center, double eps, void* out);
+struct WhitenMomentsInputs {
+  int dtype;  // of x: fp32 or fp64
+  int64_t count;
+  const void* x;     // [count]
+  const bool* mask;  // [count]
+
+  FPG_FIELDS(dtype, count, x, mask)
+};
+
+struct WhitenMomentsArguments {
+  WhitenMomentsInputs inputs;
+  Moments* moments;  // fp64 [3] of Python's
+  Stream stream;
+
+  FPG_FIELDS(inputs, moments, stream)
+};
+
+struct WhitenInputs {
+  int dtype;  // of x, y and their gradients: fp32 or fp64
+  int64_t count;
+  const void* x;           // [count]
+  const bool* mask;        // [count]
+  const Moments* moments;  // fp64 [3] of Python's
+  bool center;
+  double eps;
+
+  FPG_FIELDS(dtype, count, x, mask, moments, center, eps)
+};
+
+struct WhitenArguments {
+  WhitenInputs inputs;
+  void* y;  // [count]
+  Stream stream;
+
+  FPG_FIELDS(inputs, y, stream)
+};
+
+struct WhitenBackwardArguments {
+  WhitenInputs inputs;
+  const void* grad_y;  // [count]
+  void* grad_x;        // [count]
+  Stream stream;
+
+  FPG_FIELDS(inputs, grad_y, grad_x, stream)
+};
 
 }  // namespace fpg

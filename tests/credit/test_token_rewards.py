@@ -1,15 +1,16 @@
-"""token_rewards against its reference, and where the score goes."""
+"""token_rewards against a loop over the sequences, and where the score goes."""
 
 import pytest
 import torch
 from accuracy import TOLERANCE, assert_no_worse, leaves
+from registration import check_registration
 from torch.autograd import gradcheck
-from torch.library import opcheck
 
-import fastpg.ops.credit.token_rewards as page
 from bench.inputs import DEVICE, generator
 from fastpg import token_rewards
+from fastpg.ops.credit import token_rewards as page
 
+OP = "token_rewards"
 CU = torch.tensor([0, 3, 3, 8, 12, 13, 20], dtype=torch.int32)
 
 
@@ -24,19 +25,41 @@ def inputs(packed=False, dtype=torch.float64, shape=(4, 5), seed=0):
     return scores, kl, mask, CU.to(mask.device) if packed else None
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("packed", [False, True])
-def test_matches_reference(kernel, dtype, packed):
-    scores, kl, mask, cu = inputs(packed, dtype)
-    ours = token_rewards(scores, mask, kl=kl, kl_coef=0.3, cu_seqlens=cu)
+def by_loop(scores, kl, mask, cu, kl_coef):
+    """The formula of the page in fp64, one sequence after the other."""
     exact = torch.zeros(mask.shape, dtype=torch.float64)
-    exact[mask] = -0.3 * kl.double()[mask]
-    for i, row in enumerate(exact if cu is None else exact.split(cu.diff().tolist())):
+    exact[mask] = -kl_coef * kl.double()[mask]
+    for i, rewards in enumerate(exact if cu is None else exact.split(cu.diff().tolist())):
         kept = (mask[i] if cu is None else mask[cu[i] : cu[i + 1]]).nonzero()
         if len(kept):
-            row[kept[-1]] += scores[i].double()
+            rewards[kept[-1]] += scores[i].double()
+    return exact
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("packed", [False, True])
+def test_matches_a_loop_over_the_sequences(kernel, dtype, packed):
+    scores, kl, mask, cu = inputs(packed, dtype)
+    ours = token_rewards(scores, mask, kl=kl, kl_coef=0.3, cu_seqlens=cu)
     assert ours.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+    exact = by_loop(scores, kl, mask, cu, 0.3)
     assert_no_worse(ours, exact.to(ours.dtype), exact, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("last", [0, 1023, 1024, 2047, 2048, 2499])
+def test_the_last_token_may_be_in_any_block(kernel, last):
+    """Blocks have 1024 tokens in Triton."""
+    kl, mask = torch.rand(2, 2500), torch.zeros(2, 2500, dtype=torch.bool)
+    mask[0, ::3], mask[0, last + 1 :], mask[0, last] = True, False, True
+    scores = torch.tensor([5.0, 7.0], requires_grad=True)
+    kl.requires_grad_()
+    rewards = token_rewards(scores, mask, kl=kl, kl_coef=0.5)
+    exact = by_loop(scores.detach(), kl.detach(), mask, None, 0.5)
+    assert torch.equal(rewards, exact.float())
+    grad = torch.rand(2, 2500)
+    grad_scores, grad_kl = torch.autograd.grad(rewards, (scores, kl), grad)
+    assert torch.equal(grad_scores, torch.stack([grad[0, last], torch.zeros(())]))
+    assert torch.equal(grad_kl, torch.where(mask, -0.5 * grad, 0.0))
 
 
 @pytest.mark.parametrize("wanted", range(1, 4))
@@ -66,12 +89,13 @@ def test_registration():
         kl, mask = (kl.t(), mask.t()) if layout == "transposed" else (kl, mask)
         kl = kl[:1].expand(kl.shape) if layout == "expanded" else kl
         for given in (kl, None):
-            opcheck(page._rewards, (scores, given, mask, cu, 0.3))
-            grad = kl.sum().expand(mask.shape)
-            opcheck(page._backward, (grad, scores, given, mask, cu, 0.3))
+            x = page.Inputs(scores, mask, given, cu, 0.3)
+            check_registration(page.token_rewards_op, x)
+            grad = page.BackwardInputs(x, kl.sum().expand(mask.shape))
+            check_registration(page.token_rewards_backward_op, grad)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
 def test_compile():
     @torch.compile(fullgraph=True, dynamic=True)
     def compiled(scores, kl, mask, coef):
@@ -88,7 +112,7 @@ def test_compile():
             torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_edges(kernel):
+def test_bad_arguments_raise(kernel):
     scores, _, mask, _ = inputs()
     with pytest.raises(TypeError, match=r"scores must be floating point, got torch\.int64"):
         token_rewards(scores.long(), mask)
@@ -132,3 +156,30 @@ def test_packed_equals_padded(kernel):
     padded = token_rewards(scores, mask, kl=kl, kl_coef=0.3)
     packed = token_rewards(scores, mask.view(-1), kl=kl.view(-1), kl_coef=0.3, cu_seqlens=cu)
     assert torch.equal(padded.view(-1), packed)
+
+
+def test_any_strides(kernel):
+    scores, kl, mask, _ = inputs(shape=(6, 6))
+    weight = torch.randn(6, 6, dtype=torch.float64)
+
+    def run(scores, kl, mask):
+        scores, kl = (x.detach().requires_grad_() for x in (scores, kl))
+        rewards = token_rewards(scores, mask, kl=kl, kl_coef=0.3)
+        return rewards, *torch.autograd.grad(rewards, (scores, kl), weight)
+
+    views = scores[:1].expand(6), kl.t(), mask.t()
+    ours, plain = run(*views), run(*(x.clone() for x in views))
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_threads_change_no_bit():
+    scores, kl, mask, _ = inputs(dtype=torch.float32, shape=(7, 30000))
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        leaf, penalty = leaves(scores, kl)
+        rewards = token_rewards(leaf, mask, kl=penalty, kl_coef=0.3)
+        results.append((rewards, *torch.autograd.grad(rewards, (leaf, penalty), kl)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    exact = by_loop(scores, kl, mask, None, 0.3)
+    torch.testing.assert_close(results[0][0].double(), exact, rtol=1e-6, atol=1e-6)

@@ -1,16 +1,17 @@
-"""whiten against its reference, and the laws of whitening."""
+"""whiten against its formula in fp64, and the laws of whitening."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from accuracy import TOLERANCE, assert_no_worse, leaves
+from registration import check_registration
 from torch.autograd import gradcheck
-from torch.library import opcheck
 
-import fastpg.ops.credit.whiten as page
-from bench.inputs import DEVICE, generator
+from bench.inputs import generator
 from fastpg import whiten
+from fastpg.ops.credit import whiten as page
 
+OP = "whiten"
 POISON = [float("nan"), float("inf"), 1e30]
 
 
@@ -21,7 +22,7 @@ def inputs(shape, dtype=torch.float64, seed=0, shift=0.0):
 
 
 def plain(x, mask, center=True, eps=1e-8):
-    """The formula, in fp64."""
+    """The formula in fp64, with torch's own mean and variance."""
     kept = x[mask].double()
     y = (kept - kept.mean()) * torch.rsqrt(kept.var() + eps)
     out = torch.zeros(x.shape, dtype=torch.float64)
@@ -30,9 +31,11 @@ def plain(x, mask, center=True, eps=1e-8):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(2, 2), (3, 7), (4095,), (4097,), (5, 4096)])  # block +- 1
+@pytest.mark.parametrize(
+    "shape", [(2, 2), (3, 7), (4095,), (4097,), (5, 4096)]
+)  # A block has 4096.
 @pytest.mark.parametrize("center", [True, False])
-def test_matches_reference(kernel, shape, dtype, center):
+def test_matches_the_formula(kernel, shape, dtype, center):
     x, mask = inputs(shape, dtype)
     y = whiten(x, mask, center=center)
     assert y.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
@@ -59,13 +62,16 @@ def test_registration():
         x, mask = inputs((0, 3) if layout == "empty" else (4, 3))
         x, mask = (x.t(), mask.t()) if layout == "transposed" else (x, mask)
         x = x[:1].expand(x.shape) if layout == "expanded" else x
-        opcheck(page._moments, (x, mask))
-        moments = page._moments(x, mask)
-        opcheck(page._whiten, (x, mask, moments, False, 0.1))
-        opcheck(page._backward, (x.sum().expand(x.shape), x, mask, moments, False, 0.1))
+        every = page.MomentsInputs(x, mask)
+        check_registration(page.whiten_moments_op, every)
+        moments = page.whiten_moments_op(every).moments
+        scaled = page.Inputs(x, mask, moments, center=False, eps=0.1)
+        check_registration(page.whiten_op, scaled)
+        grad = page.BackwardInputs(scaled, x.sum().expand(x.shape))
+        check_registration(page.whiten_backward_op, grad)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
 def test_compile():
     @torch.compile(fullgraph=True, dynamic=True)
     def compiled(x, mask):
@@ -80,7 +86,7 @@ def test_compile():
         torch.testing.assert_close(ours.grad, eager.grad)
 
 
-def test_edges(kernel):
+def test_bad_arguments_raise(kernel):
     x, mask = inputs((2, 3), torch.float32)
     with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64"):
         whiten(x.long(), mask)
@@ -119,25 +125,50 @@ def test_does_not_cancel_at_mean_1e4(kernel, dtype):
     assert abs(y[mask].double().var().item() - 1) < 1e-6
 
 
-def test_same_bits_for_any_number_of_threads(kernel):
-    if kernel in DEVICE:
-        pytest.skip("no threads of the CPU run there")
+def test_every_block_is_merged(kernel):
+    """In Triton blocks have 1024 elements, and 256 of them are merged at a time."""
+    x, mask = inputs((270_001,), torch.float32)
+    x[262_144:] += 5  # The blocks after the first 256 have another mean.
+    (leaf,) = leaves(x)
+    y = whiten(leaf, mask)
+    assert_no_worse(y, plain(x, mask).float(), plain(x, mask), TOLERANCE[torch.float32])
+    # A gradient of 1 at the deviations of the last blocks alone: 0 but for their sums.
+    grad = torch.zeros_like(x)
+    grad[262_144:] = 1.0
+    exact = x.double().requires_grad_()
+    kept = exact[mask]
+    formula = (kept - kept.mean()) * torch.rsqrt(kept.var() + 1e-8)
+    (expected,) = torch.autograd.grad(formula, exact, grad.double()[mask])
+    (ours,) = torch.autograd.grad(y, leaf, grad)
+    assert_no_worse(ours, expected.float(), expected, TOLERANCE[torch.float32])
+
+
+def test_any_strides(kernel):
+    x, mask = inputs((5, 8))
+    for view, kept in ((x.t(), mask.t()), (x[:, ::2], mask[:, 1::2]), (x[:1].expand(5, 8), mask)):
+        weight = torch.randn(view.shape, dtype=torch.float64)
+        results = []
+        for change in (lambda t: t, torch.clone):
+            leaf = change(view).detach().requires_grad_()
+            y = whiten(leaf, change(kept))
+            results.append((y, *torch.autograd.grad(y, leaf, weight)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_threads_change_no_bit():
+    """Of the C++ kernel: the sums of torch, which the reference uses, depend on their number."""
     x, mask = inputs((9, 30001), torch.float32)
-    threads, seen = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            (leaf,) = leaves(x)
-            y = whiten(leaf, mask)
-            seen.append((y.detach(), *torch.autograd.grad(y, leaf, x)))
-    finally:
-        torch.set_num_threads(threads)
-    if kernel != "reference":  # torch's own sums depend on the number of threads
-        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        (leaf,) = leaves(x)
+        y = whiten(leaf, mask)
+        results.append((y, *torch.autograd.grad(y, leaf, x)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def rank_main(rank, folder):
-    """Rank 0 of two has every unmasked element of x, then half of them."""
+    """The first of two ranks has every element of x, then half of them."""
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     x, mask = inputs((4, 50), torch.float32, shift=100.0)
     for split in (4, 2):

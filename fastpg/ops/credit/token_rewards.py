@@ -1,114 +1,143 @@
 """Rewards per token: a KL penalty at every token, and the score where the sequence ends.
 
-r_t = −kl_coef · kl_t + [t is the last unmasked token] · score
+    r_t = −kl_coef · kl_t + [t is the last unmasked token of its sequence] · score
+
+A masked token has reward 0. Backward sends ∂r at the last unmasked token to the score, and
+−kl_coef · ∂r_t to kl_t.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._library import (
-    _C,
-    DTYPE_CODE,
-    address,
-    contiguous,
-    cpu_kernel,
-    define,
-    scalar,
-    triton_kernels,
-)
+from ..._autograd import Differentiable
+from ..._library import empty_like, scalar
+from ..._op import Op
 from ..common import checks
-from ..common.autograd import once_differentiable
+from ..common.sizes import SequenceSizes, sequence_sizes
 
 
-def reference(scores, kl, mask, cu_seqlens, kl_coef):
-    """Rewards of the shape of mask and the dtype of scores."""
-    checks.check_cu_seqlens("token_rewards", cu_seqlens, mask)
-    last = checks.is_last(mask, cu_seqlens)
-    rewards = torch.where(last, checks.to_tokens(scores, mask, cu_seqlens), 0.0)
-    return rewards if kl is None else rewards - kl_coef * torch.where(mask, kl, 0.0)
+class Inputs(NamedTuple):
+    scores: Tensor  # [B], fp32 or fp64
+    mask: Tensor  # bool [B, T], or packed [N] with cu_seqlens
+    kl: Tensor | None  # like mask, in the dtype of scores; None: 0
+    cu_seqlens: Tensor | None  # int32 [B + 1]; None: padded
+    kl_coef: float
 
 
-def reference_backward(grad, scores, kl, mask, cu_seqlens, kl_coef):
-    """Gradients of scores and of kl, empty if there is no kl."""
-    at_last = torch.where(checks.is_last(mask, cu_seqlens), grad, 0.0)
-    grad_scores = checks.to_sequences(at_last, cu_seqlens)
-    if kl is None:
-        return grad_scores, grad.new_empty(0)
-    return grad_scores, torch.where(mask, -kl_coef * grad, 0.0).contiguous()
+class Outputs(NamedTuple):
+    rewards: Tensor  # like mask, in the dtype of scores
 
 
-_INPUTS = "Tensor scores, Tensor? kl, Tensor mask, Tensor? cu_seqlens, float kl_coef"
-_rewards = define(
-    f"token_rewards({_INPUTS}) -> Tensor",
-    fake=lambda scores, kl, mask, *_: scores.new_empty(mask.shape),
+class BackwardInputs(NamedTuple):
+    inputs: Inputs
+    grad_rewards: Tensor  # like rewards
+
+
+class Gradients(NamedTuple):
+    grad_scores: Tensor  # like scores
+    grad_kl: Tensor  # like kl; empty, if there was none
+
+
+def reference(x: Inputs) -> Outputs:
+    """The specification: the formula at the top of this page."""
+    checks.check_cu_seqlens("token_rewards", x.cu_seqlens, x.mask)
+    last = checks.is_last(x.mask, x.cu_seqlens)
+    rewards = torch.where(last, checks.to_tokens(x.scores, x.mask, x.cu_seqlens), 0.0)
+    if x.kl is not None:
+        rewards = rewards - x.kl_coef * torch.where(x.mask, x.kl, 0.0)
+    return Outputs(rewards.contiguous())
+
+
+def reference_backward(x: BackwardInputs) -> Gradients:
+    """The adjoint of the formula."""
+    inputs, grad = x.inputs, x.grad_rewards
+    last = checks.is_last(inputs.mask, inputs.cu_seqlens)
+    grad_scores = checks.to_sequences(torch.where(last, grad, 0.0), inputs.cu_seqlens)
+    if inputs.kl is None:
+        return Gradients(grad_scores, grad.new_empty(0))
+    return Gradients(
+        grad_scores, torch.where(inputs.mask, -inputs.kl_coef * grad, 0.0).contiguous()
+    )
+
+
+def allocate(x: Inputs) -> Outputs:
+    """Makes empty rewards."""
+    return Outputs(x.scores.new_empty(x.mask.shape))
+
+
+def allocate_gradients(x: BackwardInputs) -> Gradients:
+    """Makes empty gradients; that of kl has no elements if there is no kl."""
+    scores, kl = x.inputs.scores, x.inputs.kl
+    return Gradients(empty_like(scores), scores.new_empty(0) if kl is None else empty_like(kl))
+
+
+def sizes(x: Inputs) -> SequenceSizes:
+    """Tells C++ the dtype, how many sequences there are, and their length."""
+    return sequence_sizes(x.mask, x.cu_seqlens, x.scores)
+
+
+def backward_sizes(x: BackwardInputs) -> SequenceSizes:
+    """The same, for the backward op."""
+    return sizes(x.inputs)
+
+
+token_rewards_op = Op(
+    "token_rewards",
+    Inputs,
+    Outputs,
+    page=__name__,
     reference=reference,
+    allocate=allocate,
+    sizes=sizes,
 )
-_backward = define(
-    f"token_rewards_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor)",
-    fake=lambda grad, scores, kl, *_: (
-        scores.new_empty(scores.shape),
-        scores.new_empty(0 if kl is None else kl.shape),
-    ),
+token_rewards_backward_op = Op(
+    "token_rewards_backward",
+    BackwardInputs,
+    Gradients,
+    page=__name__,
     reference=reference_backward,
+    allocate=allocate_gradients,
+    sizes=backward_sizes,
 )
 
 
-@cpu_kernel(_rewards)
-def _rewards_cpu(scores, kl, mask, cu_seqlens, kl_coef):
-    scores, kl, mask, cu_seqlens = contiguous(scores, kl, mask, cu_seqlens)
-    out = scores.new_empty(mask.shape)
-    _C.token_rewards(
-        len(scores), mask.shape[-1], address(cu_seqlens), DTYPE_CODE[scores.dtype],
-        scores.data_ptr(), address(kl), mask.data_ptr(), kl_coef, out.data_ptr(),
-    )  # fmt: skip
-    return out
+def _forward(x: Inputs) -> tuple[Outputs, Inputs]:
+    return token_rewards_op(x), x
 
 
-@cpu_kernel(_backward)
-def _backward_cpu(grad, scores, kl, mask, cu_seqlens, kl_coef):
-    grad, mask, cu_seqlens = contiguous(grad, mask, cu_seqlens)
-    grad_scores = scores.new_empty(scores.shape)
-    grad_kl = scores.new_empty(0 if kl is None else kl.shape)
-    _C.token_rewards_backward(
-        len(scores), mask.shape[-1], address(cu_seqlens), DTYPE_CODE[grad.dtype], grad.data_ptr(),
-        mask.data_ptr(), kl_coef, grad_scores.data_ptr(), 0 if kl is None else grad_kl.data_ptr(),
-    )  # fmt: skip
-    return grad_scores, grad_kl
+def _backward(x: Inputs, grad_rewards: Tensor) -> Gradients:
+    return token_rewards_backward_op(BackwardInputs(x, grad_rewards))
 
 
-triton_kernels(__name__, _rewards, _backward)
+_token_rewards = Differentiable(
+    "token_rewards",
+    inputs=Inputs,
+    saved=Inputs,
+    differentiable=("scores", "kl"),
+    forward=_forward,
+    backward=_backward,
+)
 
 
-class _TokenRewards(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        *tensors, ctx.kl_coef = args
-        ctx.save_for_backward(*tensors)
-        return _rewards(*args)
+def penalty(kl: Tensor | None, kl_coef: float, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """Checks kl and kl_coef, and brings them into the form that the op takes.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        saved = ctx.saved_tensors
-        grad_scores, grad_kl = _backward(grad, *saved, ctx.kl_coef)
-        return grad_scores, None if saved[1] is None else grad_kl, None, None, None
-
-
-def _penalty(kl, kl_coef, dtype):
-    """(kl, kl_coef) for the op; no kl at coefficient 0, where an infinite one would make NaN."""
+    At coefficient 0 there is no kl, for an infinite one would make NaN.
+    """
     checks.check_number("token_rewards", "kl_coef", kl_coef)
     if not 0 <= kl_coef < math.inf:
         raise ValueError(f"token_rewards: kl_coef must be finite and >= 0, got {kl_coef}")
     if kl is None and kl_coef != 0:
         raise ValueError(f"token_rewards: kl_coef={kl_coef} needs kl")
-    if kl_coef == 0:
+    if kl is None or kl_coef == 0:
         return None, 0.0
     kl = checks.cast(kl, dtype)
-    if torch.compiler.is_compiling():  # where a float of the op compiles anew for each value
+    if torch.compiler.is_compiling():  # There a float of an op compiles anew for each value.
         return kl * scalar(kl_coef, dtype, kl.device), 1.0
     return kl, float(kl_coef)
 
@@ -121,15 +150,35 @@ def token_rewards(
     kl_coef: float = 0.0,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The score [B] at the last unmasked token of each sequence, minus kl_coef * kl at every one.
+    """The score of each sequence at its last token, minus a KL penalty at every token.
 
-    scores: [B], bf16, fp16, fp32 or fp64; differentiable.
-    mask: [B, T], or packed [N] with cu_seqlens (int32 [B + 1]); bool or 0/1.
-    kl: like mask; differentiable. Not read where masked, nor with kl_coef = 0, where it gets no
-    gradient.
-    kl_coef: finite and >= 0.
-    Returns rewards like mask, 0 where masked; fp32 (fp64 if an input is fp64). A sequence with no
-    unmasked token gets nothing.
+    r_t = −kl_coef · kl_t, plus the score where t is the last unmasked token of its sequence.
+
+    Args:
+        scores: [B], one score for each sequence, of any float dtype; differentiable. That of a
+            sequence without an unmasked token is not read.
+        mask: [B, T], or packed [N] with cu_seqlens; bool or 0/1. 1 marks a token of a completion.
+        kl: Like mask, such as from kl_estimate, in nats; differentiable. It is not read where
+            masked, nor at kl_coef = 0, where it has no gradient.
+        kl_coef: The weight of the penalty, finite and >= 0.
+        cu_seqlens: int32 [B + 1], where packed sequences begin and end.
+
+    Returns:
+        The reward of each token, like mask, 0 where masked; fp32, or fp64 if an input is fp64.
+
+    Raises:
+        TypeError: An argument is no tensor or number, or has a dtype that it cannot have.
+        ValueError: A shape, a device or a value does not fit, or kl_coef is given without kl.
+
+    Example:
+        >>> mask, kl = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.full((2, 3), 0.5)
+        >>> fastpg.token_rewards(torch.tensor([1.0, 2.0]), mask, kl=kl, kl_coef=0.1)
+        tensor([[-0.0500,  0.9500,  0.0000],
+                [-0.0500, -0.0500,  1.9500]])
+
+    Reference:
+        Ziegler et al. 2019, "Fine-tuning language models from human preferences",
+        arXiv:1909.08593.
     """
     op = "token_rewards"
     checks.check_tensor(op, "scores", scores)
@@ -137,7 +186,6 @@ def token_rewards(
     count = checks.sequence_count(op, "mask", mask, cu_seqlens)
     checks.check_shape(op, "scores", scores, mask, (count,))
     checks.check_shape(op, "kl", kl, mask, mask.shape)
-    kl, kl_coef = _penalty(kl, kl_coef, dtype)
+    kl, kl_coef = penalty(kl, kl_coef, dtype)
     scores, mask = checks.cast(scores, dtype), checks.as_bool(mask)
-    args = scores, kl, mask, cu_seqlens, kl_coef
-    return _rewards(*args) if checks.constant(scores, kl) else _TokenRewards.apply(*args)
+    return _token_rewards(Inputs(scores, mask, kl, cu_seqlens, kl_coef))[0]

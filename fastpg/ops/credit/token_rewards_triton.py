@@ -5,72 +5,106 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..._library import contiguous
-from ..common.triton import BLOCK, OPTIONS, jit, number, on_device, sequence_bounds
+from ..._record import contiguous
+from ..common.triton import BLOCK, OPTIONS, jit, load_kept, load_mask, number, sequence_bounds
+from .token_rewards import (
+    BackwardInputs,
+    Gradients,
+    Inputs,
+    Outputs,
+    allocate,
+    allocate_gradients,
+)
 
 
 @triton.jit
-def last_kept(mask, begin, end):
+def last_kept(mask: tl.tensor, begin: tl.tensor, end: tl.tensor):
     """The last unmasked token of [begin, end), or -1."""
     last = tl.full([BLOCK], -1, tl.int64)
     for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        last = tl.where(tl.load(mask + at, mask=at < end, other=0), at, last)
+        token = start + tl.arange(0, BLOCK)
+        last = tl.where(load_mask(mask, token, token < end), token, last)
     return tl.max(last, 0)
 
 
 @jit
 def forward_kernel(
-    scores, kl, mask, cu_seqlens, rewards, length: tl.int64, tokens: tl.int64,
-    kl_coef: tl.float64
-):  # fmt: skip
+    scores: tl.tensor,
+    mask: tl.tensor,
+    kl: tl.tensor,
+    cu_seqlens: tl.tensor,
+    rewards: tl.tensor,
+    length: tl.int64,
+    tokens: tl.int64,
+    kl_coef: tl.float64,
+):
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)
     last = last_kept(mask, begin, end)
     score = tl.load(scores + tl.program_id(0), mask=last >= 0, other=0.0)
     for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        reward = tl.where(at == last, score, 0.0)
+        token = start + tl.arange(0, BLOCK)
+        reward = tl.where(token == last, score, 0.0)
         if kl is not None:
-            kept = tl.load(mask + at, mask=at < end, other=0)
-            reward -= number(kl_coef, score) * tl.load(kl + at, mask=kept, other=0.0)
-        tl.store(rewards + at, reward, mask=at < end)
+            kept = load_mask(mask, token, token < end)
+            reward -= number(kl_coef, score) * load_kept(kl, token, kept)
+        tl.store(rewards + token, reward, mask=token < end)
 
 
 @jit
 def backward_kernel(
-    grad, mask, cu_seqlens, grad_scores, grad_kl, length: tl.int64, tokens: tl.int64,
-    kl_coef: tl.float64
-):  # fmt: skip
+    grad_rewards: tl.tensor,
+    mask: tl.tensor,
+    cu_seqlens: tl.tensor,
+    grad_scores: tl.tensor,
+    grad_kl: tl.tensor,
+    length: tl.int64,
+    tokens: tl.int64,
+    kl_coef: tl.float64,
+):
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)
     last = last_kept(mask, begin, end)
-    at_last = tl.load(grad + last, mask=last >= 0, other=0.0)
-    tl.store(grad_scores + tl.program_id(0), at_last)
+    grad_score = tl.load(grad_rewards + last, mask=last >= 0, other=0.0)
+    tl.store(grad_scores + tl.program_id(0), grad_score)
     if grad_kl is not None:
         for start in range(begin, end, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            kept = tl.load(mask + at, mask=at < end, other=0)
-            g = tl.load(grad + at, mask=kept, other=0.0)
-            tl.store(grad_kl + at, -number(kl_coef, at_last) * g, mask=at < end)
+            token = start + tl.arange(0, BLOCK)
+            kept = load_mask(mask, token, token < end)
+            grad = load_kept(grad_rewards, token, kept)
+            tl.store(grad_kl + token, -number(kl_coef, grad_score) * grad, mask=token < end)
 
 
-@on_device
-def token_rewards(scores, kl, mask, cu_seqlens, kl_coef):
-    tensors = contiguous(scores, kl, mask, cu_seqlens)
-    rewards = scores.new_empty(mask.shape)
-    if len(scores):
-        forward_kernel[(len(scores),)](
-            *tensors, rewards, mask.shape[-1], mask.numel(), kl_coef, **OPTIONS
+def token_rewards(x: Inputs) -> Outputs:
+    """Launches a program for each sequence."""
+    x, outputs = contiguous(x), allocate(x)
+    if sequences := len(x.scores):
+        forward_kernel[(sequences,)](
+            scores=x.scores,
+            mask=x.mask,
+            kl=x.kl,
+            cu_seqlens=x.cu_seqlens,
+            rewards=outputs.rewards,
+            length=x.mask.shape[-1],
+            tokens=x.mask.numel(),
+            kl_coef=x.kl_coef,
+            **OPTIONS,
         )
-    return rewards
+    return outputs
 
 
-@on_device
-def token_rewards_backward(grad, scores, kl, mask, cu_seqlens, kl_coef):
-    tensors = contiguous(grad, mask, cu_seqlens)
-    grad_scores = scores.new_empty(scores.shape)
-    grad_kl = None if kl is None else scores.new_empty(kl.shape)
-    if len(scores):
-        backward_kernel[(len(scores),)](
-            *tensors, grad_scores, grad_kl, mask.shape[-1], mask.numel(), kl_coef, **OPTIONS
+def token_rewards_backward(x: BackwardInputs) -> Gradients:
+    """Launches a program for each sequence."""
+    inputs, gradients = x.inputs, allocate_gradients(x)
+    mask, cu_seqlens = inputs.mask.contiguous(), inputs.cu_seqlens
+    if sequences := len(inputs.scores):
+        backward_kernel[(sequences,)](
+            grad_rewards=x.grad_rewards.contiguous(),
+            mask=mask,
+            cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+            grad_scores=gradients.grad_scores,
+            grad_kl=None if inputs.kl is None else gradients.grad_kl,
+            length=mask.shape[-1],
+            tokens=mask.numel(),
+            kl_coef=inputs.kl_coef,
+            **OPTIONS,
         )
-    return grad_scores, scores.new_empty(0) if grad_kl is None else grad_kl
+    return gradients

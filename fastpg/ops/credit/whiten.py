@@ -3,130 +3,187 @@
     y = (x − μ) s,   s = (var + eps)^(−1/2),   var = M2 / (n − 1),   M2 = Σ (x − μ)²
     center=False:    y = (x − μ) s + μ
 
-Blocks of x give (n, μ, M2) each, which merge in a fixed order, never by E[x²] − E[x]²:
-
-    d = μ_b − μ_a    n = n_a + n_b    μ = μ_a + d n_b / n    M2 = M2_a + M2_b + d² n_a n_b / n
+Blocks of x give (n, μ, M2) each, which merge in a fixed order (common/moments.py), never by
+E[x²] − E[x]².
 
     ∂x_j = s (∂y_j − mean ∂y) − s³ (x_j − μ) Σ ∂y (x − μ) / (n − 1)      (center=False: + mean ∂y)
+
+Three ops do it: whiten_moments reduces x to its moments, whiten scales by them, and whiten_backward
+is the gradient of both together. Between the first two the moments of other ranks can be merged in.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._library import _C, DTYPE_CODE, cpu_kernel, define, triton_kernels
+from ..._autograd import Differentiable
+from ..._library import empty_like
+from ..._op import Op
 from ..common import checks
-from ..common.autograd import once_differentiable
+from ..common.moments import Moments, merge_moments, moments_of
+from ..common.sizes import ElementSizes, element_sizes
 
 
-def reference_moments(x, mask):
-    """(n, mean, M2) as fp64 [3]."""
-    n = mask.sum().double()
-    mean = torch.where(mask, x, 0.0).double().sum() / n.clamp(min=1)
-    squares = torch.where(mask, x.double() - mean, 0.0).square().sum()
-    return torch.stack([n, mean, squares])
+class MomentsInputs(NamedTuple):
+    x: Tensor  # any shape, fp32 or fp64
+    mask: Tensor  # bool, like x
 
 
-def _scale(moments, eps):
+class MomentsOutputs(NamedTuple):
+    moments: Tensor  # fp64 [3]: the fields of Moments
+
+
+class Inputs(NamedTuple):
+    x: Tensor  # any shape, fp32 or fp64
+    mask: Tensor  # bool, like x
+    moments: Tensor  # fp64 [3]: the fields of Moments
+    center: bool
+    eps: float
+
+
+class Outputs(NamedTuple):
+    y: Tensor  # like x
+
+
+class BackwardInputs(NamedTuple):
+    inputs: Inputs
+    grad_y: Tensor  # like x
+
+
+class Gradient(NamedTuple):
+    grad_x: Tensor  # like x, through the moments too
+
+
+def reference_moments(inputs: MomentsInputs) -> MomentsOutputs:
+    """The specification of the moments: the sums at the top of this page, in fp64."""
+    return MomentsOutputs(torch.stack(moments_of(inputs.x, inputs.mask)))
+
+
+def scale_of(moments: Moments, eps: float) -> Tensor:
     """s; 1 for a single value, which has no variance."""
-    n, _, squares = moments.unbind()
-    return torch.where(n > 1, torch.rsqrt(squares / (n - 1).clamp(min=1) + eps), 1.0)
+    variance = moments.m2 / (moments.count - 1).clamp(min=1)
+    return torch.where(moments.count > 1, torch.rsqrt(variance + eps), 1.0)
 
 
-def reference(x, mask, moments, center, eps):
-    """y, of the shape and dtype of x."""
-    mean = moments[1]
-    y = (x.double() - mean) * _scale(moments, eps)
-    return torch.where(mask, y if center else y + mean, 0.0).to(x.dtype).contiguous()
+def reference(inputs: Inputs) -> Outputs:
+    """The specification: the first pair of formulas at the top of this page, in fp64."""
+    x, moments = inputs.x, Moments._make(inputs.moments.unbind())
+    y = (x.double() - moments.mean) * scale_of(moments, inputs.eps)
+    if not inputs.center:
+        y = y + moments.mean
+    return Outputs(torch.where(inputs.mask, y, 0.0).to(x.dtype).contiguous())
 
 
-def reference_backward(grad, x, mask, moments, center, eps):
-    """dL/dx, of the shape and dtype of x."""
-    n, mean, _ = moments.unbind()
-    s, n = _scale(moments, eps), n.clamp(min=1)
-    g = torch.where(mask, grad, 0.0).double()
-    d = torch.where(mask, x.double() - mean, 0.0)
-    dx = s * (g - g.sum() / n) - s**3 * d * (g * d).sum() / (n - 1).clamp(min=1)
-    dx = dx if center else dx + g.sum() / n
-    return torch.where(mask, dx, 0.0).to(x.dtype).contiguous()
+def reference_backward(x: BackwardInputs) -> Gradient:
+    """The specification of the gradient: the last formula at the top of this page, in fp64."""
+    inputs, moments = x.inputs, Moments._make(x.inputs.moments.unbind())
+    scale, count = scale_of(moments, inputs.eps), moments.count.clamp(min=1)
+    grad = torch.where(inputs.mask, x.grad_y, 0.0).double()
+    deviation = torch.where(inputs.mask, inputs.x.double() - moments.mean, 0.0)
+    mean_grad = grad.sum() / count
+    through_variance = scale**3 * deviation * (grad * deviation).sum() / (count - 1).clamp(min=1)
+    grad_x = scale * (grad - mean_grad) - through_variance
+    if not inputs.center:
+        grad_x = grad_x + mean_grad
+    return Gradient(torch.where(inputs.mask, grad_x, 0.0).to(inputs.x.dtype).contiguous())
 
 
-_moments = define(
-    "whiten_moments(Tensor x, Tensor mask) -> Tensor",
-    fake=lambda x, _: x.new_empty(3, dtype=torch.float64),
+def allocate_moments(inputs: MomentsInputs) -> MomentsOutputs:
+    """Makes empty moments."""
+    return MomentsOutputs(inputs.x.new_empty(3, dtype=torch.float64))
+
+
+def allocate(inputs: Inputs) -> Outputs:
+    """Makes an empty result."""
+    return Outputs(empty_like(inputs.x))
+
+
+def allocate_gradient(x: BackwardInputs) -> Gradient:
+    """Makes an empty gradient."""
+    return Gradient(empty_like(x.inputs.x))
+
+
+def sizes(inputs: MomentsInputs | Inputs) -> ElementSizes:
+    """Tells C++ the dtype and the number of elements."""
+    return element_sizes(inputs.x)
+
+
+def backward_sizes(x: BackwardInputs) -> ElementSizes:
+    """Tells C++ the dtype and the number of elements."""
+    return element_sizes(x.inputs.x)
+
+
+whiten_moments_op = Op(
+    "whiten_moments",
+    MomentsInputs,
+    MomentsOutputs,
+    page=__name__,
     reference=reference_moments,
+    allocate=allocate_moments,
+    sizes=sizes,
 )
-_whiten = define(
-    "whiten(Tensor x, Tensor mask, Tensor moments, bool center, float eps) -> Tensor",
-    fake=lambda x, *_: x.new_empty(x.shape),
+whiten_op = Op(
+    "whiten",
+    Inputs,
+    Outputs,
+    page=__name__,
     reference=reference,
+    allocate=allocate,
+    sizes=sizes,
 )
-_backward = define(
-    "whiten_backward(Tensor grad, Tensor x, Tensor mask, Tensor moments, bool center, float eps)"
-    " -> Tensor",
-    fake=lambda _, x, *__: x.new_empty(x.shape),
+whiten_backward_op = Op(
+    "whiten_backward",
+    BackwardInputs,
+    Gradient,
+    page=__name__,
     reference=reference_backward,
+    allocate=allocate_gradient,
+    sizes=backward_sizes,
 )
 
 
-@cpu_kernel(_moments)
-def _moments_cpu(x, mask):
-    x, mask, out = x.contiguous(), mask.contiguous(), x.new_empty(3, dtype=torch.float64)
-    _C.whiten_moments(x.numel(), DTYPE_CODE[x.dtype], x.data_ptr(), mask.data_ptr(), out.data_ptr())
-    return out
+class Checked(NamedTuple):
+    """The arguments of the public function, checked: from them come the inputs of the ops."""
+
+    x: Tensor
+    mask: Tensor
+    center: bool
+    eps: float
 
 
-@cpu_kernel(_whiten)
-def _whiten_cpu(x, mask, moments, center, eps):
-    x, mask, out = x.contiguous(), mask.contiguous(), x.new_empty(x.shape)
-    _C.whiten(
-        x.numel(), DTYPE_CODE[x.dtype], x.data_ptr(), mask.data_ptr(), moments.data_ptr(), center,
-        eps, out.data_ptr(),
-    )  # fmt: skip
-    return out
+def _forward(given: Checked) -> tuple[Outputs, Inputs]:
+    moments = whiten_moments_op(MomentsInputs(given.x, given.mask)).moments
+    inputs = Inputs(given.x, given.mask, moments, given.center, given.eps)
+    return whiten_op(inputs), inputs
 
 
-@cpu_kernel(_backward)
-def _backward_cpu(grad, x, mask, moments, center, eps):
-    grad, x, mask, out = grad.contiguous(), x.contiguous(), mask.contiguous(), x.new_empty(x.shape)
-    _C.whiten_backward(
-        x.numel(), DTYPE_CODE[x.dtype], grad.data_ptr(), x.data_ptr(), mask.data_ptr(),
-        moments.data_ptr(), center, eps, out.data_ptr(),
-    )  # fmt: skip
-    return out
+def _backward(inputs: Inputs, grad_y: Tensor) -> Gradient:
+    return whiten_backward_op(BackwardInputs(inputs, grad_y))
 
 
-triton_kernels(__name__, _moments, _whiten, _backward)
+_whiten = Differentiable(
+    "whiten",
+    inputs=Checked,
+    saved=Inputs,
+    differentiable=("x",),
+    forward=_forward,
+    backward=_backward,
+)
 
 
-class _Whiten(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, mask, center, eps):
-        moments = _moments(x, mask)
-        ctx.save_for_backward(x, mask, moments)
-        ctx.options = center, eps
-        return _whiten(x, mask, moments, center, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-def _merge_ranks(moments, group):
-    """The moments of every rank's values together, with the same bits on every rank."""
-    each = [torch.empty_like(moments) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(each, moments, group=group)
-    total, mean, squares = torch.zeros_like(moments).unbind()
-    for n, mean_b, squares_b in each:
-        d, share = mean_b - mean, n / (total + n).clamp(min=1)
-        squares = squares + squares_b + d * d * total * share
-        total, mean = total + n, mean + d * share
-    return torch.stack([total, mean, squares])
+def whiten_over_ranks(given: Checked, process_group: dist.ProcessGroup) -> Tensor:
+    """Whitens by the moments of every rank's values together; they have the same bits on each."""
+    moments = whiten_moments_op(MomentsInputs(given.x, given.mask)).moments
+    every_rank = [torch.empty_like(moments) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(every_rank, moments, group=process_group)
+    merged = merge_moments(Moments._make(torch.stack(every_rank, 1).unbind()))
+    inputs = Inputs(given.x, given.mask, torch.stack(merged), given.center, given.eps)
+    return whiten_op(inputs).y
 
 
 def whiten(
@@ -137,14 +194,35 @@ def whiten(
     eps: float = 1e-8,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """x with mean 0 and unbiased variance 1 over the unmasked elements.
+    """x with mean 0 and unbiased variance 1 over its unmasked elements.
 
-    x: any shape, bf16, fp16, fp32 or fp64, any strides; differentiable.
-    mask: like x, bool or 0/1. Masked elements are not read, and 0 in the output.
-    center=False scales the deviations and keeps the mean.
-    process_group: mean and variance are those of all ranks together. It synchronises the ranks, and
-    x must not require a gradient.
-    Returns y like x, fp32 (fp64 for fp64). One unmasked element is only centred: its scale is 1.
+    y = (x − μ) / √(var + eps), with var = Σ (x − μ)² / (n − 1).
+
+    Args:
+        x: Any shape, float dtype and strides, such as advantages [B, T]; differentiable.
+        mask: Like x, bool or 0/1. A masked element is not read, and 0 in the result.
+        center: False keeps the mean: only the deviations from it are scaled.
+        eps: What is added to the variance, finite and > 0.
+        process_group: Mean and variance are those of all its ranks together: each must call. It
+            synchronises the ranks, and x must not require a gradient.
+
+    Returns:
+        y, like x; fp32, or fp64 if x is fp64. A single unmasked element has no variance: it is only
+        centred.
+
+    Raises:
+        TypeError: An argument is no tensor or number, or x is not of a floating dtype.
+        ValueError: The shapes or devices differ, eps is not finite and > 0, or x requires a
+            gradient where there is a process_group.
+
+    Example:
+        >>> x, mask = torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]])
+        >>> fastpg.whiten(x, mask)
+        tensor([[-0.7071,  0.7071,  0.0000]])
+
+    Reference:
+        Andrychowicz et al. 2021, "What matters for on-policy deep actor-critic methods?",
+        arXiv:2006.05990. The moments: Chan, Golub and LeVeque 1983.
     """
     checks.check_tensors("whiten", x=x, mask=mask)
     dtype = checks.compute_dtype("whiten", x=x)
@@ -152,12 +230,9 @@ def whiten(
     checks.check_number("whiten", "eps", eps)
     if not 0 < eps < math.inf:
         raise ValueError(f"whiten: eps must be finite and > 0, got {eps}")
-    x, mask = checks.cast(x, dtype), checks.as_bool(mask)
-    if process_group is None and not checks.constant(x):
-        return _Whiten.apply(x, mask, center, float(eps))
+    given = Checked(checks.cast(x, dtype), checks.as_bool(mask), center, float(eps))
+    if process_group is None:
+        return _whiten(given)[0]
     if x.requires_grad:
         raise ValueError("whiten: x requires a gradient, which process_group does not support")
-    moments = _moments(x, mask)
-    if process_group is not None:
-        moments = _merge_ranks(moments, process_group)
-    return _whiten(x, mask, moments, center, float(eps))
+    return whiten_over_ranks(given, process_group)

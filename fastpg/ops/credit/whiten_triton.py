@@ -1,4 +1,7 @@
-"""whiten on the GPU: the maths of csrc/whiten.h, in fp64 as there."""
+"""whiten on the GPU: the maths of csrc/credit/whiten.h, in fp64 as there.
+
+Blocks of elements give their moments, or their sums of the gradient; these are merged in order.
+"""
 
 from __future__ import annotations
 
@@ -6,116 +9,181 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._record import contiguous
 from ..common.triton import (
     OPTIONS,
     block_moments,
     block_offsets,
     blocks_of,
     jit,
+    load_kept,
+    load_mask,
     merged_moments,
-    on_device,
+)
+from .whiten import (
+    BackwardInputs,
+    Gradient,
+    Inputs,
+    MomentsInputs,
+    MomentsOutputs,
+    Outputs,
+    allocate,
+    allocate_gradient,
+    allocate_moments,
 )
 
-
-@triton.jit
-def load_kept(x, kept, at):
-    return tl.load(x + at, mask=kept, other=0.0).to(tl.float64)
+COUNT = tl.constexpr(0)  # The places of the moments; in C++ they are struct Moments.
+MEAN = tl.constexpr(1)
+M2 = tl.constexpr(2)
+MOMENTS = tl.constexpr(3)
 
 
 @jit
-def moments_kernel(x, mask, parts, count: tl.int64):
-    """(n, mean, M2) of a block."""
-    at = block_offsets()
-    kept = tl.load(mask + at, mask=at < count, other=0).to(tl.int1)
+def moments_kernel(x: tl.tensor, mask: tl.tensor, parts: tl.tensor, count: tl.int64):
+    """The moments of a block."""
+    offset = block_offsets()
+    kept = load_mask(mask, offset, offset < count)
     n = tl.sum(kept.to(tl.float64), 0)
-    mean, m2 = block_moments(load_kept(x, kept, at), kept, n)
-    part = parts + tl.program_id(0) * 3
-    tl.store(part, n)
-    tl.store(part + 1, mean)
-    tl.store(part + 2, m2)
+    mean, m2 = block_moments(load_kept(x, offset, kept), kept, n)
+    part = parts + tl.program_id(0) * MOMENTS
+    tl.store(part + COUNT, n)
+    tl.store(part + MEAN, mean)
+    tl.store(part + M2, m2)
 
 
 @jit
-def merge_kernel(parts, moments, rows: tl.int32):
-    n, mean, m2 = merged_moments(parts, rows, 0, 1, 3)
-    tl.store(moments, n)
-    tl.store(moments + 1, mean)
-    tl.store(moments + 2, m2)
+def merge_kernel(parts: tl.tensor, moments: tl.tensor, blocks: tl.int32):
+    """The moments of all blocks."""
+    n, mean, m2 = merged_moments(parts, blocks, COUNT, MEAN, MOMENTS)
+    tl.store(moments + COUNT, n)
+    tl.store(moments + MEAN, mean)
+    tl.store(moments + M2, m2)
 
 
 @triton.jit
-def statistics(moments, eps):
+def statistics(moments: tl.tensor, eps: tl.tensor):
     """n, mean and 1 / sqrt(var + eps), which is 1 for a single value."""
-    n, mean, m2 = tl.load(moments), tl.load(moments + 1), tl.load(moments + 2)
+    n, mean, m2 = tl.load(moments + COUNT), tl.load(moments + MEAN), tl.load(moments + M2)
     scale = 1.0 / tl.sqrt(m2 / tl.maximum(n - 1.0, 1.0) + eps)
     return n, mean, tl.where(n > 1.0, scale, 1.0)
 
 
+@triton.jit
+def deviation(x: tl.tensor, offset: tl.tensor, kept: tl.tensor, mean: tl.tensor):
+    """x - mean in fp64; -mean where x is masked."""
+    return load_kept(x, offset, kept).to(tl.float64) - mean
+
+
 @jit
 def whiten_kernel(
-    x, mask, moments, y, count: tl.int64, eps: tl.float64, CENTER: tl.constexpr
-):  # fmt: skip
-    at = block_offsets()
-    kept = tl.load(mask + at, mask=at < count, other=0).to(tl.int1)
+    x: tl.tensor,
+    mask: tl.tensor,
+    moments: tl.tensor,
+    y: tl.tensor,
+    count: tl.int64,
+    eps: tl.float64,
+    CENTER: tl.constexpr,
+):
+    offset = block_offsets()
+    kept = load_mask(mask, offset, offset < count)
     _, mean, scale = statistics(moments, eps)
-    value = (load_kept(x, kept, at) - mean) * scale
+    value = deviation(x, offset, kept, mean) * scale
     if not CENTER:
         value += mean
-    tl.store(y + at, tl.where(kept, value, 0.0), mask=at < count)
+    tl.store(y + offset, tl.where(kept, value, 0.0), mask=offset < count)
 
 
 @jit
-def gradient_sums_kernel(grad, x, mask, moments, parts, count: tl.int64):
-    """Sums of grad and of grad (x - mean), of a block."""
-    at = block_offsets()
-    kept = tl.load(mask + at, mask=at < count, other=0).to(tl.int1)
-    g, d = load_kept(grad, kept, at), load_kept(x, kept, at) - tl.load(moments + 1)
-    tl.store(parts + tl.program_id(0) * 2, tl.sum(g, 0))
-    tl.store(parts + tl.program_id(0) * 2 + 1, tl.sum(g * d, 0))
+def gradient_sums_kernel(
+    grad_y: tl.tensor,
+    x: tl.tensor,
+    mask: tl.tensor,
+    moments: tl.tensor,
+    parts: tl.tensor,
+    count: tl.int64,
+):
+    """The sums of grad_y and of grad_y (x - mean) over a block."""
+    offset = block_offsets()
+    kept = load_mask(mask, offset, offset < count)
+    grad = load_kept(grad_y, offset, kept).to(tl.float64)
+    d = deviation(x, offset, kept, tl.load(moments + MEAN))
+    part = parts + tl.program_id(0) * 2
+    tl.store(part, tl.sum(grad, 0))
+    tl.store(part + 1, tl.sum(grad * d, 0))
 
 
 @jit
 def gradient_kernel(
-    grad, x, mask, moments, sums, dx, count: tl.int64, eps: tl.float64, CENTER: tl.constexpr
-):  # fmt: skip
-    at = block_offsets()
-    kept = tl.load(mask + at, mask=at < count, other=0).to(tl.int1)
+    grad_y: tl.tensor,
+    x: tl.tensor,
+    mask: tl.tensor,
+    moments: tl.tensor,
+    sums: tl.tensor,
+    grad_x: tl.tensor,
+    count: tl.int64,
+    eps: tl.float64,
+    CENTER: tl.constexpr,
+):
+    offset = block_offsets()
+    kept = load_mask(mask, offset, offset < count)
     n, mean, scale = statistics(moments, eps)
     mean_grad = tl.load(sums) / tl.maximum(n, 1.0)
     slope = scale * scale * scale * tl.load(sums + 1) / tl.maximum(n - 1.0, 1.0)
-    offset = (-scale if CENTER else 1.0 - scale) * mean_grad
-    value = scale * load_kept(grad, kept, at) + offset - slope * (load_kept(x, kept, at) - mean)
-    tl.store(dx + at, tl.where(kept, value, 0.0), mask=at < count)
+    constant = (-scale if CENTER else 1.0 - scale) * mean_grad
+    grad = load_kept(grad_y, offset, kept).to(tl.float64)
+    value = scale * grad + constant - slope * deviation(x, offset, kept, mean)
+    tl.store(grad_x + offset, tl.where(kept, value, 0.0), mask=offset < count)
 
 
-@on_device
-def whiten_moments(x, mask):
-    x, mask, blocks = x.contiguous(), mask.contiguous(), blocks_of(x)
-    parts = x.new_empty((blocks, 3), dtype=torch.float64)
-    moments = x.new_empty(3, dtype=torch.float64)
+def whiten_moments(inputs: MomentsInputs) -> MomentsOutputs:
+    """Launches a program for each block of elements, and one that merges what they found."""
+    inputs, outputs = contiguous(inputs), allocate_moments(inputs)
+    blocks = blocks_of(inputs.x)
+    parts = inputs.x.new_empty((blocks, MOMENTS.value), dtype=torch.float64)
     if blocks:
-        moments_kernel[(blocks,)](x, mask, parts, x.numel(), **OPTIONS)
-    merge_kernel[(1,)](parts, moments, blocks, **OPTIONS)
-    return moments
-
-
-@on_device
-def whiten(x, mask, moments, center, eps):
-    x, mask = x.contiguous(), mask.contiguous()
-    y = torch.empty_like(x)
-    if blocks := blocks_of(x):
-        whiten_kernel[(blocks,)](x, mask, moments, y, x.numel(), eps, CENTER=center, **OPTIONS)
-    return y
-
-
-@on_device
-def whiten_backward(grad, x, mask, moments, center, eps):
-    grad, x, mask = grad.contiguous(), x.contiguous(), mask.contiguous()
-    dx, blocks = torch.empty_like(x), blocks_of(x)
-    if blocks:
-        parts = x.new_empty((blocks, 2), dtype=torch.float64)
-        gradient_sums_kernel[(blocks,)](grad, x, mask, moments, parts, x.numel(), **OPTIONS)
-        gradient_kernel[(blocks,)](
-            grad, x, mask, moments, parts.sum(0), dx, x.numel(), eps, CENTER=center, **OPTIONS
+        moments_kernel[(blocks,)](
+            x=inputs.x, mask=inputs.mask, parts=parts, count=inputs.x.numel(), **OPTIONS
         )
-    return dx
+    merge_kernel[(1,)](parts=parts, moments=outputs.moments, blocks=blocks, **OPTIONS)
+    return outputs
+
+
+def whiten(inputs: Inputs) -> Outputs:
+    """Launches a program for each block of elements."""
+    inputs, outputs = contiguous(inputs), allocate(inputs)
+    if blocks := blocks_of(inputs.x):
+        whiten_kernel[(blocks,)](
+            x=inputs.x,
+            mask=inputs.mask,
+            moments=inputs.moments,
+            y=outputs.y,
+            count=inputs.x.numel(),
+            eps=inputs.eps,
+            CENTER=inputs.center,
+            **OPTIONS,
+        )
+    return outputs
+
+
+def whiten_backward(x: BackwardInputs) -> Gradient:
+    """Launches a program for each block of elements, twice: the second needs sums over all."""
+    inputs, gradient = contiguous(x.inputs), allocate_gradient(x)
+    batch = {
+        "grad_y": x.grad_y.contiguous(),
+        "x": inputs.x,
+        "mask": inputs.mask,
+        "moments": inputs.moments,
+        "count": inputs.x.numel(),
+        **OPTIONS,
+    }
+    if blocks := blocks_of(inputs.x):
+        parts = inputs.x.new_empty((blocks, 2), dtype=torch.float64)
+        gradient_sums_kernel[(blocks,)](parts=parts, **batch)
+        gradient_kernel[(blocks,)](
+            sums=parts.sum(0),
+            grad_x=gradient.grad_x,
+            eps=inputs.eps,
+            CENTER=inputs.center,
+            **batch,
+        )
+    return gradient

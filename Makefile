@@ -7,7 +7,7 @@ RUN := $(if $(HAVE),$(PY),.venv/bin/python)
 CPP := $(shell find csrc -type f)
 CPP_OF_TESTS := tests/cuda_on_cpu/cuda_runtime.h
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test lint format bench bench-compare gpu clean
 
 demo: .stamp
 	$(RUN) -m fastpg train
@@ -19,6 +19,7 @@ test: .stamp
 lint: .stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(if $(HAVE),,.venv/bin/)clang-format --dry-run -Werror $(CPP) $(CPP_OF_TESTS)
 
 format: .stamp
@@ -28,6 +29,10 @@ format: .stamp
 
 bench: .stamp
 	$(RUN) -m bench
+
+# The time of every op's call, compared with that of an earlier revision: make bench-compare BASE=HEAD~1
+bench-compare: .stamp
+	bench/compare.sh $(RUN) $(or $(BASE),$(error say which revision to compare with: BASE=main))
 
 # Tests, sanitizer and benchmarks on a machine with a GPU, within nine minutes; results go to
 # bench/results/, a short table comes last.

@@ -1,44 +1,45 @@
-"""What a call costs when there is almost nothing to compute: tensors of a few elements."""
+"""What a call costs when there is almost nothing to compute: the examples of every op."""
 
 import torch
 
-import fastpg
-
+from . import _example
 from ._timing import Case
 
 
-def _training(function, x):
-    x = x.clone().requires_grad_()
-    upstream = torch.ones_like(function(x))
-    return lambda: torch.autograd.grad(function(x), x, upstream)
+def _training(example):
+    """Forward and backward of an example."""
+    leaves = example.leaves()
+    inputs = list(leaves.values())
+    upstream = torch.ones_like(example.call(**leaves)[0])
+    return lambda: torch.autograd.grad(example.call(**leaves)[0], inputs, upstream)
 
 
-def functions(device):
-    """Each op as a function of its differentiable input, and that input."""
-    tokens = torch.rand(2, 4, device=device)
-    labels = torch.ones(2, dtype=torch.int64, device=device)
-    return {
-        "token_logprobs": (lambda x: fastpg.token_logprobs(x, labels), tokens),
-        "gae": (lambda x: fastpg.gae(x, tokens)[0], tokens),
-        "policy_loss": (
-            lambda x: fastpg.policy_loss(x, tokens, tokens, old_logp=tokens)[0],
-            tokens,
-        ),
-        "value_loss": (lambda x: fastpg.value_loss(x, tokens, tokens)[0], tokens),
-    }
+def _sine():
+    """Forward and backward of the smallest op of torch, as a yardstick."""
+    x = torch.rand(2, 4, requires_grad=True)
+    upstream = torch.ones(2, 4)
+    return lambda: torch.autograd.grad(torch.sin(x), x, upstream)
+
+
+def _gate(example):
+    """The results must be finite; each op's own benchmark and tests check the values."""
+
+    def check():
+        assert all(x.isfinite().all() for x in example.call()), "not finite"
+
+    return check
 
 
 def cases(device):
-    for op, (function, x) in functions(device).items():
+    for example in _example.examples(device):
+        candidates = {"forward": example.call}
+        if example.differentiable:
+            candidates["forward + backward"] = _training(example)
         yield Case(
             "overhead",
-            op,
-            lambda: None,  # correctness is the business of each op's own benchmark
-            {
-                "forward": lambda f=function, x=x: f(x),
-                "forward + backward": _training(function, x),
-                "sin forward + backward": _training(torch.sin, x),
-            },
+            str(example),
+            _gate(example),
+            candidates | {"sin forward + backward": _sine()},
             ours="forward",
             calls=500,
             device=device,

@@ -25,6 +25,24 @@ def example_on(number, device="cuda"):
     return replace(example, arguments=arguments)
 
 
+def changed(example, change):
+    """The example with every tensor of numbers changed."""
+    arguments = {
+        name: change(value) if name in floats_of(example) else value
+        for name, value in example.arguments.items()
+    }
+    return replace(example, arguments=arguments)
+
+
+def floats_of(example):
+    """The arguments that are tensors of numbers."""
+    return [
+        name
+        for name, value in example.arguments.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+
+
 def outputs(example):
     """What a call returns, and the gradients of its sum."""
     leaves = example.leaves()
@@ -62,9 +80,8 @@ def test_a_graph_replays_it(number):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = outputs(example)
-    for value in example.arguments.values():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            value.copy_(value.flip(0))
+    for name in floats_of(example):
+        example.arguments[name].copy_(example.arguments[name].flip(0))
     for _ in range(2):  # the second finds what the first has left
         graph.replay()
         assert_same(captured, outputs(example))
@@ -79,13 +96,7 @@ def test_it_runs_on_the_current_stream(number):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)  # so that the inputs come late
-        arguments = {
-            name: value + 0
-            if isinstance(value, torch.Tensor) and value.is_floating_point()
-            else value
-            for name, value in late.arguments.items()
-        }
-        ours = outputs(replace(late, arguments=arguments))
+        ours = outputs(changed(late, lambda x: x + 0))
     torch.cuda.current_stream().wait_stream(stream)
     assert_same(ours, expected)
 

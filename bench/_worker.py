@@ -1,0 +1,64 @@
+"""Times fastpg of one tree, a request at a time. `bench/regression.py` compares two trees with it.
+
+    python bench/_worker.py TREE
+
+It takes the benchmarks from this folder's repository, and the package `fastpg` from TREE. Each line
+of its input is a JSON list: an example's name, "forward" or "backward", and a number of calls. Each
+line of its output is the seconds that one call took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def import_package_from(tree: Path) -> None:
+    """Puts the package of a tree, and nothing else of it, before everything else on the path."""
+    folder = Path(tempfile.mkdtemp(prefix="fastpg-worker-"))
+    os.symlink(tree / "fastpg", folder / "fastpg")
+    sys.path[:0] = [str(folder), str(Path(__file__).parents[1])]
+
+
+def calls() -> dict[tuple[str, str], Callable[[], object]]:
+    """Every example, forward alone and with its backward."""
+    import torch
+
+    from bench._example import examples
+
+    torch.set_num_threads(1)  # on a busy machine torch's threads wait for one another
+
+    def training(example):
+        leaves = example.leaves()
+        inputs = list(leaves.values())
+        upstream = torch.ones_like(example.call(**leaves)[0])
+        return lambda: torch.autograd.grad(example.call(**leaves)[0], inputs, upstream)
+
+    found: dict[tuple[str, str], Callable[[], object]] = {}
+    for example in examples():
+        found[str(example), "forward"] = example.call
+        if example.differentiable:
+            found[str(example), "backward"] = training(example)
+    return found
+
+
+def main() -> None:
+    import_package_from(Path(sys.argv[1]).resolve())
+    known = calls()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        name, direction, count = json.loads(line)
+        call = known[name, direction]
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        print((time.perf_counter() - begin) / count, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -117,18 +117,6 @@ void bind_policy_loss_from_logits(py::module_& m) {
       });
 }
 
-void bind_value_loss(py::module_& m) {
-  def(m, "value_loss",
-      [](int dtype, int64_t count, Address values, Address returns, Address weight,
-         Address old_values, double clip, Address loss, Address coefficient, Address stats) {
-        with_compute_dtype(dtype, [&](auto x) {
-          using T = decltype(x);
-          value_loss<T>({at<T>(values), at<T>(returns), at<T>(weight), at<T>(old_values)}, count,
-                        T(clip), {at<T>(loss), at<T>(coefficient), at<ValueStats>(stats)});
-        });
-      });
-}
-
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (auto table = supported_kernels(); *table; ++table) names.emplace_back((*table)->name);
@@ -154,7 +142,6 @@ PYBIND11_MODULE(_C, m) {
   bind_importance_weights(m);
   bind_policy_loss(m);
   bind_policy_loss_from_logits(m);
-  bind_value_loss(m);
 }
 
 }  // namespace fpg

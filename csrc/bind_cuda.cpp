@@ -5,7 +5,6 @@
 #include "common/module.h"
 #include "common/sequences.h"
 #include "loss/policy_loss.h"
-#include "loss/value_loss.h"
 
 namespace py = pybind11;
 
@@ -50,26 +49,12 @@ void bind_policy_loss(py::module_& m) {
         });
 }
 
-void bind_value_loss(py::module_& m) {
-  m.def("value_loss", [](Address stream, int dtype, int64_t count, Address values, Address returns,
-                         Address weight, Address old_values, double clip, Address loss,
-                         Address coefficient, Address stats, const ScratchTuple& parts) {
-    with_compute_dtype(dtype, [&](auto x) {
-      using T = decltype(x);
-      value_loss<T>({at<T>(values), at<T>(returns), at<T>(weight), at<T>(old_values)}, count,
-                    T(clip), {at<T>(loss), at<T>(coefficient), at<ValueStats>(stats)},
-                    scratch<ValueStats>(parts), at<CUstream_st>(stream));
-    });
-  });
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   add_ops(m);
   m.attr("gpus") = FPG_GPUS;
   bind_policy_loss(m);
-  bind_value_loss(m);
 }
 
 }  // namespace fpg

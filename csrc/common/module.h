@@ -1,10 +1,12 @@
-// What both extension modules have: the ops that bound themselves, and the names of their fields.
+// What both extension modules have: the ops that bound themselves, the names of their fields, and
+// those of their statistics.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "common/bind.h"
+#include "common/statistics.h"
 
 namespace fpg {
 
@@ -17,6 +19,10 @@ inline void add_ops(pybind11::module_& m) {
       if (op == binding.method.ml_name) return binding.names();
     throw std::invalid_argument("no op is called '" + op + "'");
   });
+  pybind11::dict statistics;
+  for (const StatisticsNames& each : StatisticsNames::all())
+    statistics[each.kind] = pybind11::str(each.names).attr("split")(", ");
+  m.attr("statistics") = statistics;
 }
 
 using Address = uintptr_t;

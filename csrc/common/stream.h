@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "common/fields.h"
+
 struct CUstream_st;
 
 namespace fpg {
@@ -15,6 +17,8 @@ struct Scratch {
   Stats* parts;      // [blocks]
   int64_t blocks;    // of the launch: each takes kReduceTokens
   unsigned* ticket;  // 0 between the launches
+
+  FPG_FIELDS(parts, blocks, ticket)
 };
 
 constexpr int64_t kReduceTokens = 1024;

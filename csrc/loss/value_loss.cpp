@@ -3,39 +3,44 @@
 
 #include <vector>
 
+#include "common/bind.h"
+#include "common/dtype.h"
 #include "common/parallel.h"
 #include "simd/kernels.h"
 
 namespace fpg {
 namespace {
 
-constexpr int64_t kGrain = 32;  // blocks a thread should have at least
+constexpr int64_t kGrain = 32;  // A thread should have at least so many blocks.
 
 template <typename T>
-ValueTokens<T> from(const ValueTokens<T>& t, int64_t i) {
+ValueTokens<T> tokens_from(const ValueTokens<T>& t, int64_t i) {
   return {t.values + i, t.returns + i, t.weight + i, t.old_values ? t.old_values + i : nullptr};
 }
 
-}  // namespace
-
-template <typename T>
-void value_loss(const ValueTokens<T>& tokens, int64_t count, T clip, const ValueOut<T>& out) {
-  const ValueLossKernels<T>& kernel = kernels();
-  const int64_t blocks = ceil_div(count, kTokenBlock);
-  std::vector<ValueStats> parts(blocks);
-  parallel_for(blocks, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * kTokenBlock;
-      kernel.value_block(from(tokens, first), smaller(kTokenBlock, count - first), clip,
-                         out.coefficient + first, parts[i].x);
-    }
+void value_loss(const ValueLossArguments& in) {
+  with_compute_dtype(in.inputs.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const ValueLossKernels<T>& kernel = kernels();
+    const ValueTokens<T> tokens = tokens_of<T>(in.inputs);
+    T* coefficient = static_cast<T*>(in.coefficient);
+    const int64_t count = in.inputs.count, blocks = ceil_div(count, kTokenBlock);
+    std::vector<ValueStats> parts(blocks);
+    parallel_for(blocks, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i * kTokenBlock;
+        kernel.value_block(tokens_from(tokens, first), smaller(kTokenBlock, count - first),
+                           T(in.inputs.clip), coefficient + first, parts[i].x);
+      }
+    });
+    clear(*in.stats);
+    for (const ValueStats& part : parts) merge(*in.stats, part);
+    *static_cast<T*>(in.loss) = T(in.stats->x[ValueStats::loss]);
   });
-  clear(*out.stats);
-  for (const ValueStats& part : parts) merge(*out.stats, part);
-  *out.loss = T(out.stats->x[kValueLoss]);
 }
 
-template void value_loss(const ValueTokens<float>&, int64_t, float, const ValueOut<float>&);
-template void value_loss(const ValueTokens<double>&, int64_t, double, const ValueOut<double>&);
+FPG_BIND(value_loss, value_loss)
+FPG_BIND_STATISTICS(ValueStats)
 
+}  // namespace
 }  // namespace fpg

@@ -1,29 +1,19 @@
-// Floor 1: the value loss of one token, the moments that merge, and what the page
-// fastpg/ops/value_loss.py hands over.
+// The value loss of one token, its statistics, and the arguments of fastpg/ops/loss/value_loss.py.
 #pragma once
 
+#include "common/fields.h"
 #include "common/moments.h"
+#include "common/statistics.h"
 #include "common/stream.h"
 
 namespace fpg {
 
-// The statistics, in the order of ValueStats.FIELDS: sums, then the mean of the returns R and of
-// the residuals R - V, each with the sum of squared distances from it.
-enum ValueField {
-  kValueCount,
-  kValueWeight,
-  kValueLoss,
-  kValueClipped,
-  kValueSums,
-  kReturnMean = kValueSums,
-  kReturnM2,
-  kResidualMean,
-  kResidualM2,
-  kValueFields
-};
-
+// Sums, then the mean of the returns R and of the residuals R - V, each with the sum of squared
+// distances from it. The names and their order are those of ValueStats.FIELDS in Python.
 struct ValueStats {
-  double x[kValueFields];
+  FPG_STATISTICS(count, weight, loss, clipped, return_mean, return_m2, residual_mean, residual_m2)
+
+  static constexpr int kSums = return_mean;  // so many sums come first
 };
 
 FPG_HD void clear(ValueStats& stats) {
@@ -31,18 +21,47 @@ FPG_HD void clear(ValueStats& stats) {
 }
 
 FPG_HD void merge(ValueStats& total, const ValueStats& part) {
-  for (int mean = kValueSums; mean < kValueFields; mean += 2) {
-    const Moments all = merge(Moments{total.x[kValueCount], total.x[mean], total.x[mean + 1]},
-                              Moments{part.x[kValueCount], part.x[mean], part.x[mean + 1]});
+  for (int mean = ValueStats::kSums; mean < ValueStats::kFields; mean += 2) {
+    const Moments all = merge(Moments{total.x[ValueStats::count], total.x[mean], total.x[mean + 1]},
+                              Moments{part.x[ValueStats::count], part.x[mean], part.x[mean + 1]});
     total.x[mean] = all.mean, total.x[mean + 1] = all.m2;
   }
-  for (int i = 0; i < kValueSums; ++i) total.x[i] += part.x[i];  // the count, when its means are
+  // The count is among the sums: it changes after the moments, which need the old one.
+  for (int i = 0; i < ValueStats::kSums; ++i) total.x[i] += part.x[i];
 }
+
+struct ValueLossInputs {
+  int dtype;                     // of every array
+  int64_t count;                 // of tokens
+  const void *values, *returns;  // [count], as all arrays
+  const void* weight;            // 0 masks a token
+  const void* old_values;        // null: no clipping
+  double clip;
+
+  FPG_FIELDS(dtype, count, values, returns, weight, old_values, clip)
+};
+
+struct ValueLossArguments {
+  ValueLossInputs inputs;
+  void* loss;         // one number
+  void* coefficient;  // [count], dL/dV
+  ValueStats* stats;
+  Scratch<ValueStats> scratch;  // on a GPU
+  Stream stream;
+
+  FPG_FIELDS(inputs, loss, coefficient, stats, scratch, stream)
+};
 
 template <typename T>
 struct ValueTokens {  // old_values may be null: no clipping
   const T *values, *returns, *weight, *old_values;
 };
+
+template <typename T>
+ValueTokens<T> tokens_of(const ValueLossInputs& in) {
+  return {static_cast<const T*>(in.values), static_cast<const T*>(in.returns),
+          static_cast<const T*>(in.weight), static_cast<const T*>(in.old_values)};
+}
 
 // For one token: its loss, the derivative by V, and 1 where the clipped error is the larger one.
 template <typename T>
@@ -71,18 +90,5 @@ FPG_HD Moments moments_about(double origin, double count, double sum, double sum
   const double m2 = sum_sq - sum * sum / count;
   return {count, origin + sum / count, m2 < 0 ? 0 : m2};
 }
-
-// loss: one T; coefficient [count] in T: dL/dV.
-template <typename T>
-struct ValueOut {
-  T *loss, *coefficient;
-  ValueStats* stats;
-};
-
-template <typename T>
-void value_loss(const ValueTokens<T>& tokens, int64_t count, T clip, const ValueOut<T>& out);
-template <typename T>
-void value_loss(const ValueTokens<T>& tokens, int64_t count, T clip, const ValueOut<T>& out,
-                const Scratch<ValueStats>& scratch, Stream stream);
 
 }  // namespace fpg

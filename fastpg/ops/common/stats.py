@@ -1,65 +1,68 @@
 """The statistics of the losses: sums, counts, minima, maxima and moments in one fp64 tensor each.
 
-They merge exactly over micro-batches and ranks; no mean is taken before `summary`. All kinds live
-here, a floor below the pages, because the op that fills one and merge_stats both need it.
+They merge exactly over micro-batches and ranks; no mean is taken before `summary`. The names of the
+statistics stand here once, as FIELDS: what merges them, the kernels in Triton and those in C++,
+which name them too (csrc/common/statistics.h), all have their order from it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from types import ModuleType
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from ..._library import _C, _cuda
 from .moments import Moments, merge_moments
 
 
 class PolicyStats(NamedTuple):
-    """What policy_loss counted over its unmasked tokens: values [16] in the order of FIELDS.
+    """What `policy_loss` counted over its unmasked tokens; `merge_stats` makes means of it.
 
-    count, weight          the tokens; Σ w
-    loss, surrogate        Σ w·l; the part of it that is the surrogate
-    ratio, ratio_sq        Σ r, Σ r²; r is that of the sequence if the level is
-    k1, k3                 Σ −d, Σ (e^d − 1 − d), d = logp − old_logp: estimates of KL(old ‖ new)
-    clipped_low            tokens whose ratio is held at 1 − low: A < 0 and r < 1 − low
-    clipped_high           at 1 + high or dual_clip: A > 0, r > 1 + high; A < 0, r > dual_clip
-    ref_kl, entropy        Σ of the KL to the reference as `kl` estimates it; Σ H
-    ratio_min, has_ref_kl, has_entropy   minima; the flags are 1 where the sum above was computed
-    ratio_max              a maximum
+    r is the ratio that the surrogate took: the token's own, or that of its sequence. d is
+    logp − old_logp.
+
+    Attributes:
+        values: fp64 [16], in the order of FIELDS:
+
+            count, weight: the tokens; Σ w
+            loss, surrogate: Σ w·l; the part of it that is the surrogate
+            ratio, ratio_sq: Σ r, Σ r²
+            k1, k3: Σ −d, Σ (e^d − 1 − d), two estimates of KL(old ‖ new)
+            clipped_low: tokens whose ratio is held at 1 − low: A < 0 and r < 1 − low
+            clipped_high: tokens held at 1 + high or dual_clip: A > 0 and r > 1 + high, or A < 0
+                and r > dual_clip
+            ref_kl, entropy: Σ of the KL to the reference as `kl` estimates it; Σ H
+            ratio_min, ratio_max: the least and the greatest r
+            has_ref_kl, has_entropy: 1 where the sum of that name was computed, else 0; minima
+
+    Example:
+        >>> logp = torch.tensor([-1.0, -2.0])
+        >>> loss, stats = fastpg.policy_loss(logp, torch.ones(2), torch.tensor([0.5, 0.5]))
+        >>> dict(zip(stats.FIELDS, stats.values.tolist()))["count"]
+        2.0
     """
 
     values: Tensor
 
-    FIELDS = (
+    SUMS = (
         *("count", "weight", "loss", "surrogate", "ratio", "ratio_sq", "k1", "k3"),
         *("clipped_low", "clipped_high", "ref_kl", "entropy"),
-        *("ratio_min", "has_ref_kl", "has_entropy"),
-        "ratio_max",
     )
-
-    @staticmethod
-    def tally(
-        kept, weight, loss, surrogate, ratio, d, clipped_low, clipped_high, ref_kl, entropy
-    ) -> Tensor:
-        """values, from tensors of one shape; ref_kl and entropy may be None. Reads kept tokens."""
-        sums = [kept, weight, loss, surrogate, torch.where(kept, ratio, 0.0)]
-        sums += [sums[-1] ** 2, -d, torch.expm1(d) - d, clipped_low, clipped_high]
-        sums += [torch.zeros_like(ratio) if x is None else x for x in (ref_kl, entropy)]
-        flags = [ratio.new_full((), float(x is not None)) for x in (ref_kl, entropy)]
-        bound = ratio.new_full((1,), math.inf)  # an empty tensor has no minimum
-        least = torch.cat([ratio.masked_fill(~kept, math.inf).flatten(), bound]).amin()
-        most = torch.cat([ratio.masked_fill(~kept, -math.inf).flatten(), -bound]).amax()
-        fields = [*(x.sum(dtype=torch.float64) for x in sums), least, *flags, most]
-        return torch.stack([field.double() for field in fields])
+    MINIMA = ("ratio_min", "has_ref_kl", "has_entropy")
+    MAXIMA = ("ratio_max",)
+    FIELDS = SUMS + MINIMA + MAXIMA
 
     @staticmethod
     def merge(rows: Tensor) -> Tensor:
-        """[M, 16] -> [16]"""
-        return torch.cat([rows[:, :12].sum(0), rows[:, 12:15].amin(0), rows[:, 15:].amax(0)])
+        """The statistics [16] of all tokens, from those [M, 16] of their parts."""
+        return merge_bounds(PolicyStats, rows)
 
     @staticmethod
     def summary(row: list[float]) -> dict[str, float]:
+        """The means that `merge_stats` returns, from the values as floats."""
         s = dict(zip(PolicyStats.FIELDS, row, strict=True))
         n = max(s["count"], 1.0)
         out = {
@@ -79,29 +82,40 @@ class PolicyStats(NamedTuple):
 
 
 class ValueStats(NamedTuple):
-    """What value_loss counted over its unmasked tokens: values [8] in the order of FIELDS.
+    """What `value_loss` counted over its unmasked tokens; `merge_stats` makes means of it.
 
-    count, weight, loss    the tokens; Σ w; Σ w·l
-    clipped                tokens where the clipped error is the larger one
-    return_mean, return_m2        mean of the returns R, Σ (R − mean)²
-    residual_mean, residual_m2    the same of R − V
+    Attributes:
+        values: fp64 [8], in the order of FIELDS:
+
+            count, weight, loss: the tokens; Σ w; Σ w·l
+            clipped: tokens where the clipped error is the larger one
+            return_mean, return_m2: the mean of the returns R; Σ (R − mean)²
+            residual_mean, residual_m2: the same of R − V
+
+    Example:
+        >>> values, returns = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.5])
+        >>> loss, stats = fastpg.value_loss(values, returns, torch.tensor([0.5, 0.5]))
+        >>> dict(zip(stats.FIELDS, stats.values.tolist()))["return_mean"]
+        2.0
     """
 
     values: Tensor
 
-    FIELDS = (
-        *("count", "weight", "loss", "clipped"),
-        *("return_mean", "return_m2", "residual_mean", "residual_m2"),
-    )
+    SUMS = ("count", "weight", "loss", "clipped")
+    MOMENTS = ("return_mean", "return_m2", "residual_mean", "residual_m2")  # (mean, m2) each
+    FIELDS = SUMS + MOMENTS
 
     @staticmethod
     def merge(rows: Tensor) -> Tensor:
-        """[M, 8] -> [8]; the moments by Chan: M2 = Σ M2ᵢ + Σ nᵢ (meanᵢ − mean)²."""
-        _, mean, m2 = merge_moments(Moments(rows[:, :1], rows[:, 4::2], rows[:, 5::2]))
-        return torch.cat([rows[:, :4].sum(0), torch.stack([mean, m2], 1).flatten()])
+        """The statistics [8] of all tokens, from those [M, 8] of their parts."""
+        sums, moments = rows.split([len(ValueStats.SUMS), len(ValueStats.MOMENTS)], dim=1)
+        count = sums[:, ValueStats.SUMS.index("count"), None]
+        _, mean, m2 = merge_moments(Moments(count, moments[:, 0::2], moments[:, 1::2]))
+        return torch.cat([sums.sum(0), torch.stack([mean, m2], 1).flatten()])
 
     @staticmethod
     def summary(row: list[float]) -> dict[str, float]:
+        """The means that `merge_stats` returns, from the values as floats."""
         s = dict(zip(ValueStats.FIELDS, row, strict=True))
         explained = 1 - s["residual_m2"] / s["return_m2"] if s["return_m2"] else 0.0
         return {
@@ -115,30 +129,44 @@ class ValueStats(NamedTuple):
 
 
 class ImportanceStats(NamedTuple):
-    """What importance_weights counted over unmasked tokens: values [11] in the order of FIELDS.
+    """What `importance_weights` counted over its unmasked tokens; `merge_stats` makes means of it.
 
-    tokens, k1, k3         the tokens; Σ −d, Σ (e^d − 1 − d): two estimates of KL(behavior ‖ policy)
-    count                  the weights: one a token, or one a sequence that has a token
-    ratio                  Σ of the ratios, before the bounds
-    weight, weight_sq      Σ w, Σ w², within the bounds
-    low, high              ratios below low, above high
-    ratio_min, ratio_max   a minimum and a maximum
+    d is logp − behavior_logp.
+
+    Attributes:
+        values: fp64 [11], in the order of FIELDS:
+
+            tokens: the tokens
+            k1, k3: Σ −d, Σ (e^d − 1 − d), two estimates of KL(behavior ‖ policy)
+            count: the weights: one a token, or one a sequence that has a token
+            ratio: Σ of the ratios, before the bounds
+            weight, weight_sq: Σ w, Σ w², within the bounds
+            low, high: ratios below low, above high
+            ratio_min, ratio_max: the least and the greatest ratio
+
+    Example:
+        >>> logp, behavior_logp = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.0, -2.0]])
+        >>> mask = torch.ones(1, 2, dtype=torch.bool)
+        >>> weights, stats = fastpg.importance_weights(logp, behavior_logp, mask)
+        >>> dict(zip(stats.FIELDS, stats.values.tolist()))["ratio"]
+        2.0
     """
 
     values: Tensor
 
-    FIELDS = (
-        *("tokens", "k1", "k3", "count", "ratio", "weight", "weight_sq", "low", "high"),
-        *("ratio_min", "ratio_max"),
-    )
+    SUMS = ("tokens", "k1", "k3", "count", "ratio", "weight", "weight_sq", "low", "high")
+    MINIMA = ("ratio_min",)
+    MAXIMA = ("ratio_max",)
+    FIELDS = SUMS + MINIMA + MAXIMA
 
     @staticmethod
     def merge(rows: Tensor) -> Tensor:
-        """[M, 11] -> [11]"""
-        return torch.cat([rows[:, :9].sum(0), rows[:, 9:10].amin(0), rows[:, 10:].amax(0)])
+        """The statistics [11] of all tokens, from those [M, 11] of their parts."""
+        return merge_bounds(ImportanceStats, rows)
 
     @staticmethod
     def summary(row: list[float]) -> dict[str, float]:
+        """The means that `merge_stats` returns, from the values as floats."""
         s = dict(zip(ImportanceStats.FIELDS, row, strict=True))
         tokens, n = max(s["tokens"], 1.0), max(s["count"], 1.0)
         return {
@@ -156,11 +184,20 @@ class ImportanceStats(NamedTuple):
 
 
 class PreferenceStats(NamedTuple):
-    """What preference_loss counted over its pairs of weight other than 0: values [7], all sums.
+    """What `preference_loss` counted over its pairs of weight other than 0.
 
-    count, weight, loss           the pairs; Σ w; Σ w·l
-    correct                       pairs whose chosen score is the higher one
-    margin, chosen, rejected      Σ (r_w − r_l), Σ r_w, Σ r_l
+    Attributes:
+        values: fp64 [7], in the order of FIELDS, all of them sums:
+
+            count, weight, loss: the pairs; Σ w; Σ w·l
+            correct: pairs whose chosen score is the higher one
+            margin, chosen, rejected: Σ (r_w − r_l), Σ r_w, Σ r_l
+
+    Example:
+        >>> chosen, rejected = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 3.0])
+        >>> loss, stats = fastpg.preference_loss(chosen, rejected)
+        >>> dict(zip(stats.FIELDS, stats.values.tolist()))["correct"]
+        1.0
     """
 
     values: Tensor
@@ -169,11 +206,12 @@ class PreferenceStats(NamedTuple):
 
     @staticmethod
     def merge(rows: Tensor) -> Tensor:
-        """[M, 7] -> [7]"""
+        """The statistics [7] of all pairs, from those [M, 7] of their parts."""
         return rows.sum(0)
 
     @staticmethod
     def summary(row: list[float]) -> dict[str, float]:
+        """The means that `merge_stats` returns, from the values as floats."""
         s = dict(zip(PreferenceStats.FIELDS, row, strict=True))
         n = max(s["count"], 1.0)
         return {
@@ -187,3 +225,44 @@ class PreferenceStats(NamedTuple):
 
 
 Stats = PolicyStats | ValueStats | ImportanceStats | PreferenceStats
+
+
+def merge_bounds(kind: type[PolicyStats | ImportanceStats], rows: Tensor) -> Tensor:
+    """One row of statistics that are sums, minima or maxima, from a row for each part."""
+    lengths = [len(kind.SUMS), len(kind.MINIMA), len(kind.MAXIMA)]
+    sums, minima, maxima = rows.split(lengths, dim=1)
+    return torch.cat([sums.sum(0), minima.amin(0), maxima.amax(0)])
+
+
+def tally(kind: type[PolicyStats | ImportanceStats], fields: dict[str, Tensor]) -> Tensor:
+    """The statistics of a kind, from a tensor for each of its fields, of which the field is made.
+
+    An infinity stands beside the elements of a minimum or maximum, since there may be none.
+    """
+    values = []
+    for name in kind.FIELDS:
+        x = fields[name]
+        if name in kind.SUMS:
+            values.append(x.sum(dtype=torch.float64))
+        elif name in kind.MINIMA:
+            values.append(torch.cat([x.flatten(), x.new_full((1,), math.inf)]).amin().double())
+        else:
+            values.append(torch.cat([x.flatten(), x.new_full((1,), -math.inf)]).amax().double())
+    return torch.stack(values)
+
+
+def check_names(module: ModuleType | None) -> None:
+    """Raises ImportError unless an extension names the statistics as the classes here do."""
+    kinds = {kind.__name__: kind for kind in get_args(Stats)}
+    for name, theirs in getattr(module, "statistics", {}).items():
+        ours = list(kinds[name].FIELDS)
+        if ours != theirs:
+            raise ImportError(
+                f"fastpg: {module.__name__} was built for other statistics than those of {name}; "
+                f"build the extension again\n"
+                f"  Python: {', '.join(ours)}\n  C++:    {', '.join(theirs)}"
+            )
+
+
+check_names(_C)
+check_names(_cuda)

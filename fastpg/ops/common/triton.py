@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import log_ratio
+from .stats import Stats
 
 MAX_LOG_RATIO = tl.constexpr(log_ratio.MAX_LOG_RATIO)
 BLOCK = tl.constexpr(1024)  # tokens that a program has at a time
@@ -44,6 +45,11 @@ def on_device(launcher: Callable) -> Callable:
             return launcher(*args)
 
     return launch
+
+
+def field_of(kind: type[Stats], name: str) -> tl.constexpr:
+    """The place of a statistic among the FIELDS of its kind."""
+    return tl.constexpr(kind.FIELDS.index(name))
 
 
 def blocks_of(x: torch.Tensor) -> int:

@@ -26,6 +26,8 @@ Log-ratios are clamped to ±20, which bounds a gradient and does not stop it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ from ..common.checks import (
     to_sequences,
     to_tokens,
 )
-from ..common.stats import PolicyStats
+from ..common.stats import PolicyStats, tally
 from . import surrogates as _surrogates
 from .surrogates import KLS, SURROGATES, Options, check_options, log_ratio, reference_kl
 
@@ -80,9 +82,26 @@ def reference(
         loss, slope = loss + weight * options.kl_coef * ref_kl, slope + options.kl_coef * kl_slope
     if entropy is not None:
         loss = loss - weight * options.entropy_coef * entropy
-    stats = PolicyStats.tally(
-        kept, weight, loss, surrogate_loss, ratio, d, too_low, too_high, ref_kl, entropy
-    )
+    real = torch.where(kept, ratio, 0.0)
+    fields = {
+        "count": kept,
+        "weight": weight,
+        "loss": loss,
+        "surrogate": surrogate_loss,
+        "ratio": real,
+        "ratio_sq": real**2,
+        "k1": -d,
+        "k3": torch.expm1(d) - d,
+        "clipped_low": too_low,
+        "clipped_high": too_high,
+        "ref_kl": torch.zeros_like(ratio) if ref_kl is None else ref_kl,
+        "entropy": torch.zeros_like(ratio) if entropy is None else entropy,
+        "ratio_min": ratio.masked_fill(~kept, math.inf),
+        "has_ref_kl": ratio.new_full((), float(ref_logp is not None)),
+        "has_entropy": ratio.new_full((), float(entropy is not None)),
+        "ratio_max": ratio.masked_fill(~kept, -math.inf),
+    }
+    stats = tally(PolicyStats, fields)
     return stats[2].to(logp.dtype, copy=True), weight * slope, stats
 
 

@@ -11,97 +11,119 @@ The statistics hold means and M2 = Σ (x − mean)², never Σ x²: returns near
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._library import (
-    _C,
-    DTYPE_CODE,
-    address,
-    contiguous,
-    cpu_kernel,
-    cuda_kernel,
-    define,
-    scratch,
-    triton_kernels,
-)
-from ..common.autograd import once_differentiable
-from ..common.checks import alike, check_number, constant
+from ..._autograd import Differentiable
+from ..._library import empty_like
+from ..._op import Op
+from ..common.checks import alike, check_number
 from ..common.moments import moments_of
+from ..common.sizes import ElementSizes, element_sizes
 from ..common.stats import ValueStats
 
 
-def reference(values, returns, weight, old_values, clip):
-    """-> loss [], coefficient (dL/dV, of the shape of values), stats [8]."""
-    kept = weight != 0
-    values, returns, weight, old_values = (
-        None if x is None else torch.where(kept, x, 0.0).contiguous()
-        for x in (values, returns, weight, old_values)
-    )
+class Inputs(NamedTuple):
+    values: Tensor  # V, any shape, fp32 or fp64
+    returns: Tensor  # R, like values
+    weight: Tensor  # like values; 0 masks a token
+    old_values: Tensor | None  # like values; None: the loss is not clipped
+    clip: float  # > 0; not read without old_values
+
+
+class Outputs(NamedTuple):
+    loss: Tensor  # [], in the dtype of values
+    coefficient: Tensor  # dL/dV, like values
+    stats: Tensor  # fp64, in the order of ValueStats.FIELDS
+
+
+class Saved(NamedTuple):
+    """What backward needs."""
+
+    coefficient: Tensor
+
+
+class Gradients(NamedTuple):
+    grad_values: Tensor
+
+
+def reference(x: Inputs) -> Outputs:
+    """The specification: the formulas at the top of this page."""
+    kept = x.weight != 0
+    values = torch.where(kept, x.values, 0.0).contiguous()
+    returns = torch.where(kept, x.returns, 0.0).contiguous()
+    weight = torch.where(kept, x.weight, 0.0).contiguous()
     error = values - returns
-    held = error
-    if old_values is not None:
-        held = torch.clamp(values, old_values - clip, old_values + clip) - returns
-    clipped = held**2 > error**2
-    loss = (weight * 0.5 * torch.where(clipped, held, error) ** 2).sum(dtype=torch.float64)
-    sums = [kept.sum(), weight.sum(dtype=torch.float64), loss, clipped.sum()]
-    fields = [*sums, *moments_of(returns, kept)[1:], *moments_of(-error, kept)[1:]]
-    stats = torch.stack([field.double() for field in fields])
-    return loss.to(values.dtype), weight * torch.where(clipped, 0.0, error), stats
+    held_error = error
+    if x.old_values is not None:
+        old_values = torch.where(kept, x.old_values, 0.0).contiguous()
+        held_error = torch.clamp(values, old_values - x.clip, old_values + x.clip) - returns
+    clipped = held_error**2 > error**2
+    loss = (weight * 0.5 * torch.where(clipped, held_error, error) ** 2).sum(dtype=torch.float64)
+    returned, residual = moments_of(returns, kept), moments_of(-error, kept)
+    fields = {
+        "count": kept.sum(),
+        "weight": weight.sum(dtype=torch.float64),
+        "loss": loss,
+        "clipped": clipped.sum(),
+        "return_mean": returned.mean,
+        "return_m2": returned.m2,
+        "residual_mean": residual.mean,
+        "residual_m2": residual.m2,
+    }
+    return Outputs(
+        loss.to(values.dtype),
+        weight * torch.where(clipped, 0.0, error),
+        torch.stack([fields[name].double() for name in ValueStats.FIELDS]),
+    )
 
 
-def _fake(values, *_):
-    stats = values.new_empty(8, dtype=torch.float64)
-    return values.new_empty(()), values.new_empty(values.shape), stats
+def allocate(x: Inputs) -> Outputs:
+    """Makes an empty loss, empty coefficients and empty statistics."""
+    return Outputs(
+        x.values.new_empty(()),
+        empty_like(x.values),
+        x.values.new_empty(len(ValueStats.FIELDS), dtype=torch.float64),
+    )
 
 
-_value_loss = define(
-    "value_loss(Tensor values, Tensor returns, Tensor weight, Tensor? old_values, float clip) "
-    "-> (Tensor loss, Tensor coefficient, Tensor stats)",
-    fake=_fake,
+def sizes(x: Inputs) -> ElementSizes:
+    """Tells C++ the dtype and the number of tokens."""
+    return element_sizes(x.values)
+
+
+value_loss_op = Op(
+    "value_loss",
+    Inputs,
+    Outputs,
+    page=__name__,
     reference=reference,
+    allocate=allocate,
+    sizes=sizes,
+    statistics=len(ValueStats.FIELDS),
 )
 
 
-def _launch(run, values, returns, weight, old_values, clip, *scratch):
-    tensors = contiguous(values, returns, weight, old_values)
-    out = _fake(values)
-    sizes = DTYPE_CODE[values.dtype], values.numel()
-    run(*sizes, *map(address, tensors), clip, *map(address, out), *scratch)
-    return out
+def _forward(x: Inputs) -> tuple[tuple[Tensor, Tensor], Saved]:
+    outputs = value_loss_op(x)
+    return (outputs.loss, outputs.stats), Saved(outputs.coefficient)
 
 
-@cpu_kernel(_value_loss)
-def _value_loss_cpu(*args):
-    return _launch(_C.value_loss, *args)
+def _backward(saved: Saved, grad_loss: Tensor, _grad_stats: None) -> Gradients:
+    return Gradients(grad_loss * saved.coefficient)
 
 
-@cuda_kernel(_value_loss)
-def _value_loss_cuda(run, *args):
-    room, _alive = scratch(args[0], fields=8)
-    return _launch(run, *args, room)
-
-
-triton_kernels(__name__, _value_loss)
-
-
-class _ValueLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, constants, clip):
-        loss, coefficient, stats = _value_loss(values, *constants, clip)
-        ctx.save_for_backward(coefficient)
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)  # of stats: a launch on a GPU
-        return loss, stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, _):
-        if grad_loss is None:
-            return None, None, None
-        (coefficient,) = ctx.saved_tensors
-        return grad_loss * coefficient, None, None
+_value_loss = Differentiable(
+    "value_loss",
+    inputs=Inputs,
+    saved=Saved,
+    differentiable=("values",),
+    forward=_forward,
+    backward=_backward,
+    constants=(1,),
+)
 
 
 def value_loss(
@@ -112,17 +134,47 @@ def value_loss(
     old_values: Tensor | None = None,
     clip: float | None = None,
 ) -> tuple[Tensor, ValueStats]:
-    """Σ weight · ½ (V − R)², the larger of that and its clipped form where clip is given.
+    """The squared error of the values, weighted and summed, and clipped where clip is given.
 
-    All tensors have the shape of values and any float dtype. values is differentiable, the others
-    are constants. Weight 0 masks a token: not read, no gradient, not counted.
-    old_values, clip: together or not at all; V is held within clip of the old one.
-    Returns (loss, stats): a scalar, fp32 (fp64 if an input is fp64), and ValueStats.
+    L = Σ weight · ½ max((V − R)², (clip(V, V_old − c, V_old + c) − R)²). Where the clipped error is
+    the larger one, the gradient is 0.
+
+    Args:
+        values: V, of any shape and float dtype; differentiable.
+        returns: R, of the shape of values; a constant.
+        weight: w, of the shape of values; a constant. Weight 0 masks a token: it is not read, gets
+            no gradient and is not counted.
+        old_values: V_old, the values of the rollout, of the shape of values; a constant. It goes
+            together with clip.
+        clip: c > 0, how far from V_old the clipped value may be, in units of the return. None: the
+            loss is not clipped.
+
+    Returns:
+        (loss, stats): a scalar, fp32, or fp64 if an input is fp64; and `ValueStats`.
+
+    Raises:
+        TypeError: An argument is no tensor or number, or not of a floating dtype.
+        ValueError: A shape or device differs from that of values, only one of old_values and clip
+            is given, or clip is not finite and > 0.
+
+    Example:
+        >>> values, returns = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.0])
+        >>> loss, stats = fastpg.value_loss(values, returns, torch.tensor([0.5, 0.5]))
+        >>> loss
+        tensor(0.3125)
+
+    Reference:
+        Schulman et al. 2017, "Proximal policy optimization algorithms", arXiv:1707.06347. The
+        clipping is that of OpenAI baselines (Engstrom et al. 2020, arXiv:2005.12729).
     """
-    values, *constants = alike(
-        "value_loss", ("old_values",), values=values, returns=returns, weight=weight,
+    values, returns, weight, old_values = alike(
+        "value_loss",
+        ("old_values",),
+        values=values,
+        returns=returns,
+        weight=weight,
         old_values=old_values,
-    )  # fmt: skip
+    )
     if (old_values is None) != (clip is None):
         missing = "old_values" if old_values is None else "clip"
         raise ValueError(f"value_loss: clip and old_values go together, {missing} is None")
@@ -130,9 +182,6 @@ def value_loss(
         check_number("value_loss", "clip", clip)
         if not 0 < clip < math.inf:
             raise ValueError(f"value_loss: clip must be finite and > 0, got {clip}")
-    clip = 0.0 if clip is None else float(clip)
-    if constant(values, *constants):
-        loss, _, stats = _value_loss(values, *constants, clip)
-    else:
-        loss, stats = _ValueLoss.apply(values, constants, clip)
+    bound = 0.0 if clip is None else float(clip)
+    loss, stats = _value_loss(Inputs(values, returns, weight, old_values, bound))
     return loss, ValueStats(stats)

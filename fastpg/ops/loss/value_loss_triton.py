@@ -1,4 +1,4 @@
-"""value_loss on the GPU: the maths of csrc/value_loss.h, statistics in the order of ValueStats."""
+"""value_loss on the GPU: the maths of csrc/loss/value_loss.h, a block of tokens to a program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._library import contiguous
+from ..._record import contiguous
+from ..common.stats import ValueStats
 from ..common.triton import (
     BLOCK,
     CHUNK,
@@ -14,82 +15,105 @@ from ..common.triton import (
     block_moments,
     block_offsets,
     blocks_of,
+    field_of,
     jit,
+    load_kept,
     merged_moments,
     number,
-    on_device,
 )
+from .value_loss import Inputs, Outputs, allocate
 
-FIELDS = tl.constexpr(8)
-SUMS = tl.constexpr(4)  # count, weight, loss, clipped; then the moments of returns and residuals
+FIELDS = tl.constexpr(len(ValueStats.FIELDS))
+SUMS = tl.constexpr(len(ValueStats.SUMS))  # a power of 2, as tl.arange demands
+COUNT = field_of(ValueStats, "count")
+WEIGHT = field_of(ValueStats, "weight")
+LOSS = field_of(ValueStats, "loss")
+CLIPPED = field_of(ValueStats, "clipped")
+RETURN_MEAN = field_of(ValueStats, "return_mean")
+RETURN_M2 = field_of(ValueStats, "return_m2")
+RESIDUAL_MEAN = field_of(ValueStats, "residual_mean")
+RESIDUAL_M2 = field_of(ValueStats, "residual_m2")
 
 
 @triton.jit
-def held(value, old_values, at, kept, clip):
+def clipped_value(value: tl.tensor, old: tl.tensor, clip: tl.tensor):
     """V within clip of the old one."""
-    old = tl.load(old_values + at, mask=kept, other=0.0)
-    bound = number(clip, value)
-    low, high = old - bound, old + bound
+    low, high = old - clip, old + clip
     return tl.where(value < low, low, tl.where(value > high, high, value))
 
 
 @jit
 def forward_kernel(
-    values, returns, weight, old_values, coefficient, parts, count: tl.int64, clip: tl.float64
-):  # fmt: skip
+    values,
+    returns,
+    weight,
+    old_values,
+    coefficient,
+    parts,
+    count: tl.int64,
+    clip: tl.float64,
+):
     """The coefficients of a block, dL/dV, and its statistics."""
-    at = block_offsets()
-    w = tl.load(weight + at, mask=at < count, other=0.0)
+    offset = block_offsets()
+    w = tl.load(weight + offset, mask=offset < count, other=0.0)
     kept = w != 0
-    value = tl.load(values + at, mask=kept, other=0.0)
-    target = tl.load(returns + at, mask=kept, other=0.0)
+    value = load_kept(values, offset, kept)
+    target = load_kept(returns, offset, kept)
     error = value - target
     clipped, taken = tl.zeros([BLOCK], tl.int1), error
-    if old_values is not None:  # where clipping enlarges the error, V is held: no gradient
-        taken = held(value, old_values, at, kept, clip) - target
+    if old_values is not None:  # Where clipping enlarges the error, V is held: it has no gradient.
+        old = load_kept(old_values, offset, kept)
+        taken = clipped_value(value, old, number(clip, value)) - target
         clipped = taken * taken > error * error
         taken = tl.where(clipped, taken, error)
-    tl.store(coefficient + at, w * tl.where(clipped, 0.0, error), mask=at < count)
+    tl.store(coefficient + offset, w * tl.where(clipped, 0.0, error), mask=offset < count)
     part = parts + tl.program_id(0).to(tl.int64) * FIELDS
     n = tl.sum(kept.to(tl.float64), 0)
-    tl.store(part, n)
-    tl.store(part + 1, tl.sum(w.to(tl.float64), 0))
-    tl.store(part + 2, tl.sum((w * (0.5 * taken * taken)).to(tl.float64), 0))
-    tl.store(part + 3, tl.sum(clipped.to(tl.float64), 0))
+    tl.store(part + COUNT, n)
+    tl.store(part + WEIGHT, tl.sum(w.to(tl.float64), 0))
+    tl.store(part + LOSS, tl.sum((w * (0.5 * taken * taken)).to(tl.float64), 0))
+    tl.store(part + CLIPPED, tl.sum(clipped.to(tl.float64), 0))
     mean, m2 = block_moments(target, kept, n)
-    tl.store(part + 4, mean)
-    tl.store(part + 5, m2)
+    tl.store(part + RETURN_MEAN, mean)
+    tl.store(part + RETURN_M2, m2)
     mean, m2 = block_moments(-error, kept, n)
-    tl.store(part + 6, mean)
-    tl.store(part + 7, m2)
+    tl.store(part + RESIDUAL_MEAN, mean)
+    tl.store(part + RESIDUAL_M2, m2)
 
 
 @jit
 def merge_kernel(parts, stats, loss, rows: tl.int32):
+    """The statistics of all blocks, from a row of parts for each; and the loss among them."""
     total, field = tl.zeros([CHUNK, SUMS], tl.float64), tl.arange(0, SUMS)[None, :]
     for start in range(0, rows, CHUNK):
         row = start + tl.arange(0, CHUNK)[:, None]
-        at = row.to(tl.int64) * FIELDS + field
-        total += tl.load(parts + at, mask=row < rows, other=0.0)
+        offset = row.to(tl.int64) * FIELDS + field
+        total += tl.load(parts + offset, mask=row < rows, other=0.0)
     sums = tl.sum(total, 0)
     tl.store(stats + tl.arange(0, SUMS), sums)
-    tl.store(loss, tl.sum(tl.where(tl.arange(0, SUMS) == 2, sums, 0.0), 0))
+    tl.store(loss, tl.sum(tl.where(tl.arange(0, SUMS) == LOSS, sums, 0.0), 0))
     for mean in tl.static_range(SUMS, FIELDS, 2):
-        _, mean_all, m2 = merged_moments(parts, rows, 0, mean, FIELDS)
+        _, mean_all, m2 = merged_moments(parts, rows, COUNT, mean, FIELDS)
         tl.store(stats + mean, mean_all)
         tl.store(stats + mean + 1, m2)
 
 
-@on_device
-def value_loss(values, returns, weight, old_values, clip):
-    values, *rest = contiguous(values, returns, weight, old_values)
-    blocks = blocks_of(values)
-    parts = values.new_empty((blocks, FIELDS.value), dtype=torch.float64)
-    loss, stats = values.new_empty(()), parts.new_empty(FIELDS.value)
-    coefficient = torch.empty_like(values)
+def value_loss(x: Inputs) -> Outputs:
+    """Launches a program for each block of tokens, then one that merges their statistics."""
+    x, outputs = contiguous(x), allocate(x)
+    blocks = blocks_of(x.values)
+    parts = x.values.new_empty((blocks, FIELDS.value), dtype=torch.float64)
     if blocks:
         forward_kernel[(blocks,)](
-            values, *rest, coefficient, parts, values.numel(), clip, **OPTIONS
+            values=x.values,
+            returns=x.returns,
+            weight=x.weight,
+            old_values=x.old_values,
+            coefficient=outputs.coefficient,
+            parts=parts,
+            count=x.values.numel(),
+            clip=x.clip,
+            **OPTIONS,
         )
-    merge_kernel[(1,)](parts, stats, loss, blocks, **OPTIONS)
-    return loss, coefficient, stats
+    merge_kernel[(1,)](parts, outputs.stats, outputs.loss, blocks, **OPTIONS)
+    return outputs

@@ -149,4 +149,5 @@ def _refusing_a_second(op: Differentiable, ctx: Any, grads: tuple) -> list[Tenso
         gradients = _gradients(op, ctx, grads)
     leaves = [x if x is None else x.detach().requires_grad_() for x in gradients]
     message = f"{op.name}: its gradient is not differentiable, double backward is not supported"
-    return torch._C._functions.DelayedError(message.encode(), len(leaves))(*leaves)
+    refusing = torch._C._functions.DelayedError(message.encode(), len(leaves))(*leaves)
+    return [refusing] if len(leaves) == 1 else refusing  # torch returns a lone one without a list

@@ -96,9 +96,10 @@ class Round:
             batches.append([])
             for row in torch.cat(parts):
                 free = free or set(range(len(self.sequences)))
-                number = min(i for i in free if torch.equal(self.sequences[i], row))
-                free.remove(number)
-                batches[-1].append(number)
+                numbers = [i for i in sorted(free) if torch.equal(self.sequences[i], row)]
+                assert numbers, "a pass over the rollout shows an episode twice, or a strange one"
+                free.remove(numbers[0])
+                batches[-1].append(numbers[0])
         return batches
 
     def episodes(self, ends: set[int]) -> list["Episode"]:

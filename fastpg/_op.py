@@ -107,7 +107,9 @@ class Op(Generic[InputsT, OutputsT]):
         """Runs the fastest kernel that there is for the device of the inputs."""
         values = self.inputs.flatten(x) if self.inputs.nested else x
         result = self.overload(*values)
-        return self.outputs.record._make((result,) if self.single else result)
+        if self.single:
+            result = (result,)
+        return self.outputs.record._make(result or ())  # torch returns None for no outputs
 
     def flat(self, run: Callable[[InputsT], OutputsT]) -> Callable:
         """The function from record to record, as torch calls it: from values to values."""
@@ -115,7 +117,7 @@ class Op(Generic[InputsT, OutputsT]):
 
         def call(*values: Any) -> Any:
             outputs = run(restore(values))
-            return outputs[0] if single else outputs
+            return outputs[0] if single else outputs or None
 
         return call
 
@@ -146,7 +148,7 @@ class Op(Generic[InputsT, OutputsT]):
                 scratch = reduction_scratch(values[0], statistics) if on_gpu else NO_SCRATCH
             stream = current_stream(values[0]) if on_gpu else 0
             function(*sizes(x), *values, *outputs, *scratch, stream)
-            return outputs[0] if single else outputs
+            return outputs[0] if single else outputs or None
 
         return call
 

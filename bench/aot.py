@@ -170,7 +170,9 @@ def token_logprobs(few: bool, capability: int) -> Iterator[Variant]:
     vocabs = VOCABS[: 1 if few else None]
     cases = itertools.product(BOTH, flags, flags, BOTH, dtypes, vocabs)
     for forward, entropy, softcap, aligned, dtype, vocab in cases:
-        constants = page.options(forward, entropy, softcap, aligned, dtype, vocab, capability // 10)
+        features = {"entropy": entropy, "softcap": softcap, "aligned": aligned}
+        features |= {"dtype": dtype, "vocab": vocab, "capability": capability // 10}
+        constants = page.constants(forward=forward, **features)
         options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
         kernel = page.forward_kernel if forward else page.backward_kernel
         tensors = {"labels": "i64", "flag": "i64", "stats": "fp32"}
@@ -187,7 +189,9 @@ def policy_loss_from_logits(few: bool, capability: int) -> Iterator[Variant]:
     flags, dtypes = BOTH[:1] if few else BOTH, list(TYPES)[:2]
     cases = itertools.product(flags, flags, BOTH, dtypes, VOCABS[: 1 if few else None])
     for *row, dtype, vocab in cases:
-        constants = page.options(*row, dtype, vocab, capability // 10)
+        features = dict(zip(("entropy", "softcap", "aligned"), row, strict=True))
+        features |= {"dtype": dtype, "vocab": vocab, "capability": capability // 10}
+        constants = page.constants(**features)
         options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
         tensors = {"labels": "i64", "flag": "i64", **dict.fromkeys(("logits", "out"), TYPES[dtype])}
         given = {} if constants["ENTROPY"] else absent | {"entropy": None}

@@ -26,33 +26,26 @@ void def(py::module_& m, const char* name, const F& function) {
   m.def(name, function, py::call_guard<py::gil_scoped_release>());
 }
 
-// The fields of LogitRows.
+// The fields of TokenLogprobsInputs.
 using LogitRowsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                  Address, Address, bool, double, int64_t>;
+                                  Address, Address, bool, double, int64_t, bool>;
 
-LogitRows logit_rows(const LogitRowsTuple& rows) {
+TokenLogprobsInputs logit_rows(const LogitRowsTuple& rows) {
   const auto [logits, dtype, count, inner, outer_stride, inner_stride, vocab, labels, temperature,
-              temperature_per_row, softcap, ignore_index] = rows;
-  return {at(logits),      dtype,
-          count,           inner,
-          outer_stride,    inner_stride,
-          vocab,           at<int64_t>(labels),
-          at(temperature), temperature_per_row,
-          softcap,         ignore_index};
-}
-
-void bind_token_logprobs(py::module_& m) {
-  def(m, "token_logprobs",
-      [](const LogitRowsTuple& rows, Address logp, Address entropy, Address stats) {
-        token_logprobs(logit_rows(rows), {at(logp), at(entropy), at(stats)});
-      });
-  def(m, "token_logprobs_backward",
-      [](const LogitRowsTuple& rows, Address grad_logp, Address grad_entropy, Address entropy,
-         Address stats, Address grad_logits) {
-        token_logprobs_backward(logit_rows(rows),
-                                {at(grad_logp), at(grad_entropy), at(entropy), at(stats)},
-                                at(grad_logits));
-      });
+              temperature_per_row, softcap, ignore_index, with_entropy] = rows;
+  return {dtype,
+          count,
+          inner,
+          outer_stride,
+          inner_stride,
+          vocab,
+          temperature_per_row,
+          {at(logits)},
+          at<int64_t>(labels),
+          at(temperature),
+          softcap,
+          ignore_index,
+          with_entropy};
 }
 
 void bind_importance_weights(py::module_& m) {
@@ -138,7 +131,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", instruction_sets, "The instruction sets of this machine, best first.");
   m.def("instruction_set", [] { return kernels().name; }, "The one in use.");
   m.def("use_instruction_set", use_instruction_set);
-  bind_token_logprobs(m);
   bind_importance_weights(m);
   bind_policy_loss(m);
   bind_policy_loss_from_logits(m);

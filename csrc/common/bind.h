@@ -21,11 +21,6 @@ struct HasFields : std::false_type {};
 template <typename T>
 struct HasFields<T, std::void_t<decltype(std::declval<T&>().fields())>> : std::true_type {};
 
-// The memory of a tensor that is taken as it lies: its kernel knows its strides.
-struct Strided {
-  const void* data;
-};
-
 // Stands for the memory of an empty tensor, which has none: it is there, though never read.
 inline void* empty_tensor() {
   static char byte;

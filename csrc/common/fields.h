@@ -8,3 +8,12 @@
 #define FPG_FIELDS(...)                                    \
   static constexpr const char* kFieldNames = #__VA_ARGS__; \
   auto fields() { return std::tie(__VA_ARGS__); }
+
+namespace fpg {
+
+// The memory of a tensor that is taken as it lies: its kernel knows its strides.
+struct Strided {
+  const void* data;
+};
+
+}  // namespace fpg

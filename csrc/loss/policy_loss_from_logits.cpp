@@ -6,7 +6,7 @@
 namespace fpg {
 
 template <typename T>
-void policy_loss_from_logits(const LogitRows& rows, const PolicyTokens<T>& tokens,
+void policy_loss_from_logits(const TokenLogprobsInputs& rows, const PolicyTokens<T>& tokens,
                              const PolicyOptions& options, const RowsOut<T>& rows_out,
                              const PolicyOut<T>& out) {
   const PolicyLossKernels<T>& kernel = kernels();
@@ -23,10 +23,10 @@ void policy_loss_from_logits(const LogitRows& rows, const PolicyTokens<T>& token
   policy_loss(tokens, rows.count, options, out);  // the same coefficients again, and the sums
 }
 
-template void policy_loss_from_logits(const LogitRows&, const PolicyTokens<float>&,
+template void policy_loss_from_logits(const TokenLogprobsInputs&, const PolicyTokens<float>&,
                                       const PolicyOptions&, const RowsOut<float>&,
                                       const PolicyOut<float>&);
-template void policy_loss_from_logits(const LogitRows&, const PolicyTokens<double>&,
+template void policy_loss_from_logits(const TokenLogprobsInputs&, const PolicyTokens<double>&,
                                       const PolicyOptions&, const RowsOut<double>&,
                                       const PolicyOut<double>&);
 

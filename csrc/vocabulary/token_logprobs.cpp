@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "common/bind.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
 #include "simd/kernels.h"
@@ -21,11 +22,11 @@ constexpr int64_t kGrain = 32768;  // logits a thread should have at least
 template <typename X>
 struct Rows {
   using T = compute_t<X>;
-  const LogitRows& rows;
+  const TokenLogprobsInputs& rows;
 
   const X* at(int64_t row) const {
     const int64_t outer = row / rows.inner, inner = row % rows.inner;
-    return static_cast<const X*>(rows.logits) + outer * rows.outer_stride +
+    return static_cast<const X*>(rows.logits.data) + outer * rows.outer_stride +
            inner * rows.inner_stride;
   }
   bool ignored(int64_t row) const { return rows.labels[row] == rows.ignore_index; }
@@ -42,7 +43,7 @@ struct Rows {
 // Labels and temperatures are read once before anything is computed, so that a bad one raises
 // first.
 template <typename X>
-void check(const LogitRows& rows) {
+void check(const TokenLogprobsInputs& rows) {
   using T = compute_t<X>;
   for (int64_t row = 0; row < rows.count; ++row) {
     const int64_t label = rows.labels[row];
@@ -65,7 +66,7 @@ struct Forward : Rows<X> {
   const TokenLogprobsKernels<X>& kernel = kernels();
   T *logp, *entropies, *max, *log_sums;
 
-  Forward(const LogitRows& rows, const LogprobsOut& out)
+  Forward(const TokenLogprobsInputs& rows, const LogprobsOut& out)
       : Rows<X>{rows},
         logp(static_cast<T*>(out.logp)),
         entropies(static_cast<T*>(out.entropy)),
@@ -76,7 +77,7 @@ struct Forward : Rows<X> {
     const int64_t begin = index * kSlice;
     const int64_t length = smaller(kSlice, this->rows.vocab - begin);
     return kernel.slice_stats(this->at(row) + begin, length, T(this->rows.softcap),
-                              this->inv_temperature(row), entropies != nullptr);
+                              this->inv_temperature(row), this->rows.with_entropy);
   }
 
   void finish(int64_t row, RowStats<T> stats) const {
@@ -84,12 +85,12 @@ struct Forward : Rows<X> {
     max[row] = stats.max;
     log_sums[row] = log_sum(stats);
     logp[row] = (c - finite_max(stats.max)) * this->inv_temperature(row) - log_sums[row];
-    if (entropies) entropies[row] = entropy(stats);
+    if (this->rows.with_entropy) entropies[row] = entropy(stats);
   }
 
   void ignore(int64_t row) const {
     logp[row] = max[row] = log_sums[row] = T(0);
-    if (entropies) entropies[row] = T(0);
+    if (this->rows.with_entropy) entropies[row] = T(0);
   }
 
   void row(int64_t i) const {
@@ -136,7 +137,7 @@ struct Backward : Rows<X> {
   const LogprobsGradient& in;
   X* out;
 
-  Backward(const LogitRows& rows, const LogprobsGradient& in, void* out)
+  Backward(const TokenLogprobsInputs& rows, const LogprobsGradient& in, void* out)
       : Rows<X>{rows}, in(in), out(static_cast<X*>(out)) {}
 
   static T value(const void* values, int64_t row) {
@@ -181,29 +182,42 @@ struct Backward : Rows<X> {
   }
 };
 
-}  // namespace
-
-void token_logprobs(const LogitRows& rows, const LogprobsOut& out) {
+void token_logprobs(const TokenLogprobsArguments& in) {
+  const TokenLogprobsInputs& rows = in.inputs;
   with_float_dtype(rows.dtype, [&](auto x) {
     using X = decltype(x);
     check<X>(rows);
-    const Forward<X> forward(rows, out);
+    const Forward<X> forward(rows, in.out);
     rows.count < kFewRows ? forward.by_slices() : forward.by_rows();
   });
 }
 
-void token_logprobs_backward(const LogitRows& rows, const LogprobsGradient& in, void* grad_logits) {
-  with_float_dtype(rows.dtype, [&](auto x) { Backward<decltype(x)>(rows, in, grad_logits).run(); });
+void write_gradient(const TokenLogprobsInputs& rows, const LogprobsGradient& gradient, void* out) {
+  with_float_dtype(rows.dtype, [&](auto x) { Backward<decltype(x)>(rows, gradient, out).run(); });
 }
 
-void token_logprobs_and_backward(const LogitRows& rows, const LogprobsOut& out,
+void token_logprobs_backward(const TokenLogprobsBackwardArguments& in) {
+  write_gradient(in.inputs, in.gradient, in.grad_logits);
+}
+
+void token_logprobs_backward_out(const TokenLogprobsBackwardOutArguments& in) {
+  write_gradient(in.inputs, in.gradient, in.out);
+}
+
+FPG_BIND(token_logprobs, token_logprobs)
+FPG_BIND(token_logprobs_backward, token_logprobs_backward)
+FPG_BIND(token_logprobs_backward_out, token_logprobs_backward_out)
+
+}  // namespace
+
+void token_logprobs_and_backward(const TokenLogprobsInputs& rows, const LogprobsOut& out,
                                  const std::function<void(int64_t row)>& row_loss,
-                                 const LogprobsGradient& in, void* grad_logits) {
+                                 const LogprobsGradient& gradient, void* grad_logits) {
   with_float_dtype(rows.dtype, [&](auto x) {
     using X = decltype(x);
     check<X>(rows);
     const Forward<X> forward(rows, out);
-    const Backward<X> backward(rows, in, grad_logits);
+    const Backward<X> backward(rows, gradient, grad_logits);
     parallel_for(rows.count, kGrain / rows.vocab, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         forward.row(row);

@@ -1,43 +1,80 @@
-// What the page fastpg/ops/token_logprobs.py hands to the C++ kernel.
+// What the kernels of fastpg/ops/vocabulary/token_logprobs.py take.
 #pragma once
 
 #include <stdint.h>
 
 #include <functional>
 
+#include "common/fields.h"
+#include "common/stream.h"
+
 namespace fpg {
 
 // `count` rows of `vocab` logits. Row i begins at (i / inner) * outer_stride + (i % inner) *
 // inner_stride elements; its logits are adjacent.
-struct LogitRows {
-  const void* logits;
-  int dtype;
+struct TokenLogprobsInputs {
+  int dtype;  // of the logits
   int64_t count, inner, outer_stride, inner_stride, vocab;
+  bool temperature_per_row;  // else there is one temperature for all rows
+  Strided logits;
   const int64_t* labels;    // [count]
-  const void* temperature;  // in the compute type: [count], or one for all
-  bool temperature_per_row;
-  double softcap;  // 0: none
+  const void* temperature;  // [count] or [], in the compute type
+  double softcap;           // 0: none
   int64_t ignore_index;
+  bool with_entropy;
+
+  FPG_FIELDS(dtype, count, inner, outer_stride, inner_stride, vocab, temperature_per_row, logits,
+             labels, temperature, softcap, ignore_index, with_entropy)
 };
 
-// Each in the compute type: [count], stats [2, count] of (max, log sum). Entropy may be null.
+// Each is [count] in the compute type, but stats: [2, count] of (max, log sum). The entropy is only
+// written with_entropy.
 struct LogprobsOut {
   void *logp, *entropy, *stats;
+
+  FPG_FIELDS(logp, entropy, stats)
 };
 
-// The same; the gradients and the entropy may be null.
+// The same. The gradients and the entropy may be null.
 struct LogprobsGradient {
   const void *grad_logp, *grad_entropy, *entropy, *stats;
+
+  FPG_FIELDS(grad_logp, grad_entropy, entropy, stats)
 };
 
-void token_logprobs(const LogitRows& rows, const LogprobsOut& out);
-// A label outside the row, but for ignore_index, is nowhere in it. grad_logits may be the logits.
-void token_logprobs_backward(const LogitRows& rows, const LogprobsGradient& in, void* grad_logits);
+struct TokenLogprobsArguments {
+  TokenLogprobsInputs inputs;
+  LogprobsOut out;
+  Stream stream;
 
-// Both, row by row, while the row is near: between them row_loss(row) writes, from what `out` then
-// holds of the row, the gradients of it that `in` points to. grad_logits may be the logits.
-void token_logprobs_and_backward(const LogitRows& rows, const LogprobsOut& out,
+  FPG_FIELDS(inputs, out, stream)
+};
+
+// A label outside the row, but for ignore_index, is nowhere in it: the row may be a slice.
+struct TokenLogprobsBackwardArguments {
+  TokenLogprobsInputs inputs;
+  LogprobsGradient gradient;
+  void* grad_logits;  // [count, vocab], in the dtype of the logits
+  Stream stream;
+
+  FPG_FIELDS(inputs, gradient, grad_logits, stream)
+};
+
+// The same op with its output among its inputs: it may be the logits.
+struct TokenLogprobsBackwardOutArguments {
+  TokenLogprobsInputs inputs;
+  LogprobsGradient gradient;
+  void* out;  // [count, vocab], in the dtype of the logits
+  Stream stream;
+
+  FPG_FIELDS(inputs, gradient, out, stream)
+};
+
+// Forward and backward, row by row, while the row is in cache. Between them row_loss(row) reads
+// what `out` holds of the row, and writes the gradients that `gradient` points to. grad_logits may
+// be the logits.
+void token_logprobs_and_backward(const TokenLogprobsInputs& rows, const LogprobsOut& out,
                                  const std::function<void(int64_t row)>& row_loss,
-                                 const LogprobsGradient& in, void* grad_logits);
+                                 const LogprobsGradient& gradient, void* grad_logits);
 
 }  // namespace fpg

@@ -1,9 +1,9 @@
 import math
 
+import kernels
 import pytest
 import torch
 from accuracy import GRADIENT_TOLERANCE, TOLERANCE, assert_no_worse, leaves
-from conftest import replace_ops
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -11,7 +11,6 @@ from bench.inputs import head_and_labels
 from fastpg import check, linear_token_logprobs
 from fastpg.ops.vocabulary import head as head_module
 from fastpg.ops.vocabulary import linear_token_logprobs as page
-from fastpg.ops.vocabulary import token_logprobs_triton
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TUNED = {"temperature": 0.7, "softcap": 20.0, "logit_scale": 0.5}
@@ -344,9 +343,8 @@ def test_triton_kernels_serve_the_slices(monkeypatch):
         outputs = linear_token_logprobs(hidden, weight, labels, bias=bias, return_entropy=True)
         return *outputs, *gradients(outputs, (hidden, weight, bias))
 
-    expected, launchers = results(), vars(token_logprobs_triton)
-    for module in (head_module, page):
-        replace_ops(monkeypatch, module, lambda op: launchers.get(op._opname))
+    expected = results()
+    kernels.run_with(monkeypatch, "triton", "token_logprobs", cache=None)
     for got, want in zip(results(), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
 

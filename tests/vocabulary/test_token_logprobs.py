@@ -3,12 +3,14 @@ import math
 import pytest
 import torch
 from accuracy import GRADIENT_TOLERANCE, TOLERANCE, assert_no_worse, leaves
+from registration import check_registration
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bench.inputs import DEVICE, logits_and_labels
 from fastpg import check, token_logprobs
 from fastpg.ops.vocabulary import token_logprobs as page
 
+OP = "token_logprobs"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [
     ((1,), 1),  # the smallest
@@ -73,30 +75,42 @@ def test_gradients_of_expanded_and_strided_grad_output(kernel):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("op", [page._logp, page._logp_entropy])
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "empty"])
-def test_registration(op, layout):
+def record(logits, labels, *, temperature=0.7, softcap=0.0, with_entropy=True):
+    """The inputs of the op."""
+    temperature = torch.tensor(temperature, dtype=torch.float32)
+    return page.Inputs(logits, labels, temperature, softcap, -100, with_entropy)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "last axis", "empty"])
+def test_registration(layout, with_entropy):
     logits, labels = logits_and_labels((0 if layout == "empty" else 4, 3), 7)
     if layout == "transposed":
         logits, labels = logits.transpose(0, 1), labels.t()
     if layout == "expanded":
         logits = logits[:1].expand(4, 3, 7)
-    args = (logits, labels, torch.tensor(0.7), 0.0, -100)
-    torch.library.opcheck(op, args)
-    logp, stats = page._logp(*args)
-    gradient = torch.randn_like(logp), None, None, stats, *args
-    torch.library.opcheck(page._backward, gradient)
-    torch.library.opcheck(page._backward_out, (torch.empty(logits.shape), *gradient))
+    if layout == "last axis":
+        logits = logits.repeat_interleave(2, -1)[..., ::2]
+    x = record(logits, labels, with_entropy=with_entropy)
+    check_registration(page.token_logprobs_op, x)
+    logp, entropy, stats = page.token_logprobs_op(x)
+    upstream = torch.randn_like(logp)
+    gradient = page.BackwardInputs(x, upstream, None, None, stats)
+    if with_entropy:
+        gradient = gradient._replace(grad_entropy=upstream, entropy=entropy)
+    check_registration(page.token_logprobs_backward_op, gradient)
+    into = page.BackwardOutInputs(gradient, torch.empty(logits.shape))
+    check_registration(page.token_logprobs_backward_out_op, into)
 
 
-def test_the_dispatcher_brings_cuda_tensors_to_triton(kernel):
+def test_the_dispatcher_brings_cuda_tensors_to_triton(kernel, monkeypatch):
     if kernel != "triton":
         pytest.skip("of the kernel's attachment")
-    logits, labels = logits_and_labels(3, 50)
-    args = logits, labels, torch.tensor(0.7), 0.0, -100
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # that of a tensor on the CPU
+    x = record(*logits_and_labels(3, 50))
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    dispatched = torch.ops.fastpg.token_logprobs.default.redispatch(cuda, *args)
-    assert all(map(torch.equal, dispatched, page._logp(*args)))
+    dispatched = torch.ops.fastpg.token_logprobs.default.redispatch(cuda, *x)
+    assert all(map(torch.equal, dispatched, page.token_logprobs_op(x)))
 
 
 def test_compile():
@@ -144,7 +158,7 @@ LABELS = torch.tensor([1, 2])
         (ValueError, "softcap .* finite and > 0 .* got -1", LOGITS, LABELS, {"softcap": -1.0}),
     ],
 )  # fmt: skip
-def test_edges(kernel, error, message, logits, labels, options):
+def test_bad_arguments_raise(kernel, error, message, logits, labels, options):
     if kernel in DEVICE and message.startswith("temperature holds"):
         pytest.skip("test_a_device_spoils_the_row_of_a_bad_value")
     here = torch.get_default_device()
@@ -253,22 +267,35 @@ def test_a_row_depends_on_itself_alone(kernel, vocab):
         assert torch.equal(whole, other)
 
 
-@pytest.mark.parametrize("layout", ["shifted", "transposed", "expanded", "last axis", "offset"])
-def test_any_strides_are_accepted(kernel, layout):
-    base, _ = logits_and_labels((4, 5), 36)
-    logits = {
-        "shifted": lambda: base[:, :-1],
-        "transposed": lambda: base.transpose(0, 1),
-        "expanded": lambda: base[:, :1].expand(4, 5, 36),
-        "last axis": lambda: base[..., ::2],
-        "offset": lambda: base.flatten()[3:].unfold(0, 30, 31),
-    }[layout]()
+LAYOUTS = {  # from logits [4, 5, 36]
+    "shifted": lambda x: x[:, :-1],
+    "transposed": lambda x: x.transpose(0, 1),
+    "expanded": lambda x: x[:, :1].expand(4, 5, 36),
+    "last axis": lambda x: x[..., ::2],
+    "offset": lambda x: x.flatten()[3:].unfold(0, 30, 31),
+    "four axes": lambda x: x.view(2, 2, 5, 36)[:, :, :-1],
+    "four axes that need a copy": lambda x: x.view(2, 2, 5, 36).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_give_the_same_values_and_gradients(kernel, layout, dtype):
+    base, _ = logits_and_labels((4, 5), 36, dtype)
+    logits = LAYOUTS[layout](base)
     before = logits.clone()
     labels = torch.arange(logits[..., 0].numel()).view(logits.shape[:-1]) % logits.shape[-1]
-    base.requires_grad_()
-    got = token_logprobs(logits.detach().requires_grad_(), labels.int())
-    want, _ = by_torch(before.double(), labels)
-    assert_no_worse(got, got, want, 2e-6)
+    x = logits.detach().requires_grad_()
+    assert x.stride() == logits.stride()
+    (x64,), (native,) = leaves(before.double()), leaves(before)
+    ours = token_logprobs(x, labels.int(), return_entropy=True)
+    oracle, torchs = by_torch(x64, labels), by_torch(native.float(), labels)
+    for got, want, baseline in zip(ours, oracle, torchs, strict=True):
+        assert_no_worse(got, baseline, want, TOLERANCE[dtype])
+    upstream = torch.linspace(-1, 1, labels.numel(), dtype=torch.float64).view(labels.shape)
+    for outputs in (ours, oracle, torchs):
+        sum((output.double() * upstream).sum() for output in outputs).backward()
+    assert_no_worse(x.grad, native.grad, x64.grad, GRADIENT_TOLERANCE[dtype])
     assert torch.equal(before, logits)
 
 
@@ -291,9 +318,8 @@ def test_more_rows_than_an_axis_of_a_grid(kernel):
     if kernel == "triton":
         pytest.skip("the interpreter takes minutes")
     logits, labels = logits_and_labels(70_000, 8)
-    assert_no_worse(
-        token_logprobs(logits, labels), *[by_torch(logits.double(), labels)[0]] * 2, 2e-6
-    )
+    torchs, oracle = by_torch(logits, labels)[0], by_torch(logits.double(), labels)[0]
+    assert_no_worse(token_logprobs(logits, labels), torchs, oracle, 2e-6)
 
 
 def test_cuda_graph(kernel):
@@ -335,15 +361,17 @@ def test_rows_that_no_gradient_reaches_are_not_read_backward(kernel, dtype):
 def test_the_gradient_may_overwrite_the_logits(kernel, dtype, softcap):
     """And a label that is nowhere in the row adds nothing to it: the row may be a slice."""
     logits, labels = logits_and_labels(4, 9000, dtype)
-    args = logits, labels, torch.tensor(0.7), softcap, -100
-    _, entropy, stats = page._logp_entropy(*args)
-    upstream = torch.randn(2, 4)
-    want = page._backward(*upstream, entropy, stats, *args)
+    x = record(logits, labels, softcap=softcap)
+    _, entropy, stats = page.token_logprobs_op(x)
+    grad_logp, grad_entropy = torch.randn(2, 4)
+    gradient = page.BackwardInputs(x, grad_logp, grad_entropy, entropy, stats)
+    want = page.token_logprobs_backward_op(gradient).grad_logits
     halves = logits[:, :4500].contiguous(), logits[:, 4500:].contiguous()
-    for begin, x in zip((0, 4500), halves, strict=True):
-        page._backward_out(x, *upstream, entropy, stats, x, labels - begin, *args[2:])
+    for begin, half in zip((0, 4500), halves, strict=True):
+        of_half = gradient._replace(inputs=x._replace(logits=half, labels=labels - begin))
+        page.token_logprobs_backward_out_op(page.BackwardOutInputs(of_half, half))
     assert_no_worse(torch.cat(halves, 1), want, want.double(), GRADIENT_TOLERANCE[dtype] * 1e-3)
-    page._backward_out(logits, *upstream, entropy, stats, *args)
+    page.token_logprobs_backward_out_op(page.BackwardOutInputs(gradient, logits))
     assert torch.equal(logits, want)
 
 

@@ -25,6 +25,7 @@ from ..common.autograd import once_differentiable
 from ..common.checks import alike, cast, check_shape, check_tensors, constant
 from ..common.stats import PolicyStats
 from ..vocabulary import token_logprobs as rows_page
+from ..vocabulary.logit_rows import addressable
 from ..vocabulary.token_logprobs import token_logprobs
 from . import policy_loss as tokens_page
 from .policy_loss import policy_loss
@@ -45,8 +46,8 @@ def reference(
 ):  # fmt: skip
     """-> loss [], stats [16]; dL/dlogits goes to out."""
     labels, weight = masked(labels, weight, ignore_index)
-    rows = logits, labels, temperature, softcap, ignore_index
-    logp, entropy, of_rows = rows_page.reference(*rows)
+    rows = rows_page.Inputs(logits, labels, temperature, softcap, ignore_index, with_entropy)
+    logp, entropy, of_rows = rows_page.reference(rows)
     entropy = entropy if with_entropy else None
     loss, by_logp, stats = tokens_page.reference(
         logp, advantages, weight, old_logp, None, ref_logp, entropy,
@@ -54,7 +55,8 @@ def reference(
     )  # fmt: skip
     entropy_coef = options[-1] if device_options is None else device_options[-1].to(logp.dtype)
     by_entropy = -entropy_coef * weight if with_entropy else None
-    out.copy_(rows_page.reference_backward(by_logp, by_entropy, entropy, of_rows, *rows))
+    gradient = rows_page.BackwardInputs(rows, by_logp, by_entropy, entropy, of_rows)
+    out.copy_(rows_page.reference_backward(gradient).grad_logits)
     return loss, stats
 
 
@@ -80,10 +82,18 @@ def _loss_cpu(out, *args):
         return reference(out, *args)
     logits, labels, temperature, softcap, ignore_index, advantages, weight, *rest = args[:9]
     labels, weight = masked(labels, weight, ignore_index)
-    logits, labels, temperature = rows_page._addressable(logits, labels, temperature)
-    rows = rows_page._rows(logits, labels, temperature, softcap, ignore_index)
-    tokens = contiguous(advantages, weight, *rest)
     surrogate, kl, options, device_options, with_entropy = args[9:]
+    logits = addressable(logits)
+    labels, temperature = labels.contiguous(), temperature.contiguous()
+    sizes = rows_page.sizes(
+        rows_page.Inputs(logits, labels, temperature, softcap, ignore_index, with_entropy)
+    )
+    rows = (
+        logits.data_ptr(), sizes.dtype, sizes.count, sizes.inner, sizes.outer_stride,
+        sizes.inner_stride, sizes.vocab, labels.data_ptr(), temperature.data_ptr(),
+        sizes.temperature_per_row, softcap, ignore_index, with_entropy,
+    )  # fmt: skip
+    tokens = contiguous(advantages, weight, *rest)
     logp, coefficient, *for_entropy = torch.empty(
         4 if with_entropy else 2, *labels.shape, dtype=temperature.dtype
     )
@@ -210,7 +220,10 @@ def policy_loss_from_logits(
     The ratio of a whole sequence (level="sequence") needs all its log-probs first: the two ops do
     that. They also serve fp16, whose gradient would underflow before a GradScaler could scale it.
     """
-    rows = rows_page.arguments(logits, labels, temperature, softcap, ignore_index)
+    rows = rows_page.checked_inputs(
+        logits, labels, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+        with_entropy=False,
+    )[:-1]  # fmt: skip
     numbers = check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef)
     tokens_page.check_terms(kl, kl_coef, ref_logp)
     tokens = _tokens(

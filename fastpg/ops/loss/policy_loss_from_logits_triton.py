@@ -20,10 +20,11 @@ from ..vocabulary import token_logprobs_triton
 from ..vocabulary.rows_triton import (
     inverse_temperature,
     read_row,
-    record,
+    record_label,
     row_offset,
     write_gradient,
 )
+from ..vocabulary.token_logprobs import Inputs
 from .policy_loss_triton import policy_loss
 from .surrogates_triton import options_of, token_loss
 
@@ -70,7 +71,7 @@ def rows_kernel(
         kept = (w != 0) & (label != ignore_index)
         legal = (label >= 0) & (label < vocab)
         if kept & ~legal:
-            record(flag, row, label)
+            record_label(flag, row, label)
         inv_temperature = inverse_temperature(temperature + row * temperature_stride, kept)
         x = logits + row_offset(row, inner, outer_stride, inner_stride, VECTOR, ALIGNED)
         length, written = tl.where(kept, vocab, 0), row * vocab
@@ -110,35 +111,41 @@ def programs(x: torch.Tensor, rows: int, row_bytes: int) -> int:
     return min(rows, count * min(max(device.L2_cache_size // (row_bytes * count), 1), 4))
 
 
-def options(entropy, softcap, aligned, dtype, vocab, capability) -> dict:
+def constants(**features) -> dict[str, int | bool]:
     """The compile-time arguments: those of the two kernels of token_logprobs."""
-    args = entropy, softcap, aligned, dtype, vocab, capability
-    return {
-        name: value
-        for forward in (False, True)
-        for name, value in token_logprobs_triton.options(forward, *args).items()
-        if name != "BLOCKS"
-    }
+    backward = token_logprobs_triton.constants(forward=False, **features)
+    del backward["BLOCKS"]
+    return backward | token_logprobs_triton.constants(forward=True, **features)
 
 
 @on_device
 def policy_loss_from_logits(out, *args):
     if out.dtype is torch.float64 or out.numel() == 0:
         return REFERENCES[torch.ops.fastpg.policy_loss_from_logits.default](out, *args)
-    rows = token_logprobs_triton.Rows(*args[:5])
+    rows = token_logprobs_triton.LogitRows(Inputs(*args[:5], with_entropy=args[-1]))
     advantages, weight, old_logp, ref_logp = contiguous(*args[5:9])
     surrogate, kl, numbers, device_options, with_entropy = args[9:]
     logp, kept_weight = torch.empty_like(weight), torch.empty_like(weight)
     entropy = torch.empty_like(weight) if with_entropy else None
     count = weight.numel()
+    names = ("low", "high", "dual_clip", "tau_positive", "tau_negative", "kl_coef", "entropy_coef")
     rows_kernel[(programs(out, count, rows.vocab * out.itemsize),)](
-        *rows.tensors, advantages, weight, old_logp, ref_logp, device_options, logp, entropy,
-        kept_weight, label_flag("policy_loss_from_logits", out.device), out, *rows.scalars,
-        *(numbers if device_options is None else [0.0] * 7), SURROGATE=surrogate, KL=kl,
-        **options(
-            with_entropy, rows.softcap > 0, rows.aligned, rows.dtype, rows.vocab, rows.capability
-        ),
-    )  # fmt: skip
+        **rows.arguments,
+        advantages=advantages,
+        weight=weight,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        device_options=device_options,
+        logp=logp,
+        entropy=entropy,
+        kept_weight=kept_weight,
+        flag=label_flag("policy_loss_from_logits", out.device),
+        out=out,
+        **dict(zip(names, numbers if device_options is None else [0.0] * 7, strict=True)),
+        SURROGATE=surrogate,
+        KL=kl,
+        **constants(**rows.features(entropy=with_entropy)),
+    )
     loss, _, stats = policy_loss(
         logp, advantages, kept_weight, old_logp, None, ref_logp, entropy, surrogate, kl, numbers,
         device_options,

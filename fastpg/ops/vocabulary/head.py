@@ -14,8 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .shards import NEVER, at_most_0, finite, merge, over_ranks
-from .token_logprobs import _backward_out, _logp_entropy
+from .shards import NEVER, Statistics, label_logprob, merge, over_ranks
+from .token_logprobs import (
+    BackwardInputs,
+    BackwardOutInputs,
+    Inputs,
+    token_logprobs_backward_out_op,
+    token_logprobs_op,
+)
 
 # A tile's tokens, about: of a thousand rows they stay in a CPU's last cache; a GPU wants large
 # products. They do not depend on the number of rows, nor do therefore the bits that this is to
@@ -142,14 +148,17 @@ def statistics(
     label_logit, each = torch.zeros_like(labels, dtype=temperature.dtype), []
     anything = torch.zeros_like(labels)
     for _, tokens, logits in tiles:
-        _, entropy, stats = _logp_entropy(logits, anything, temperature, softcap, NEVER)
+        _, entropy, stats = token_logprobs_op(
+            Inputs(logits, anything, temperature, softcap, NEVER, True)
+        )
         each.append(torch.stack([*stats, entropy]))
         here = (labels >= tokens.start) & (labels < tokens.stop)
         at = torch.where(here, labels - tokens.start, 0)[:, None]
         label_logit = torch.where(here, logits.gather(1, at)[:, 0], label_logit)
     if softcap:
         label_logit = softcap * torch.tanh(label_logit / softcap)
-    return label_logit, *merge(temperature, *torch.stack(each, 1))
+    top, log_sum, entropy = torch.stack(each, 1)
+    return merge(Statistics(label_logit, top, log_sum, entropy), label_logit, temperature)
 
 
 def logp_and_statistics(tiles, labels, legal, temperature, softcap, group=None):
@@ -159,11 +168,10 @@ def logp_and_statistics(tiles, labels, legal, temperature, softcap, group=None):
     """
     of_row = statistics(tiles, labels, temperature, softcap)
     if group is not None:
-        of_row = over_ranks(torch.stack(of_row), group, temperature)
-    label_logit, top, log_sum, entropy = of_row
-    log_sum = torch.where(legal, log_sum, math.nan)
-    logp = at_most_0((label_logit - finite(top)) / temperature - log_sum)
-    return logp, torch.where(legal, entropy, math.nan), top, log_sum
+        of_row = over_ranks(of_row, group, temperature)
+    of_row = of_row._replace(log_sum=torch.where(legal, of_row.log_sum, math.nan))
+    logp = label_logprob(of_row, temperature)
+    return logp, torch.where(legal, of_row.entropy, math.nan), of_row.top, of_row.log_sum
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
@@ -188,7 +196,8 @@ def write_gradients(
     head, into: of the tile; into.hidden in the type that is computed in.
     add: whether `hidden`, and `weight` and `bias`, hold the gradients of other tiles already.
     """
-    _backward_out(logits, *upstream, logits, *rows, NEVER)
+    inputs = Inputs(logits, *rows, NEVER, True)
+    token_logprobs_backward_out_op(BackwardOutInputs(BackwardInputs(inputs, *upstream), logits))
     g = logits.to(head.weight[0].dtype)
     for dhidden, weight in zip(into.hidden, head.weight, strict=True):
         if dhidden is not None:

@@ -17,7 +17,7 @@ from ..common.checks import (
     positive,
 )
 from .head import Factors
-from .shards import local_labels
+from .shards import Shard, local_labels
 
 
 def check_whole(op: str, name: str, x: Tensor) -> None:
@@ -126,4 +126,4 @@ def labels_of_shard(op, group, labels, vocab, temperature, ignore_index) -> tupl
     """What legal_labels says, and with a group labels as those of this rank's shard."""
     if group is None:
         return *legal_labels(op, labels, vocab, temperature, ignore_index), labels
-    return local_labels(op, group, vocab, labels, temperature, ignore_index)
+    return local_labels(Shard(op, group, vocab, labels, temperature, ignore_index))

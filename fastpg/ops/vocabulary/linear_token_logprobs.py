@@ -32,7 +32,7 @@ from . import linear_token_logprobs_blas as blas
 from . import token_logprobs as page
 from .head import Factors
 from .head_arguments import head_arguments, legal_labels
-from .shards import NEVER, add_over_ranks, label_logit, of_all_ranks
+from .shards import NEVER, Shard, Statistics, add_over_ranks, label_logit, over_all_ranks
 
 OP = "linear_token_logprobs"
 
@@ -51,14 +51,16 @@ def reference(hidden, weight, bias, labels, temperature, softcap, ignore_index, 
     """hidden_i [N, H_i], weight_i [V, H_i], labels [N] -> logp [N], entropy [N], stats [2, N]."""
     legal_labels(OP, labels, len(weight[0]), temperature, ignore_index)
     logits = _logits(hidden, weight, bias, logits_dtype)
-    return page.reference(logits, labels, temperature, softcap, ignore_index)
+    return page.reference(page.Inputs(logits, labels, temperature, softcap, ignore_index, True))
 
 
 def reference_part(hidden, weight, bias, labels, temperature, softcap, ignore_index, logits_dtype):
     """label_logit, top, log_sum, entropy [4, N], weight being a part of the vocabulary's."""
     logits = _logits(hidden, weight, bias, logits_dtype)
     anything = torch.where(labels == ignore_index, ignore_index, 0)
-    _, entropy, stats = page.reference(logits, anything, temperature, softcap, ignore_index)
+    _, entropy, stats = page.reference(
+        page.Inputs(logits, anything, temperature, softcap, ignore_index, True)
+    )
     return torch.stack([label_logit(logits, labels, stats.dtype, softcap), *stats, entropy])
 
 
@@ -70,8 +72,9 @@ def reference_backward(
     kept = (labels != ignore_index)[:, None]
     hidden = [torch.where(kept, h, 0.0) for h in hidden]
     logits = _logits(hidden, weight, bias, logits_dtype)
-    rows = logits, labels, temperature, softcap, ignore_index
-    g = page.reference_backward(grad_logp, grad_entropy, entropy, stats, *rows)
+    rows = page.Inputs(logits, labels, temperature, softcap, ignore_index, True)
+    upstream = page.BackwardInputs(rows, grad_logp, grad_entropy, entropy, stats)
+    g = page.reference_backward(upstream).grad_logits
     g = g.to(hidden[0].dtype).to(temperature.dtype)
     dhidden, dweight = [g @ w.to(g.dtype) for w in weight], [g.T @ h.to(g.dtype) for h in hidden]
     pairs = zip([*dhidden, *dweight, g.sum(0)], wanted, strict=True)
@@ -127,10 +130,10 @@ def _forward_of(group, head, *args):
     labels, temperature, softcap, ignore_index, dtype = args
 
     def part(local):
-        return _part(*head, local, temperature, softcap, NEVER, dtype)
+        return Statistics(*_part(*head, local, temperature, softcap, NEVER, dtype))
 
-    rows = len(head.weight[0]), labels, temperature, ignore_index
-    outputs, local = of_all_ranks(OP, group, *rows, part)
+    shard = Shard(OP, group, len(head.weight[0]), labels, temperature, ignore_index)
+    outputs, local = over_all_ranks(shard, part)
     return outputs, (local, temperature, softcap, NEVER, dtype)
 
 

@@ -1,12 +1,12 @@
-"""A row of logits in Triton: its statistics, and its gradient; the maths of csrc/online_softmax.h.
+"""A row of logits in Triton: its statistics and its gradient.
 
-z = c / T with c the logits after softcap, exponentials in units of log2, a row as (max c, sum of
-e^d, sum of e^d d). A lane keeps the statistics of what it alone reads, so the loop over the row has
-no barrier; the lanes merge once, at its end.
+The maths is that of csrc/vocabulary/online_softmax.h: z = c / T with c the logits after softcap,
+exponentials in units of log2, a row as (max c, sum of e^d, sum of e^d d). A lane keeps the
+statistics of what it alone reads, so the loop over the row has no barrier; the lanes merge once, at
+its end.
 
-Sums are folded in pairs (`fold`), an order that no memory layout changes, and nothing is contracted
-to a fused multiply-add by those who launch: the bits of a row depend on its values, V and its dtype
-alone.
+Sums are folded in pairs (`fold`), an order that no memory layout changes, and the launchers forbid
+fused multiply-adds: the bits of a row depend on its values, V and its dtype alone.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import math
 import triton
 import triton.language as tl
 
+from ..common.triton import load_kept
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(math.inf)
 
 
 @triton.jit
-def bounded(y):
-    """So that 2^y y is 0, not 0 * inf, where 2^y vanishes. A NaN stays."""
+def bounded_exponent(y):
+    """Bounds y below, so that 2^y y is 0, not 0 * inf, where 2^y vanishes. A NaN stays."""
     return tl.maximum(y, -1000.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -70,28 +72,28 @@ def expm1(x):
 
 @triton.jit
 def inverse_temperature(temperature, mask):
-    """1 / T; a temperature that is no finite positive number spoils its row."""
+    """1 / T. A temperature that is no finite positive number spoils its row."""
     t = tl.load(temperature, mask=mask, other=1.0)
     return tl.where((t > 0) & (t < INFINITY), tl.div_rn(1.0, t), float("nan"))
 
 
 @triton.jit
 def capped(x, softcap, SOFTCAP: tl.constexpr):
-    """c in fp32."""
+    """The logit after softcap, in fp32."""
     x = x.to(tl.float32)
     return softcap * tanh(x * tl.div_rn(1.0, softcap)) if SOFTCAP else x
 
 
 @triton.jit
 def row_offset(row, inner, outer_stride, inner_stride, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where a row begins; `inner` rows lie inner_stride apart, groups of them outer_stride."""
+    """Where a row begins: `inner` rows lie inner_stride apart, groups of them outer_stride."""
     offset = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
     return tl.multiple_of(offset, VECTOR) if ALIGNED else offset
 
 
 @triton.jit
 def tile_offsets(VECTORS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """[VECTORS, LANES, VECTOR]: neighbouring lanes read neighbouring vectors."""
+    """Offsets [VECTORS, LANES, VECTOR] of a tile: neighbouring lanes read neighbouring vectors."""
     vectors = tl.arange(0, VECTORS)[:, None, None] * (LANES * VECTOR)
     return vectors + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)
 
@@ -99,12 +101,15 @@ def tile_offsets(VECTORS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexp
 @triton.jit
 def add_tile(top, total, weighted, c, scale, LANES: tl.constexpr, WIDTH: tl.constexpr,
              ENTROPY: tl.constexpr):  # fmt: skip
-    """RowStats of each lane [LANES], in units of log2, after a tile c [vectors, LANES, vector]."""
+    """Adds a tile c [vectors, LANES, vector] to the statistics [LANES] of the lanes.
+
+    `total` and `weighted` are RowStats::sum and weighted of C++, the latter in units of log2.
+    """
     new_top = tl.maximum(top, tl.max(tl.max(c, 2), 0))
     origin = finite_max(new_top)
-    y = bounded((c - origin[None, :, None]) * scale)
+    y = bounded_exponent((c - origin[None, :, None]) * scale)
     e = tl.exp2(y)
-    shift = bounded((top - origin) * scale)
+    shift = bounded_exponent((top - origin) * scale)
     factor = tl.exp2(shift)
     if ENTROPY:
         ey = fold(tl.permute(e * y, 1, 0, 2), LANES, WIDTH)
@@ -115,18 +120,18 @@ def add_tile(top, total, weighted, c, scale, LANES: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def merge_lanes(top, total, weighted, scale, LANES: tl.constexpr):
-    """RowStats of the row, from those of its lanes."""
+    """The statistics of the row, from those of its lanes."""
     row_top = tl.max(top, 0)
-    shift = bounded((top - finite_max(row_top)) * scale)
+    shift = bounded_exponent((top - finite_max(row_top)) * scale)
     factor = tl.exp2(shift)
     weighted = fold(factor * (weighted + shift * total), 1, LANES)
     total = fold(factor * total, 1, LANES)
-    return row_top, tl.sum(total, 0), tl.sum(weighted, 0)  # sums of one
+    return row_top, tl.sum(total, 0), tl.sum(weighted, 0)  # each of one element
 
 
 @triton.jit
-def record(flag, row, label):
-    """Counts a bad label; the first one is kept for fastpg.check()."""
+def record_label(flag, row, label):
+    """Counts a bad label, and keeps the first one for fastpg.check()."""
     if tl.atomic_add(flag, 1, sem="relaxed") == 0:
         tl.store(flag + 1, row)
         tl.store(flag + 2, label)
@@ -138,9 +143,13 @@ def read_row(
     SOFTCAP: tl.constexpr, VECTORS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
     STAGES: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """c of the label, which is `here` to be read, log-prob, max c, log sum and entropy of a row."""
+    """Reads a row of `length` logits.
+
+    Returns the label's logit after softcap, the label's log-prob, the maximum of the row, its log
+    sum and its entropy. The label's logit is read where `here`; without `legal` the row is NaN.
+    """
     scale = inv_temperature * LOG2E
-    c_label = capped(tl.load(x + label, mask=here, other=0.0), softcap, SOFTCAP)
+    c_label = capped(load_kept(x, label, here), softcap, SOFTCAP)
     WIDTH: tl.constexpr = VECTORS * VECTOR
     TILE: tl.constexpr = WIDTH * LANES
     offsets = tile_offsets(VECTORS, LANES, VECTOR)
@@ -152,7 +161,7 @@ def read_row(
         c = tl.load(x + start + offsets, eviction_policy=EVICTION)
         c = capped(c, softcap, SOFTCAP)
         top, total, weighted = add_tile(top, total, weighted, c, scale, LANES, WIDTH, ENTROPY)
-    for start in range(whole, length, TILE):  # what is left, if anything is
+    for start in range(whole, length, TILE):  # one tile that is not full, or none
         inside = offsets < length - start
         c = capped(tl.load(x + start + offsets, mask=inside, other=0.0), softcap, SOFTCAP)
         c = tl.where(inside, c, -INFINITY)
@@ -171,14 +180,14 @@ def read_row(
 
 @triton.jit
 def softcap_slope(c, softcap, SOFTCAP: tl.constexpr):
-    """dc/dx of a capped logit."""
+    """The derivative of a logit after softcap by the logit."""
     t = c * tl.div_rn(1.0, softcap) if SOFTCAP else 0.0
     return 1.0 - t * t
 
 
 @triton.jit
 def label_gradient(c, log2_p, slope, g_logp, g_entropy, entropy):
-    """dL/dx at the label: 1 - p as -expm1(log p) keeps its digits as p -> 1."""
+    """The gradient at the label, where -expm1(log p) keeps the digits of 1 - p as p -> 1."""
     through_entropy = tl.exp2(log2_p) * (g_entropy * (log2_p * LN2 + entropy))
     d = (-expm1(log2_p * LN2) * g_logp - through_entropy) * slope
     return tl.where(c == -INFINITY, 0.0, d)
@@ -186,27 +195,32 @@ def label_gradient(c, log2_p, slope, g_logp, g_entropy, entropy):
 
 @triton.jit
 def write_gradient(
-    x, dx, at, y, length, readable, top, log_sum, inv_temperature, g_logp, g_entropy, h, softcap,
+    x, dx, place, y, length, readable, top, log_sum, inv_temperature, g_logp, g_entropy, h, softcap,
     ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """dL/dx of `length` logits, with the label, of logit y after softcap, at `at`, or < 0: nowhere.
+    """Writes the gradient of `length` logits.
 
-    readable: length, or 0 if no gradient reaches the row; then all that is given of it is 0.
+    place, y: The label's place in x, < 0 if it is elsewhere, and its logit after softcap.
+    readable: Equal to length; or 0 if no gradient reaches the row, and then all other numbers that
+        are given of it are 0.
     """
     origin, log2_sum = finite_max(top), log_sum * LOG2E
     slope = inv_temperature
-    # dL/dz_j = -p_j (g_logp + g_entropy (log p_j + H)) = p_j (a + b log2 p_j) but for the label.
-    a, b, scale = -slope * (g_logp + g_entropy * h), -slope * (g_entropy * LN2), slope * LOG2E
-    log2_y = bounded((y - origin) * scale - log2_sum)
+    # But for the label, dL/dx_j = -slope p_j (g_logp + g_entropy (log p_j + H)), and that is
+    # p_j (a + b log2 p_j).
+    a = -slope * (g_logp + g_entropy * h)
+    b = -slope * (g_entropy * LN2)
+    scale = slope * LOG2E
+    log2_y = bounded_exponent((y - origin) * scale - log2_sum)
     slope *= softcap_slope(y, softcap, SOFTCAP)
     d_label = label_gradient(y, log2_y, slope, g_logp, g_entropy, h)
     for start in tl.range(0, length, BLOCK, num_stages=STAGES):
         offsets = start + tl.arange(0, BLOCK)
         c = tl.load(x + offsets, mask=offsets < readable, other=0.0, eviction_policy=EVICTION)
         c = capped(c, softcap, SOFTCAP)
-        log2_p = bounded((c - origin) * scale - log2_sum)
+        log2_p = bounded_exponent((c - origin) * scale - log2_sum)
         d = tl.exp2(log2_p) * (a + b * log2_p if ENTROPY else a)
         d = d * softcap_slope(c, softcap, SOFTCAP) if SOFTCAP else d
-        d = tl.where(offsets == at, d_label, d).to(dx.dtype.element_ty)
+        d = tl.where(offsets == place, d_label, d).to(dx.dtype.element_ty)
         tl.store(dx + offsets, d, mask=offsets < length, eviction_policy=EVICTION)

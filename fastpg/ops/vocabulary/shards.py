@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,99 +24,131 @@ from ..common.checks import check_label_values
 NEVER = -(2**63)  # an ignore_index that no label is, however shifted
 
 
-def finite(top: Tensor) -> Tensor:
+class Statistics(NamedTuple):
+    """What is known of rows from a part of the vocabulary, or from all of it; each is [...].
+
+    c are the logits after softcap.
+    """
+
+    label_logit: Tensor  # c of the label; 0 where the label is in another part
+    top: Tensor  # m, the maximum of c
+    log_sum: Tensor  # s
+    entropy: Tensor | None  # H; None if it is not wanted
+
+
+def finite_max(top: Tensor) -> Tensor:
     """The maximum to subtract: a row that is all -inf subtracts 0, else it would be NaN."""
     return top.masked_fill(top == -math.inf, 0.0)
 
 
-def at_most_0(logp: Tensor) -> Tensor:
-    """Of a label whose softcap was rounded otherwise than that of the same logit in its row."""
-    return logp.clamp(max=0.0)
+def label_logprob(rows: Statistics, temperature: Tensor) -> Tensor:
+    """The log-prob of each label, from the statistics of whole rows.
 
-
-def merge(
-    temperature: Tensor, top: Tensor, log_sum: Tensor, entropy: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """The statistics of whole rows [...], in the order given, from those of R parts [R, ...]."""
-    most = top.amax(0)
-    log_mass = log_sum + (top - finite(most)) / temperature
-    total = reduce(torch.add, log_mass.exp().unbind())
-    merged = torch.where(total == 0, 0.0, total.log())
-    if entropy is None:
-        return most, merged
-    log_share = log_mass - merged
-    share = log_share.exp()
-    terms = torch.where(share == 0, 0.0, share * (entropy - log_share))
-    return most, merged, reduce(torch.add, terms.unbind()).clamp(min=0.0)
-
-
-def of_all_ranks(
-    op: str,
-    group: dist.ProcessGroup,
-    size: int,
-    labels: Tensor,
-    temperature: Tensor,
-    ignore_index: int,
-    part: Callable[[Tensor], Tensor],
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(logp, entropy if any, stats) of rows whose vocabulary lies on the ranks of a group in turn.
-
-    size: tokens of this rank's shard; ranks may differ. labels: [...], of the whole vocabulary.
-    part(local): label_logit, top, log_sum and perhaps entropy of the rows of this shard, stacked.
-        A local label outside [0, size) is elsewhere, and label_logit then 0; NEVER is ignored.
-    Also returns the local labels. Collective: every rank must call, with the same labels.
+    It is clamped to 0: rounding in softcap can make the label's logit slightly larger than the
+    maximum of its row.
     """
-    labels = labels.contiguous()  # whose strides the outputs would take over
-    kept, legal, local = local_labels(op, group, size, labels, temperature, ignore_index)
-    label_logits, top, log_sum, *entropy = over_ranks(part(local), group, temperature)
-    logp = at_most_0((label_logits - finite(top)) / temperature - log_sum)
-    spoilt = (torch.where(legal, x, math.nan) for x in (logp, *entropy, top, log_sum))
-    *outputs, top, log_sum = (torch.where(kept, x, 0.0) for x in spoilt)
-    return (*outputs, torch.stack([top, log_sum])), local
+    z = (rows.label_logit - finite_max(rows.top)) / temperature
+    return (z - rows.log_sum).clamp(max=0.0)
 
 
-def local_labels(
-    op: str, group, size: int, labels: Tensor, temperature: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where rows count, where their labels are tokens, and labels as those of this rank's shard."""
-    begin, vocab = _position(op, group, size, labels.device)
-    kept = labels != ignore_index
-    legal = kept & (labels >= 0) & (labels < vocab)
-    if not torch.compiler.is_compiling():  # there a bad label's row is NaN, and nothing raises
-        check_label_values(op, labels, legal, kept, vocab, ignore_index, temperature)
-    return kept, legal, torch.where(kept, labels - begin, NEVER)
-
-
-def over_ranks(part: Tensor, group: dist.ProcessGroup, temperature: Tensor) -> tuple[Tensor, ...]:
-    """label_logit, top, log_sum and perhaps entropy of whole rows, from those of each shard."""
-    label_logits, *stats = _gather(part, group).unbind(1)
-    return reduce(torch.add, label_logits.unbind()), *merge(temperature, *stats)
-
-
-def logprobs_of_shards(op, group, logits, labels, temperature, softcap, ignore_index):
-    """The outputs of op, which is of rows of logits, for rows in shards; and what backward is of:
-    this shard, as a row of its own."""
-
-    def part(local):
-        anything = torch.where(local == NEVER, NEVER, 0)
-        _, *entropy, stats = op(logits, anything, temperature, softcap, NEVER)
-        found = label_logit(logits, local, temperature.dtype, softcap)
-        return torch.stack([found, *stats, *entropy])
-
-    rows = logits.shape[-1], labels, temperature, ignore_index
-    outputs, local = of_all_ranks("token_logprobs", group, *rows, part)
-    return outputs, (logits, local, temperature, softcap, NEVER)
-
-
-def label_logit(logits, labels, dtype, softcap):
-    """The capped logit of each label, 0 for a label that is nowhere in its row."""
+def label_logit(logits: Tensor, labels: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
+    """The logit of each label after softcap; 0 for a label that is nowhere in its row."""
     here = (labels >= 0) & (labels < logits.shape[-1])
     x = logits.gather(-1, torch.where(here, labels, 0)[..., None])[..., 0].to(dtype)
-    return torch.where(here, softcap * torch.tanh(x / softcap) if softcap else x, 0.0)
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    return torch.where(here, x, 0.0)
 
 
-def _position(op, group, size, device) -> tuple[Tensor, Tensor]:
+def merge(parts: Statistics, label_logit: Tensor, temperature: Tensor) -> Statistics:
+    """The statistics of whole rows [...], from those of R parts [R, ...], in their order."""
+    top = parts.top.amax(0)
+    log_mass = parts.log_sum + (parts.top - finite_max(top)) / temperature
+    total = reduce(torch.add, log_mass.exp().unbind())
+    log_sum = torch.where(total == 0, 0.0, total.log())
+    if parts.entropy is None:
+        return Statistics(label_logit, top, log_sum, None)
+    log_share = log_mass - log_sum
+    share = log_share.exp()
+    terms = torch.where(share == 0, 0.0, share * (parts.entropy - log_share))
+    entropy = reduce(torch.add, terms.unbind()).clamp(min=0.0)
+    return Statistics(label_logit, top, log_sum, entropy)
+
+
+class Shard(NamedTuple):
+    """Rows whose vocabulary lies on the ranks of a group in turn."""
+
+    op: str  # the public name of the op, for messages
+    group: dist.ProcessGroup
+    size: int  # how many tokens this rank has; ranks may differ
+    labels: Tensor  # int64 [...], of the whole vocabulary
+    temperature: Tensor  # [...] or []
+    ignore_index: int
+
+
+class LocalLabels(NamedTuple):
+    """What a rank knows of the label of each row."""
+
+    kept: Tensor  # it is not ignored
+    legal: Tensor  # it is a token of the whole vocabulary
+    labels: Tensor  # counted from the rank's first token; NEVER where the row is ignored
+
+
+def local_labels(shard: Shard) -> LocalLabels:
+    """Checks the labels; a collective call."""
+    labels = shard.labels
+    begin, vocab = _position(shard, labels.device)
+    kept = labels != shard.ignore_index
+    legal = kept & (labels >= 0) & (labels < vocab)
+    if not torch.compiler.is_compiling():  # there a bad label's row is NaN, and nothing raises
+        check_label_values(
+            shard.op, labels, legal, kept, vocab, shard.ignore_index, shard.temperature
+        )
+    return LocalLabels(kept, legal, torch.where(kept, labels - begin, NEVER))
+
+
+def over_ranks(part: Statistics, group: dist.ProcessGroup, temperature: Tensor) -> Statistics:
+    """The statistics of whole rows, from those of this rank's part; a collective call."""
+    fields = [x for x in part if x is not None]
+    each = _gather(torch.stack(fields), group).unbind(1)  # every field, of all ranks
+    parts = Statistics(each[0], each[1], each[2], each[3] if len(each) > 3 else None)
+    return merge(parts, reduce(torch.add, parts.label_logit.unbind()), temperature)
+
+
+class WholeRows(NamedTuple):
+    """The results for rows, as token_logprobs has them."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    stats: Tensor  # [2, ...]: (max, log sum)
+
+
+def over_all_ranks(
+    shard: Shard, statistics: Callable[[Tensor], Statistics]
+) -> tuple[WholeRows, Tensor]:
+    """Results for whole rows, and the local labels; a collective call.
+
+    Args:
+        shard: The rows. Every rank must call with the same labels.
+        statistics: Takes local labels; returns the statistics of this shard's part of the rows. A
+            local label outside [0, size) is elsewhere, one that is NEVER is ignored.
+    """
+    shard = shard._replace(labels=shard.labels.contiguous())  # the results take its strides over
+    kept, legal, local = local_labels(shard)
+    rows = over_ranks(statistics(local), shard.group, shard.temperature)
+
+    def checked(x: Tensor) -> Tensor:
+        return torch.where(kept, torch.where(legal, x, math.nan), 0.0)
+
+    logp = checked(label_logprob(rows, shard.temperature))
+    entropy = None if rows.entropy is None else checked(rows.entropy)
+    stats = torch.stack([checked(rows.top), checked(rows.log_sum)])
+    return WholeRows(logp, entropy, stats), local
+
+
+def _position(shard: Shard, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where this rank's shard begins, and the size of all of them: 0-d, nothing waits for them."""
+    op, group, size = shard.op, shard.group, shard.size
     if not isinstance(group, (dist.ProcessGroup, int)):  # an int is what new_group gives outsiders
         kind = type(group).__name__
         raise TypeError(f"{op}: process_group must be a torch.distributed.ProcessGroup, got {kind}")
@@ -139,6 +172,6 @@ def add_over_ranks(x: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> T
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x of each rank: [R, *x.shape]."""
-    out = x.new_empty(dist.get_world_size(group), *x.shape)
+    out = x.new_empty((dist.get_world_size(group), *x.shape))
     dist.all_gather(list(out.unbind()), x, group=group)
     return out

@@ -13,205 +13,322 @@ writes their gradient.
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._library import _C, DTYPE_CODE, address, cpu_kernel, define, triton_kernels
-from ..common.autograd import once_differentiable
+from ..._autograd import Differentiable
+from ..._library import empty_like
 from ..common.checks import (
     check_label_values,
     check_labels,
     check_tensors,
     compute_dtype,
-    constant,
     label_temperature,
     positive,
 )
-from .shards import logprobs_of_shards
+from .logit_rows import RowSizes, RowsOp, row_sizes
+from .shards import NEVER, Shard, Statistics, finite_max, label_logit, over_all_ranks
+
+OP = "token_logprobs"
 
 
-def _scaled(logits, labels, temperature, softcap, ignore_index, top=None):
-    """(kept rows, capped logits, their maximum, d = z - max z); ignored rows count as zeros."""
-    kept = labels != ignore_index
-    x = torch.where(kept[..., None], logits.to(temperature.dtype), 0.0)
-    capped = softcap * torch.tanh(x / softcap) if softcap else x
-    top = capped.amax(-1) if top is None else top
-    origin = top.masked_fill(top == -math.inf, 0.0)
-    return kept, capped, top, (capped - origin[..., None]) / temperature[..., None]
+class Inputs(NamedTuple):
+    """Rows of logits, and the label and the temperature of each."""
+
+    logits: Tensor  # [..., V], any strides
+    labels: Tensor  # int64 [...]; ignore_index: the row is not read
+    temperature: Tensor  # [...] or [], in the compute dtype: fp32, or fp64 for fp64 logits
+    softcap: float  # 0: none
+    ignore_index: int
+    with_entropy: bool
 
 
-def reference(logits, labels, temperature, softcap, ignore_index):
-    """[..., V] logits -> logp [...], entropy [...], stats [2, ...]: (max, log_sum) of each row."""
-    vocab = logits.shape[-1]
-    kept, _, top, d = _scaled(logits, labels, temperature, softcap, ignore_index)
-    legal = kept & (labels >= 0) & (labels < vocab)
-    check_label_values("token_logprobs", labels, legal, kept, vocab, ignore_index, temperature)
+class Outputs(NamedTuple):
+    logp: Tensor  # [...], in the compute dtype
+    entropy: Tensor  # [...]; without elements, if it is not wanted
+    stats: Tensor  # [2, ...]: max c, with c the logits after softcap, and log Σ e^d of each row
+
+
+class BackwardInputs(NamedTuple):
+    inputs: Inputs  # logits may be a slice of the rows: a label outside of it is nowhere
+    grad_logp: Tensor  # [...]
+    grad_entropy: Tensor | None  # [...]; None: 0
+    entropy: Tensor | None  # [...], of the whole row; None if there is no grad_entropy
+    stats: Tensor  # [2, ...], of the whole row
+
+
+class Gradient(NamedTuple):
+    grad_logits: Tensor  # like logits, contiguous
+
+
+class BackwardOutInputs(NamedTuple):
+    backward: BackwardInputs
+    out: Tensor  # for the gradient: like logits, contiguous. It may be the logits themselves.
+
+
+class NoOutputs(NamedTuple):
+    """An op that only writes to one of its inputs has no outputs."""
+
+
+class ScaledRows(NamedTuple):
+    """The rows of the reference; one that is ignored counts as zeros."""
+
+    kept: Tensor  # [...]: it is not ignored
+    capped: Tensor  # [..., V]: c, the logits after softcap
+    top: Tensor  # [...]: the maximum of c
+    d: Tensor  # [..., V]: z - max z
+
+
+def scaled(x: Inputs, top: Tensor | None = None) -> ScaledRows:
+    """Brings rows to d = z - max z, where `top`, if it is given, is their maximum."""
+    kept = x.labels != x.ignore_index
+    capped = torch.where(kept[..., None], x.logits.to(x.temperature.dtype), 0.0)
+    if x.softcap:
+        capped = x.softcap * torch.tanh(capped / x.softcap)
+    if top is None:
+        top = capped.amax(-1)
+    d = (capped - finite_max(top)[..., None]) / x.temperature[..., None]
+    return ScaledRows(kept, capped, top, d)
+
+
+def reference(x: Inputs) -> Outputs:
+    """The specification: the formulas at the top of this page."""
+    vocab = x.logits.shape[-1]
+    kept, _, top, d = scaled(x)
+    legal = kept & (x.labels >= 0) & (x.labels < vocab)
+    check_label_values(OP, x.labels, legal, kept, vocab, x.ignore_index, x.temperature)
     e = d.exp()
     total = e.sum(-1)
     log_sum = torch.where(total == 0, 0.0, total.log())
     log_sum = torch.where(legal, log_sum, math.nan)  # spoils what a device cannot raise about
-    logp = d.gather(-1, torch.where(legal, labels, 0)[..., None])[..., 0] - log_sum
-    weighted = (e * torch.where(e == 0, 0.0, d)).sum(-1)
-    entropy = torch.where(total == 0, 0.0, log_sum - weighted / total).clamp(min=0.0)
-    stats = torch.stack([top, log_sum])
-    return tuple(torch.where(kept, out, 0.0) for out in (logp, entropy, stats))
+    logp = d.gather(-1, torch.where(legal, x.labels, 0)[..., None])[..., 0] - log_sum
+    stats = torch.where(kept, torch.stack([top, log_sum]), 0.0)
+    entropy = logp.new_empty(0)
+    if x.with_entropy:
+        weighted = (e * torch.where(e == 0, 0.0, d)).sum(-1)
+        entropy = torch.where(total == 0, 0.0, log_sum - weighted / total).clamp(min=0.0)
+        entropy = torch.where(kept, entropy, 0.0)
+    return Outputs(torch.where(kept, logp, 0.0), entropy, stats)
 
 
-def reference_backward(
-    grad_logp, grad_entropy, entropy, stats, logits, labels, temperature, softcap, ignore_index
-):  # fmt: skip
-    """dL/dlogits, in the dtype and shape of logits, contiguous."""
-    top, log_sum = stats  # of the whole row, of which logits may be a slice
-    kept, capped, _, d = _scaled(logits, labels, temperature, softcap, ignore_index, top)
+def reference_backward(x: BackwardInputs) -> Gradient:
+    """The second pair of formulas at the top of this page."""
+    inputs = x.inputs
+    labels, softcap = inputs.labels, inputs.softcap
+    top, log_sum = x.stats
+    kept, capped, _, d = scaled(inputs, top)
     logp = d - log_sum[..., None]
     p = logp.exp()
-    g = torch.where(kept, grad_logp, 0.0)[..., None]
-    is_label = torch.arange(logits.shape[-1], device=logits.device) == labels[..., None]
+    g = torch.where(kept, x.grad_logp, 0.0)[..., None]
+    is_label = torch.arange(capped.shape[-1], device=labels.device) == labels[..., None]
     # 1 - p_y as -expm1(logp_y) keeps its digits as p_y -> 1.
     grad = g * torch.where(is_label, -torch.expm1(logp), -p)
-    if grad_entropy is not None:
-        g = torch.where(kept, grad_entropy, 0.0)[..., None]
-        grad = grad - g * p * (torch.where(p == 0, 0.0, logp) + entropy[..., None])
+    if x.grad_entropy is not None and x.entropy is not None:
+        g = torch.where(kept, x.grad_entropy, 0.0)[..., None]
+        grad = grad - g * p * (torch.where(p == 0, 0.0, logp) + x.entropy[..., None])
     grad = torch.where(capped == -math.inf, 0.0, grad)
     if softcap:
         grad = grad * (1 - (capped / softcap) ** 2)
-    grad = torch.where(kept[..., None], grad / temperature[..., None], 0.0)
-    return grad.to(logits.dtype).contiguous()
+    grad = torch.where(kept[..., None], grad / inputs.temperature[..., None], 0.0)
+    return Gradient(grad.to(inputs.logits.dtype).contiguous())
 
 
-def reference_backward_out(out, *args):
-    out.copy_(reference_backward(*args))
+def reference_backward_out(x: BackwardOutInputs) -> NoOutputs:
+    """Writes the gradient to `out`."""
+    x.out.copy_(reference_backward(x.backward).grad_logits)
+    return NoOutputs()
 
 
-def _fake(logits, labels, temperature, *_):
-    shapes = labels.shape, labels.shape, (2, *labels.shape)
-    return tuple(labels.new_empty(shape, dtype=temperature.dtype) for shape in shapes)
+def allocate(x: Inputs) -> Outputs:
+    """Makes empty log-probs, entropies and statistics."""
+    shape = x.labels.shape
+    logp = x.temperature.new_empty(shape)
+    entropy = x.temperature.new_empty(shape if x.with_entropy else 0)
+    return Outputs(logp, entropy, x.temperature.new_empty((2, *shape)))
 
 
-_OPTIONS = "Tensor logits, Tensor labels, Tensor temperature, float softcap, int ignore_index"
-_logp = define(
-    f"token_logprobs({_OPTIONS}) -> (Tensor, Tensor)",
-    fake=lambda *args: _fake(*args)[1:],
-    reference=lambda *args: reference(*args)[::2],
-)
-_logp_entropy = define(
-    f"token_logprobs_entropy({_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    fake=_fake,
+def allocate_gradient(x: BackwardInputs) -> Gradient:
+    """Makes an empty gradient."""
+    return Gradient(empty_like(x.inputs.logits))
+
+
+def allocate_nothing(x: BackwardOutInputs) -> NoOutputs:
+    """Makes nothing: `out` is there."""
+    return NoOutputs()
+
+
+def sizes(x: Inputs) -> RowSizes:
+    """Tells C++ where each row of addressable logits begins."""
+    return row_sizes(x.logits, x.labels, x.temperature)
+
+
+def backward_sizes(x: BackwardInputs) -> RowSizes:
+    """Tells the backward op the same."""
+    return sizes(x.inputs)
+
+
+def backward_out_sizes(x: BackwardOutInputs) -> RowSizes:
+    """Tells the backward op the same."""
+    return sizes(x.backward.inputs)
+
+
+token_logprobs_op = RowsOp(
+    "token_logprobs",
+    Inputs,
+    Outputs,
+    page=__name__,
     reference=reference,
+    allocate=allocate,
+    sizes=sizes,
 )
-_GRADIENT = f"Tensor grad_logp, Tensor? grad_entropy, Tensor? entropy, Tensor stats, {_OPTIONS}"
-_backward = define(
-    f"token_logprobs_backward({_GRADIENT}) -> Tensor",
-    fake=lambda *args: args[4].new_empty(args[4].shape),
+token_logprobs_backward_op = RowsOp(
+    "token_logprobs_backward",
+    BackwardInputs,
+    Gradient,
+    page=__name__,
     reference=reference_backward,
+    allocate=allocate_gradient,
+    sizes=backward_sizes,
 )
-# out: contiguous, of the shape and dtype of logits. It may be the logits themselves.
-_backward_out = define(
-    f"token_logprobs_backward_out(Tensor(a!) out, {_GRADIENT}) -> ()",
-    fake=lambda *_: None,
+token_logprobs_backward_out_op = RowsOp(
+    "token_logprobs_backward_out",
+    BackwardOutInputs,
+    NoOutputs,
+    page=__name__,
     reference=reference_backward_out,
+    allocate=allocate_nothing,
+    sizes=backward_out_sizes,
+    mutates="out",
 )
 
 
-def _addressable(logits, labels, temperature):
-    """The same values with adjacent logits and at most two leading strides, copied if need be."""
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
-    if logits.dim() > 3:
-        logits = logits.flatten(0, -3)
-    return logits, labels.contiguous(), temperature.contiguous()
+class Saved(NamedTuple):
+    """What backward needs."""
+
+    inputs: Inputs
+    entropy: Tensor | None  # None: it was not wanted
+    stats: Tensor
 
 
-def _rows(logits, labels, temperature, softcap, ignore_index):
-    """LogitRows of csrc/token_logprobs.h. The caller keeps the tensors alive."""
-    shape, strides = logits.shape, logits.stride()
-    inner, inner_stride = (shape[-2], strides[-2]) if len(shape) > 1 else (1, 0)
-    outer_stride = strides[0] if len(shape) > 2 else 0
-    return (
-        logits.data_ptr(), DTYPE_CODE[logits.dtype], labels.numel(), inner, outer_stride,
-        inner_stride, shape[-1], labels.data_ptr(), temperature.data_ptr(), temperature.dim() > 0,
-        softcap, ignore_index,
-    )  # fmt: skip
+def _forward(x: Inputs) -> tuple[tuple[Tensor, ...], Saved]:
+    logp, entropy, stats = token_logprobs_op(x)
+    if x.with_entropy:
+        return (logp, entropy), Saved(x, entropy, stats)
+    return (logp,), Saved(x, None, stats)
 
 
-def _forward_cpu(with_entropy, logits, labels, temperature, *options):
-    logits, labels, temperature = _addressable(logits, labels, temperature)
-    logp = torch.empty_like(labels, dtype=temperature.dtype)
-    entropy = torch.empty_like(logp) if with_entropy else None
-    stats = logp.new_empty((2, *labels.shape))
-    rows = _rows(logits, labels, temperature, *options)
-    _C.token_logprobs(rows, logp.data_ptr(), address(entropy), stats.data_ptr())
-    return logp, entropy, stats
+def _backward(x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None = None) -> Gradient:
+    if grad_logp is None:
+        grad_logp = torch.zeros_like(x.stats[0])
+    return token_logprobs_backward_op(
+        BackwardInputs(x.inputs, grad_logp, grad_entropy, x.entropy, x.stats)
+    )
 
 
-@cpu_kernel(_logp)
-def _logp_cpu(*args):
-    return _forward_cpu(False, *args)[::2]
+_token_logprobs = Differentiable(
+    OP,
+    inputs=Inputs,
+    saved=Saved,
+    differentiable=("logits",),
+    forward=_forward,
+    backward=_backward,
+)
 
 
-@cpu_kernel(_logp_entropy)
-def _logp_entropy_cpu(*args):
-    return _forward_cpu(True, *args)
+class ShardInputs(NamedTuple):
+    """The fields of Inputs, with the logits of this rank's shard, and the group."""
+
+    logits: Tensor  # [..., V_rank]
+    labels: Tensor  # of the whole vocabulary
+    temperature: Tensor
+    softcap: float
+    ignore_index: int
+    with_entropy: bool
+    group: dist.ProcessGroup
 
 
-@cpu_kernel(_backward_out)
-def _backward_out_cpu(out, grad_logp, grad_entropy, entropy, stats, *args):
-    logits, labels, temperature = _addressable(*args[:3])
-    grad_logp = grad_logp.contiguous()  # sum() hands an expanded one over
-    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    per_row = grad_logp.data_ptr(), address(grad_entropy), address(entropy), stats.data_ptr()
-    rows = _rows(logits, labels, temperature, *args[3:])
-    _C.token_logprobs_backward(rows, *per_row, out.data_ptr())
+def _forward_of_shard(x: ShardInputs) -> tuple[tuple[Tensor, ...], Saved]:
+    """The results for whole rows. To backward this shard is a row of its own."""
+
+    def inputs(labels: Tensor) -> Inputs:
+        return Inputs(x.logits, labels, x.temperature, x.softcap, NEVER, x.with_entropy)
+
+    def statistics(labels: Tensor) -> Statistics:
+        placeholders = torch.where(labels == NEVER, NEVER, 0)  # their log-probs are not used
+        part = token_logprobs_op(inputs(placeholders))
+        found = label_logit(x.logits, labels, x.temperature.dtype, x.softcap)
+        entropy = part.entropy if x.with_entropy else None
+        return Statistics(found, part.stats[0], part.stats[1], entropy)
+
+    shard = Shard(OP, x.group, x.logits.shape[-1], x.labels, x.temperature, x.ignore_index)
+    whole, local = over_all_ranks(shard, statistics)
+    saved = Saved(inputs(local), whole.entropy, whole.stats)
+    return ((whole.logp,) if whole.entropy is None else (whole.logp, whole.entropy)), saved
 
 
-@cpu_kernel(_backward)
-def _backward_cpu(*args):
-    grad = torch.empty_like(args[4], memory_format=torch.contiguous_format)
-    _backward_out_cpu(grad, *args)
-    return grad
+_token_logprobs_of_shard = Differentiable(
+    OP,
+    inputs=ShardInputs,
+    saved=Saved,
+    differentiable=("logits",),
+    forward=_forward_of_shard,
+    backward=_backward,
+)
 
 
-triton_kernels(__name__, _logp, _logp_entropy, _backward, _backward_out)
-
-
-def _forward(group, return_entropy, *args):
-    """(logp, entropy if wanted, stats), and the arguments that backward takes."""
-    op = _logp_entropy if return_entropy else _logp
-    return (op(*args), args) if group is None else logprobs_of_shards(op, group, *args)
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, group, return_entropy, *args):
-        (logp, *entropy, stats), args = _forward(group, return_entropy, *args)
-        ctx.save_for_backward(stats, *args[:3], *entropy)
-        ctx.options = args[3:]
-        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs nothing
-        return (logp, *entropy) if return_entropy else logp
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy=None):
-        stats, logits, labels, temperature, *entropy = ctx.saved_tensors
-        if grad_logp is None:
-            grad_logp = torch.zeros_like(stats[0])
-        rows = stats, logits, labels, temperature, *ctx.options
-        grad = _backward(grad_logp, grad_entropy, entropy[0] if entropy else None, *rows)
-        return None, None, grad, None, None, None, None
-
-
-def arguments(logits, labels, temperature, softcap, ignore_index, group=None):
-    """Those of the ops, from those of the public function, checked."""
-    check_tensors("token_logprobs", logits=logits, labels=labels)
+def checked_inputs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    with_entropy: bool,
+    group: dist.ProcessGroup | None = None,
+) -> Inputs:
+    """The inputs of the op, from the arguments of the public function."""
+    check_tensors(OP, logits=logits, labels=labels)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and group is None):
-        raise ValueError(f"token_logprobs: logits must be [..., V], got {tuple(logits.shape)}")
-    check_labels("token_logprobs", labels, logits)
-    dtype = compute_dtype("token_logprobs", logits=logits)
-    softcap = 0.0 if softcap is None else positive("token_logprobs", "softcap", softcap, dtype)
-    t = label_temperature("token_logprobs", temperature, dtype, labels)
-    return logits, labels.long(), t, softcap, ignore_index
+        raise ValueError(f"{OP}: logits must be [..., V], got {tuple(logits.shape)}")
+    check_labels(OP, labels, logits)
+    dtype = compute_dtype(OP, logits=logits)
+    return Inputs(
+        logits=logits,
+        labels=labels.long(),
+        temperature=label_temperature(OP, temperature, dtype, labels),
+        softcap=0.0 if softcap is None else positive(OP, "softcap", softcap, dtype),
+        ignore_index=ignore_index,
+        with_entropy=with_entropy,
+    )
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+    process_group: dist.ProcessGroup | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+    process_group: dist.ProcessGroup | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def token_logprobs(
@@ -223,21 +340,57 @@ def token_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     process_group: dist.ProcessGroup | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-prob of each label under softmax(softcap(logits) / temperature), and the entropy.
+) -> Tensor | tuple[Tensor, ...]:
+    """Log-probs of labels under softmax(softcap(logits) / temperature), and the entropy.
 
-    logits: [..., V], bf16, fp16, fp32 or fp64, any strides; differentiable.
-    labels: [...] integers in [0, V), or ignore_index: outputs and gradient 0, row not read.
-    temperature: a float, or a tensor that broadcasts to labels (constant: it gets no gradient).
-    process_group: the vocabulary is in shards, one on each rank in turn: logits are [..., V_rank],
-        labels and result are of the whole and the same on each, which gets its shard's gradient.
-    Returns logp [...], or (logp, entropy) each [...], in nats; fp32 (fp64 for fp64 logits).
+    The log-prob of label y is z_y − logsumexp(z) with z = softcap(logits) / temperature, and the
+    entropy is −Σ_j p_j log p_j with p = softmax(z). The logits are read once, and once more for the
+    gradient; no softmax is held in memory.
 
-    A -inf logit has probability 0 (softcap makes it an ordinary one). NaN makes its own row NaN. A
-    label outside [0, V) raises IndexError on the CPU; elsewhere its row is NaN, and check() raises.
+    Args:
+        logits: [..., V], bf16, fp16, fp32 or fp64, with any strides; differentiable. A -inf logit
+            has probability 0 (softcap makes it an ordinary one). NaN makes its own row NaN.
+        labels: [...], integers in [0, V), or ignore_index.
+        temperature: A number > 0, or a tensor that broadcasts to labels; a constant.
+        softcap: A number > 0: a logit x becomes softcap · tanh(x / softcap), as in Gemma. None: x.
+        ignore_index: A row with this label is not read; its results and its gradient are 0.
+        return_entropy: Whether to return the entropy, which comes from the same pass and is
+            differentiable.
+        process_group: If given, the vocabulary is in shards, one on each rank in turn: logits are
+            [..., V_rank], labels count in the whole vocabulary and are the same on each rank. Each
+            rank gets the same results, and the gradient of its shard.
+
+    Returns:
+        logp [...], or (logp, entropy), each [...], in nats; fp32, or fp64 for fp64 logits.
+
+    Raises:
+        TypeError: logits or labels are no tensors, or have a dtype that they cannot have.
+        ValueError: A shape, a device, temperature or softcap does not fit; the message names it.
+        IndexError: A label is outside [0, V) and not ignore_index. Only the CPU raises at once;
+            elsewhere the row of such a label is NaN, and `fastpg.check()` raises.
+
+    Example:
+        >>> logits, labels = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), torch.tensor([0, 2])
+        >>> fastpg.token_logprobs(logits, labels)
+        tensor([-0.4076, -1.0986])
+        >>> logp, entropy = fastpg.token_logprobs(logits, labels, return_entropy=True)
+        >>> entropy
+        tensor([0.8324, 1.0986])
+
+    Reference:
+        Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", arXiv:1805.02867.
     """
-    args = arguments(logits, labels, temperature, softcap, ignore_index, process_group)
-    if not constant(logits):
-        return _TokenLogprobs.apply(process_group, return_entropy, *args)
-    *outputs, _ = _forward(process_group, return_entropy, *args)[0]
-    return tuple(outputs) if return_entropy else outputs[0]
+    inputs = checked_inputs(
+        logits,
+        labels,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        with_entropy=return_entropy,
+        group=process_group,
+    )
+    if process_group is None:
+        results = _token_logprobs(inputs)
+    else:
+        results = _token_logprobs_of_shard(ShardInputs(*inputs, process_group))
+    return results if return_entropy else results[0]

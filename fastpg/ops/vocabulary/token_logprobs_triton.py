@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..._flags import label_flag
-from ..._library import REFERENCES
+from ..common.triton import jit, load_kept
+from .logit_rows import addressable
 from .rows_triton import (
     capped,
     inverse_temperature,
     read_row,
-    record,
+    record_label,
     row_offset,
     write_gradient,
 )
+from .token_logprobs import (
+    OP,
+    BackwardInputs,
+    BackwardOutInputs,
+    Gradient,
+    Inputs,
+    NoOutputs,
+    Outputs,
+    allocate,
+    allocate_gradient,
+    reference,
+    reference_backward,
+    reference_backward_out,
+    sizes,
+)
 
-# Which products the compiler can fuse with a sum depends on which thread holds what, and that on
-# the alignment of the rows: a row must not change its bits when it moves.
+# FMA contraction depends on the thread layout, hence on the alignment of the rows. It is disabled,
+# so that a row's bits do not depend on its address.
 FP_FUSION = False
 
 
@@ -45,18 +63,15 @@ TABLE = {
 
 
 def tiles(capability: int, row_bytes: int) -> Tiles:
+    """The entry of the table for a GPU and a row."""
     return next(t for (c, size), t in TABLE.items() if capability >= c and row_bytes >= size)
 
 
-# Only logits and out are specialised, on the alignment of their address: nothing compiles anew for
-# other shapes, strides or numbers.
-FORWARD_PLAIN = [
-    *("labels", "temperature", "logp", "entropy", "stats", "flag", "rows", "inner"),
-    *("outer_stride", "inner_stride", "vocab", "temperature_stride", "softcap", "ignore_index"),
-]
+# The alignment of the addresses of logits and out is compiled in; nothing else compiles anew.
+rows_jit = partial(jit, specialised=("logits", "out"))
 
 
-@triton.jit(do_not_specialize=FORWARD_PLAIN)
+@rows_jit
 def forward_kernel(
     logits, labels, temperature, logp, entropy, stats, flag,
     rows: tl.int32, inner: tl.int32, outer_stride: tl.int64, inner_stride: tl.int64,
@@ -70,14 +85,15 @@ def forward_kernel(
     kept = label != ignore_index
     legal = (label >= 0) & (label < vocab)
     if kept & ~legal:
-        record(flag, row, label)
+        record_label(flag, row, label)
     inv_temperature = inverse_temperature(temperature + row * temperature_stride, kept)
     x = logits + row_offset(row, inner, outer_stride, inner_stride, VECTOR, ALIGNED)
     length = tl.where(kept, vocab, 0)
     length = tl.multiple_of(length, VECTOR) if ALIGNED else length
     _, value, top, log_sum, h = read_row(
         x, label, kept & legal, legal, length, softcap, inv_temperature,
-        ENTROPY, SOFTCAP, VECTORS, LANES, VECTOR, STAGES=None, EVICTION="",
+        ENTROPY=ENTROPY, SOFTCAP=SOFTCAP, VECTORS=VECTORS, LANES=LANES, VECTOR=VECTOR,
+        STAGES=None, EVICTION="",
     )  # fmt: skip
     tl.store(logp + row, tl.where(kept, value, 0.0))
     tl.store(stats + row, tl.where(kept, top, 0.0))
@@ -86,14 +102,7 @@ def forward_kernel(
         tl.store(entropy + row, tl.where(kept, h, 0.0))
 
 
-BACKWARD_PLAIN = [
-    *("grad_logp", "grad_entropy", "entropy", "stats", "labels", "temperature", "rows", "inner"),
-    *("outer_stride", "inner_stride", "vocab", "temperature_stride", "softcap", "ignore_index"),
-    "slices",
-]
-
-
-@triton.jit(do_not_specialize=BACKWARD_PLAIN)
+@rows_jit
 def backward_kernel(
     grad_logp, grad_entropy, entropy, stats, logits, labels, temperature, out,
     rows: tl.int32, inner: tl.int32, outer_stride: tl.int64, inner_stride: tl.int64,
@@ -123,110 +132,145 @@ def backward_kernel(
     dx = out + written + begin
     x = logits + row_offset(row, inner, outer_stride, inner_stride, VECTOR, ALIGNED) + begin
 
-    # Of a row that is not live everything here is 0, and so is what is written.
+    # If the row is not live, everything here is 0, and so is what is written.
     g_logp, g_entropy = tl.where(live, g_logp, 0.0), tl.where(live, g_entropy, 0.0)
-    top = tl.load(stats + row, mask=live, other=0.0)
-    log_sum = tl.load(stats + rows.to(tl.int64) + row, mask=live, other=0.0)
+    top = load_kept(stats, row, live)
+    log_sum = load_kept(stats, rows.to(tl.int64) + row, live)
     inv_temperature = inverse_temperature(temperature + row * temperature_stride, live)
-    h = tl.load(entropy + row, mask=live, other=0.0) if ENTROPY else 0.0
+    h = load_kept(entropy, row, live) if ENTROPY else 0.0
     here = live & (label >= begin) & (label < begin + length)
-    at = tl.where(here, label - begin, -1).to(tl.int32)
-    y = capped(tl.load(x + at, mask=here, other=0.0), softcap, SOFTCAP)
+    place = tl.where(here, label - begin, -1).to(tl.int32)
+    y = capped(load_kept(x, place, here), softcap, SOFTCAP)
     write_gradient(
-        x, dx, at, y, length, readable, top, log_sum, inv_temperature, g_logp, g_entropy, h,
-        softcap, ENTROPY, SOFTCAP, BLOCK, STAGES=None, EVICTION="",
+        x, dx, place, y, length, readable, top, log_sum, inv_temperature, g_logp, g_entropy, h,
+        softcap, ENTROPY=ENTROPY, SOFTCAP=SOFTCAP, BLOCK=BLOCK, STAGES=None, EVICTION="",
     )  # fmt: skip
 
 
-def options(
-    forward: bool, entropy: bool, softcap: bool, aligned: bool, dtype: torch.dtype, vocab: int,
+def constants(
+    *,
+    forward: bool,
+    entropy: bool,
+    softcap: bool,
+    aligned: bool,
+    dtype: torch.dtype,
+    vocab: int,
     capability: int,
-) -> dict:  # fmt: skip
+) -> dict[str, int | bool]:
     """The compile-time arguments, for a launch and for compilation ahead of time alike."""
-    warps, vectors, blocks = tiles(capability, vocab * dtype.itemsize)
-    lanes, vector = 32 * warps, 16 // dtype.itemsize
+    shape = tiles(capability, vocab * dtype.itemsize)
+    lanes, vector = 32 * shape.warps, 16 // dtype.itemsize
+    found: dict[str, int | bool] = {
+        "ENTROPY": entropy,
+        "SOFTCAP": softcap,
+        "ALIGNED": aligned,
+        "VECTOR": vector,
+        "num_warps": shape.warps,
+        "enable_fp_fusion": FP_FUSION,
+    }
     if forward:
-        shape = {"VECTORS": vectors, "LANES": lanes}
-    else:
-        shape = {"BLOCK": 2 * lanes * vector, "BLOCKS": blocks // 2}
-    flags = {"ENTROPY": entropy, "SOFTCAP": softcap, "ALIGNED": aligned, "VECTOR": vector}
-    return flags | shape | {"num_warps": warps, "enable_fp_fusion": FP_FUSION}
+        return found | {"VECTORS": shape.vectors, "LANES": lanes}
+    return found | {"BLOCK": 2 * lanes * vector, "BLOCKS": shape.blocks // 2}
 
 
-class Rows:
-    """Logits, labels and temperatures as the kernels take them, copied only where they must be."""
+class LogitRows:
+    """Rows of logits as the kernels take them, copied only where they must be.
 
-    def __init__(self, logits, labels, temperature, softcap, ignore_index):
-        if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-            logits = logits.contiguous()
-        if logits.dim() > 3:
-            logits = logits.flatten(0, -3)
-        outer, inner = (0, 0, *logits.stride()[:-1])[-2:]
-        shape = labels.numel(), (1, *logits.shape)[-2], outer, inner
-        self.tensors = logits, labels.contiguous(), temperature.contiguous()
-        self.vocab, self.softcap, self.dtype = logits.shape[-1], softcap, logits.dtype
-        self.scalars = *shape, self.vocab, int(temperature.dim() > 0), softcap, ignore_index
-        steps = (n * logits.itemsize for n in (outer, inner, self.vocab))
-        self.aligned = all(address % 16 == 0 for address in (logits.data_ptr(), *steps))
-        self.capability = (
-            torch.cuda.get_device_capability(logits.device)[0] if logits.is_cuda else 9
+    Attributes:
+        count: How many rows there are.
+        vocab: How many logits a row has.
+        arguments: What every kernel takes of the rows, by name.
+    """
+
+    def __init__(self, x: Inputs) -> None:
+        x = x._replace(logits=addressable(x.logits))
+        lie = sizes(x)
+        self.logits, self.softcap = x.logits, x.softcap
+        self.count, self.vocab = lie.count, lie.vocab
+        self.arguments: dict[str, Tensor | int | float] = {
+            "logits": x.logits,
+            "labels": x.labels.contiguous(),
+            "temperature": x.temperature.contiguous(),
+            "rows": lie.count,
+            "inner": lie.inner,
+            "outer_stride": lie.outer_stride,
+            "inner_stride": lie.inner_stride,
+            "vocab": lie.vocab,
+            "temperature_stride": int(lie.temperature_per_row),
+            "softcap": x.softcap,
+            "ignore_index": x.ignore_index,
+        }
+        steps = [n * x.logits.itemsize for n in (lie.outer_stride, lie.inner_stride, lie.vocab)]
+        self.aligned = all(step % 16 == 0 for step in [x.logits.data_ptr(), *steps])
+
+    def features(self, *, entropy: bool) -> dict:
+        """What the compile-time arguments depend on."""
+        capability = 9  # any: the interpreter has none
+        if self.logits.is_cuda:
+            capability = torch.cuda.get_device_capability(self.logits.device)[0]
+        return {
+            "entropy": entropy,
+            "softcap": self.softcap > 0,
+            "aligned": self.aligned,
+            "dtype": self.logits.dtype,
+            "vocab": self.vocab,
+            "capability": capability,
+        }
+
+
+# fp64 is for checks of gradients. No kernel here computes in it: the reference does.
+
+
+def token_logprobs(x: Inputs) -> Outputs:
+    """Launches a program for each row."""
+    if x.logits.dtype is torch.float64:
+        return reference(x)
+    rows, outputs = LogitRows(x), allocate(x)
+    if rows.count:
+        forward_kernel[(rows.count,)](
+            **rows.arguments,
+            logp=outputs.logp,
+            entropy=outputs.entropy,
+            stats=outputs.stats,
+            flag=label_flag(OP, x.logits.device),
+            **constants(forward=True, **rows.features(entropy=x.with_entropy)),
         )
-
-    def options(self, *, forward: bool, entropy: bool) -> dict:
-        flags = forward, entropy, self.softcap > 0, self.aligned
-        return options(*flags, self.dtype, self.vocab, self.capability)
+    return outputs
 
 
-def fp64_by_reference(launcher):
-    """fp64 is for checks of gradients; no kernel here computes in it."""
-
-    def launch(*args):
-        if args[-5].dtype is torch.float64:  # logits
-            return REFERENCES[getattr(torch.ops.fastpg, launcher.__name__).default](*args)
-        with torch.cuda.device_of(args[-5]):
-            return launcher(*args)
-
-    return launch
+def token_logprobs_backward(x: BackwardInputs) -> Gradient:
+    """Launches a program for each slice of a row."""
+    if x.inputs.logits.dtype is torch.float64:
+        return reference_backward(x)
+    gradient = allocate_gradient(x)
+    write(x, gradient.grad_logits)
+    return gradient
 
 
-def forward(entropy, *args):
-    """logp [...], entropy [...], stats [2, ...] in fp32; without the entropy, logp in its place."""
-    rows, labels = Rows(*args), args[1]
-    logp = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
-    entropies = torch.empty_like(logp) if entropy else logp
-    stats = logp.new_empty((2, *labels.shape))
-    if labels.numel():
-        forward_kernel[(labels.numel(),)](
-            *rows.tensors, logp, entropies, stats, label_flag("token_logprobs", labels.device),
-            *rows.scalars, **rows.options(forward=True, entropy=entropy),
-        )  # fmt: skip
-    return logp, entropies, stats
+def token_logprobs_backward_out(x: BackwardOutInputs) -> NoOutputs:
+    """Launches a program for each slice of a row."""
+    if x.out.dtype is torch.float64:
+        return reference_backward_out(x)
+    write(x.backward, x.out)
+    return NoOutputs()
 
 
-@fp64_by_reference
-def token_logprobs(*args):
-    return forward(False, *args)[::2]
-
-
-@fp64_by_reference
-def token_logprobs_entropy(*args):
-    return forward(True, *args)
-
-
-@fp64_by_reference
-def token_logprobs_backward_out(out, grad_logp, grad_entropy, entropy, stats, *args):
-    rows, with_entropy = Rows(*args), grad_entropy is not None
-    grad_logp = grad_logp.contiguous()
-    per_row = (grad_entropy.contiguous(), entropy) if with_entropy else (grad_logp, grad_logp)
-    compiled = rows.options(forward=False, entropy=with_entropy)
-    slices = triton.cdiv(rows.vocab, compiled["BLOCK"] * compiled["BLOCKS"])
-    if out.numel():
-        backward_kernel[(rows.scalars[0] * slices,)](
-            grad_logp, *per_row, stats, *rows.tensors, out, *rows.scalars, slices, **compiled
-        )
-
-
-def token_logprobs_backward(*args):
-    out = torch.empty_like(args[4], memory_format=torch.contiguous_format)
-    token_logprobs_backward_out(out, *args)
-    return out
+def write(x: BackwardInputs, out: Tensor) -> None:
+    """Writes the gradient to `out`, which may be the logits."""
+    if out.numel() == 0:
+        return
+    rows, grad_logp = LogitRows(x.inputs), x.grad_logp.contiguous()
+    with_entropy = x.grad_entropy is not None
+    constant = constants(forward=False, **rows.features(entropy=with_entropy))
+    slices = triton.cdiv(rows.vocab, constant["BLOCK"] * constant["BLOCKS"])
+    backward_kernel[(rows.count * slices,)](
+        grad_logp=grad_logp,
+        # Without an entropy these two are not read: any pointer serves.
+        grad_entropy=x.grad_entropy.contiguous() if with_entropy else grad_logp,
+        entropy=x.entropy if with_entropy else grad_logp,
+        stats=x.stats,
+        **rows.arguments,
+        out=out,
+        slices=slices,
+        **constant,
+    )

@@ -1,0 +1,84 @@
+"""Where rows of logits lie in memory, as the kernels are told.
+
+A kernel finds the logits of a row adjacent, and the rows at two strides at most: `inner` rows lie
+inner_stride apart, and groups of them outer_stride apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..._library import DTYPE_CODE
+from ..._op import Op
+
+
+class RowSizes(NamedTuple):
+    """The integers that C++ takes first; strides count elements."""
+
+    dtype: int  # of the logits, a code of DTYPE_CODE
+    count: int  # of rows
+    inner: int
+    outer_stride: int
+    inner_stride: int
+    vocab: int
+    temperature_per_row: bool  # else there is one for all
+
+
+def row_sizes(logits: Tensor, labels: Tensor, temperature: Tensor) -> RowSizes:
+    """The sizes of addressable logits [..., V]."""
+    if logits.dim() > 3:
+        logits = logits.flatten(0, -3)  # a view, else they were not addressable
+    shape, strides = logits.shape, logits.stride()
+    outer_stride, inner_stride, inner = 0, 0, 1
+    if len(shape) > 1:
+        inner, inner_stride = shape[-2], strides[-2]
+    if len(shape) > 2:
+        outer_stride = strides[0]
+    return RowSizes(
+        DTYPE_CODE[logits.dtype],
+        labels.numel(),
+        inner,
+        outer_stride,
+        inner_stride,
+        shape[-1],
+        temperature.dim() > 0,
+    )
+
+
+def addressable(logits: Tensor) -> Tensor:
+    """The same logits, in a layout that kernels can be told; copied only if they must be."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return logits.contiguous()
+    if logits.dim() > 3 and not _leading_axes_are_one(logits):
+        return logits.contiguous()
+    return logits
+
+
+def _leading_axes_are_one(logits: Tensor) -> bool:
+    """Whether all axes but the last two can be seen as one axis with one stride."""
+    try:
+        logits.view(-1, logits.shape[-2], logits.shape[-1])
+    except RuntimeError:
+        return False
+    return True
+
+
+class RowsOp(Op):
+    """An op that reads rows of logits; its kernel in C++ gets them addressable."""
+
+    def cpp_kernel(self, module: ModuleType, *, on_gpu: bool) -> Callable:
+        run = super().cpp_kernel(module, on_gpu=on_gpu)
+        place = list(self.inputs.types).index("logits")
+
+        def call(*values: Any) -> Any:
+            logits = values[place]
+            prepared = addressable(logits)
+            if prepared is not logits:
+                values = (*values[:place], prepared, *values[place + 1 :])
+            return run(*values)
+
+        return call

@@ -14,6 +14,7 @@ HEAD = "fastpg/trainer/head.py"
 LEARNER = "fastpg/trainer/learner.py"
 LOGGING = "fastpg/trainer/logging.py"
 MODELS = "fastpg/trainer/models.py"
+OBJECTIVE = "fastpg/trainer/objective.py"
 ROLLOUT = "fastpg/trainer/rollout.py"
 TRAINER = "fastpg/trainer/trainer.py"
 
@@ -37,9 +38,10 @@ MUTANTS = [
     Mutant(
         "gradients-cleared-after-every-micro-batch-but-the-last",
         LEARNER,
-        "            policy += policy_stats\n",
-        "            if i < len(parts):\n                self.optimizer.zero_grad()\n"
-        "            policy += policy_stats\n",
+        "            policy_stats += result.policy_stats\n",
+        "            if i < len(parts):\n"
+        "                self.optimizer.zero_grad()\n"
+        "            policy_stats += result.policy_stats\n",
         STEPS,
     ),
     Mutant(
@@ -67,83 +69,86 @@ MUTANTS = [
     Mutant(
         "last-micro-batch-dropped",
         LEARNER,
-        "        policy, value = [], []\n",
-        "        parts = parts[:-1] or parts\n        policy, value = [], []\n",
+        "        parts = rows.split(self.args.micro_batch_size)\n",
+        "        parts = rows.split(self.args.micro_batch_size)\n"
+        "        parts = parts[:-1] or parts\n",
         STEPS,
     ),
     Mutant(
         "losses-divided-by-the-number-of-micro-batches",
         LEARNER,
-        "self.accelerator.backward(loss * ",
-        "self.accelerator.backward(loss / len(parts) * ",
+        "self.accelerator.backward(result.loss * ",
+        "self.accelerator.backward(result.loss / len(parts) * ",
         STEPS,
     ),
     Mutant(
         "denominator-of-the-micro-batch",
         LEARNER,
-        "weight = self.row.weights(experience.rollout.mask, denom)",
-        "weight = self.row.weights(experience.rollout.mask, "
-        "self.row.denom(experience.rollout.mask, args.max_new_tokens))",
+        "token_weight=self.algorithm.weights(experience.rollout.mask, denom),",
+        "token_weight=self.algorithm.weights(\n"
+        "                experience.rollout.mask,\n"
+        "                self.algorithm.denom(experience.rollout.mask, self.args.max_new_tokens),\n"
+        "            ),",
         STEPS,
     ),
     Mutant(
         "longest-completion-instead-of-the-longest-possible",
         LEARNER,
-        "self.row.denom(experience.rollout.mask[rows], self.args.max_new_tokens)",
-        "self.row.denom(experience.rollout.mask[rows], int(experience.rollout.mask.sum(-1).max()))",
+        "self.algorithm.denom(experience.rollout.mask[rows], self.args.max_new_tokens)",
+        "self.algorithm.denom(\n"
+        "            experience.rollout.mask[rows], int(experience.rollout.mask.sum(-1).max())\n"
+        "        )",
         STEPS,
     ),
     Mutant(
         "one-pass-too-few",
         LEARNER,
-        "for epoch in range(self.args.num_ppo_epochs):",
-        "for epoch in range(max(self.args.num_ppo_epochs - 1, 1)):",
+        "for epoch in range(self.resolved.num_ppo_epochs):",
+        "for epoch in range(max(self.resolved.num_ppo_epochs - 1, 1)):",
         STEPS,
     ),
     # The order of the minibatches.
     Mutant(
         "every-pass-in-the-same-order",
         LEARNER,
-        "torch.randperm(count) if epoch else torch.arange(count)",
+        "torch.arange(count) if epoch == 0 else torch.randperm(count)",
         "torch.arange(count)",
         STEPS,
     ),
     Mutant(
         "every-later-pass-in-the-same-order",
         LEARNER,
-        "torch.randperm(count) if epoch",
-        "torch.randperm(count, generator=torch.Generator().manual_seed(0)) if epoch",
+        "torch.randperm(count)",
+        "torch.randperm(count, generator=torch.Generator().manual_seed(0))",
         STEPS,
     ),
     Mutant(
         "first-pass-shuffled",
         LEARNER,
-        "torch.randperm(count) if epoch else torch.arange(count)",
+        "torch.arange(count) if epoch == 0 else torch.randperm(count)",
         "torch.randperm(count)",
         STEPS,
     ),
     Mutant(
         "minibatches-drawn-with-replacement",
         LEARNER,
-        "torch.randperm(count) if epoch",
-        "torch.randint(count, (count,)) if epoch",
+        "torch.randperm(count)",
+        "torch.randint(count, (count,))",
         STEPS,
     ),
     Mutant(
         "uneven-rest-dropped",
         LEARNER,
-        "return iter(order.tensor_split(self.args.num_mini_batches))",
-        "size = len(order) // self.args.num_mini_batches\n"
-        "        return iter(order.split(size)[: self.args.num_mini_batches])",
+        "return order.tensor_split(self.resolved.num_mini_batches)",
+        "number = self.resolved.num_mini_batches\n"
+        "        return order.split(len(order) // number)[:number]",
         STEPS,
     ),
     Mutant(
         "old-log-probs-in-another-order",
         LEARNER,
-        "self._minibatches(torch.arange(len(rollout.mask)))\n"
-        "            for rows in minibatch.split(self.args.micro_batch_size)",
-        "[torch.arange(len(rollout.mask))]\n"
-        "            for rows in minibatch.split(self.args.micro_batch_size)",
+        "in self._minibatches(torch.arange(len(rollout.mask))):",
+        "in [torch.arange(len(rollout.mask))]:",
         STEPS,
     ),
     # The optimiser and its rates.
@@ -207,22 +212,22 @@ MUTANTS = [
     Mutant(
         "reference-at-temperature-1",
         LEARNER,
-        "completion_logprobs(self.reference, *self._batch(rollout))[0]",
-        "completion_logprobs(self.reference, *self._batch(rollout)[:3], 1.0, self.head)[0]",
+        "                batch.temperature,\n                batch.head,",
+        "                1.0,\n                batch.head,",
         STEPS,
     ),
     Mutant(
         "policy-at-temperature-1",
         LEARNER,
-        "rollout.labels, self.args.temperature, self.head",
-        "rollout.labels, 1.0, self.head",
+        "temperature=self.args.temperature,",
+        "temperature=1.0,",
         STEPS,
     ),
     Mutant(
         "groups-are-interleaved",
         LEARNER,
-        "// self.args.num_generations",
-        "% (len(mask) // self.args.num_generations)",
+        "// self.resolved.num_generations",
+        "% (len(mask) // self.resolved.num_generations)",
         STEPS,
     ),
     Mutant(
@@ -234,60 +239,73 @@ MUTANTS = [
     ),
     Mutant(
         "value-loss-of-all-slots",
-        LEARNER,
-        "            values, experience.returns, weight, old_values=",
-        "            values, experience.returns, weight.amax() + 0 * weight, old_values=",
+        OBJECTIVE,
+        "            targets.returns,\n            targets.token_weight,",
+        "            targets.returns,\n"
+        "            targets.token_weight.amax() + 0 * targets.token_weight,",
         STEPS,
     ),
-    Mutant("values-not-clipped", LEARNER, "old_values=old_values, clip=clip", "", STEPS),
-    Mutant("value-loss-at-weight-1", LEARNER, "loss + args.vf_coef * ", "loss + ", STEPS),
+    Mutant(
+        "values-not-clipped",
+        OBJECTIVE,
+        "clip=self.cliprange_value,",
+        "clip=1e9,",
+        STEPS,
+    ),
+    Mutant(
+        "value-loss-at-weight-1",
+        OBJECTIVE,
+        "return self.vf_coef * loss, stats",
+        "return loss, stats",
+        STEPS,
+    ),
     Mutant(
         "entropy-is-a-penalty",
-        LEARNER,
-        "entropy_coef=self.args.entropy_coef",
-        "entropy_coef=-self.args.entropy_coef",
+        OBJECTIVE,
+        "entropy_coef=self.entropy_coef",
+        "entropy_coef=-self.entropy_coef",
         STEPS,
     ),
     Mutant(
         "reference-of-the-loss-is-the-old-policy",
-        LEARNER,
-        "ref_logp=of_rows(experience.ref_logp)",
-        "ref_logp=of_rows(experience.logp)",
+        OBJECTIVE,
+        "ref_logp = chosen(targets.ref_logp, rows)",
+        "ref_logp = chosen(targets.old_logp, rows)",
         STEPS,
     ),
     Mutant(
         "ratio-is-always-1",
-        LEARNER,
-        "old_logp=of_rows(experience.logp)",
+        OBJECTIVE,
+        "old_logp=chosen(targets.old_logp, rows)",
         "old_logp=logp.detach().view(shape)",
         STEPS,
     ),
     Mutant(
         "advantages-whitened-in-every-micro-batch",
-        LEARNER,
-        "of_rows(experience.advantages),",
-        "of_rows(fastpg.whiten(experience.advantages, experience.rollout.mask)),",
+        OBJECTIVE,
+        "chosen(targets.advantages, rows)",
+        "chosen(fastpg.whiten(targets.advantages, targets.token_weight != 0), rows)",
         STEPS,
     ),
     Mutant(
         "gamma-of-the-algorithm",
         CONFIG,
-        'gae = {"gamma": settings.gamma, "lam": settings.lam}',
-        'gae = {"gamma": 1.0, "lam": settings.lam}',
+        "GaeOptions(gamma=self.gamma, ",
+        'GaeOptions(gamma=algorithm.gae["gamma"], ',
         STEPS,
     ),
     Mutant(
         "lambda-of-the-algorithm",
         CONFIG,
-        'gae = {"gamma": settings.gamma, "lam": settings.lam}',
-        'gae = {"gamma": settings.gamma, "lam": row.gae["lam"]}',
+        'lam=_given_or(self.lam, algorithm.gae["lam"])',
+        'lam=algorithm.gae["lam"]',
         STEPS,
     ),
     Mutant(
         "bounds-of-the-ratio-in-the-wrong-order",
         CONFIG,
-        'surrogate["clip"] = (settings.cliprange, settings.cliprange_high)',
-        'surrogate["clip"] = (settings.cliprange_high, settings.cliprange)',
+        'surrogate["clip"] = (low, high)',
+        'surrogate["clip"] = (high, low)',
         STEPS,
     ),
     Mutant(
@@ -321,7 +339,7 @@ MUTANTS = [
     Mutant(
         "value-head-starts-with-noise",
         MODELS,
-        "        nn.init.zeros_(self.value_head.weight)\n",
+        "    nn.init.zeros_(head.weight)\n",
         "",
         STEPS,
     ),
@@ -390,15 +408,15 @@ MUTANTS = [
     Mutant(
         "only-the-first-end-of-the-generation-config",
         ROLLOUT,
-        "more = more if isinstance(more, list) else [more]",
-        "more = more[:1] if isinstance(more, list) else [more]",
+        "ends.update(more)",
+        "ends.update(more[:1])",
         SAMPLING,
     ),
     Mutant(
         "end-of-the-tokenizer-ignored",
         ROLLOUT,
-        "return sorted({tokenizer.eos_token_id, *(i for i in more if i is not None)})",
-        "return sorted({*(i for i in more if i is not None)} or {tokenizer.eos_token_id})",
+        "    return sorted(ends)\n",
+        "    return sorted(ends - {tokenizer.eos_token_id} or ends)\n",
         SAMPLING,
     ),
     # Sampling.
@@ -439,7 +457,7 @@ MUTANTS = [
     Mutant(
         "order-of-the-prompts-ignores-the-seed",
         TRAINER,
-        "torch.Generator().manual_seed(args.seed)",
+        "torch.Generator().manual_seed(self.args.seed)",
         "torch.Generator().manual_seed(0)",
         SAMPLING,
     ),
@@ -460,8 +478,8 @@ MUTANTS = [
     Mutant(
         "prompts-of-a-group-are-apart",
         TRAINER,
-        "[row for row in rows for _ in range(args.num_generations)]",
-        "[row for _ in range(args.num_generations) for row in rows]",
+        "[example for example in examples for _ in range(copies)]",
+        "[example for _ in range(copies) for example in examples]",
         SAMPLING,
     ),
     Mutant(
@@ -495,15 +513,15 @@ MUTANTS = [
     Mutant(
         "evaluation-on-the-training-prompts",
         TRAINER,
-        "rows = [self.eval_dataset[i] for i in range(count)]",
-        "rows = [self.train_dataset[i] for i in range(count)]",
+        "[self.eval_dataset[i] for i in range(count)]",
+        "[self.train_dataset[i] for i in range(count)]",
         SAMPLING,
     ),
     Mutant(
         "evaluation-on-the-last-prompts",
         TRAINER,
-        "rows = [self.eval_dataset[i] for i in range(count)]",
-        "rows = [self.eval_dataset[-1 - i] for i in range(count)]",
+        "[self.eval_dataset[i] for i in range(count)]",
+        "[self.eval_dataset[-1 - i] for i in range(count)]",
         SAMPLING,
     ),
     # What is reported.
@@ -559,8 +577,8 @@ MUTANTS = [
     Mutant(
         "policy-loss-summed-over-steps",
         LEARNER,
-        '"policy/loss": policy["loss"] / len(steps)',
-        '"policy/loss": policy["loss"]',
+        'metrics["policy/loss"] = policy["loss"] / len(steps)',
+        'metrics["policy/loss"] = policy["loss"]',
         STEPS,
     ),
     Mutant(
@@ -573,22 +591,22 @@ MUTANTS = [
     Mutant(
         "policy-metrics-of-the-last-step",
         LEARNER,
-        "[part for step in steps for part in step.policy]",
-        "[part for step in steps[-1:] for part in step.policy]",
+        "[part for step in steps for part in step.policy_stats]",
+        "[part for step in steps[-1:] for part in step.policy_stats]",
         STEPS,
     ),
     Mutant(
         "value-metrics-of-the-last-micro-batches",
         LEARNER,
-        "[part for step in steps for part in step.value]",
-        "[step.value[-1] for step in steps]",
+        "[part for step in steps for part in step.value_stats]",
+        "[step.value_stats[-1] for step in steps]",
         STEPS,
     ),
     Mutant(
         "first-ratio-is-the-last",
         LEARNER,
-        "first = self._merge(steps[0].policy)",
-        "first = self._merge(steps[-1].policy)",
+        "first = self._merge(steps[0].policy_stats)",
+        "first = self._merge(steps[-1].policy_stats)",
         STEPS,
     ),
     Mutant(
@@ -659,8 +677,8 @@ MUTANTS = [
     Mutant(
         "every-process-plays-the-whole-evaluation",
         TRAINER,
-        "with self.accelerator.split_between_processes(rows) as own:",
-        "for own in [rows]:",
+        "with self.accelerator.split_between_processes(examples) as own:",
+        "for own in [examples]:",
         PROCESSES,
     ),
     Mutant(
@@ -708,8 +726,8 @@ MUTANTS = [
     Mutant(
         "gradients-averaged-over-processes",
         LEARNER,
-        "self.accelerator.backward(loss * self.accelerator.num_processes)",
-        "self.accelerator.backward(loss)",
+        "self.accelerator.backward(result.loss * self.accelerator.num_processes)",
+        "self.accelerator.backward(result.loss)",
         PROCESSES,
     ),
     Mutant(
@@ -729,15 +747,18 @@ MUTANTS = [
     Mutant(
         "too-few-prompts-for-the-processes",
         TRAINER,
-        "num_samples=args.num_steps * num_prompts * self.accelerator.num_processes",
-        "num_samples=args.num_steps * num_prompts",
+        "num_samples=self.args.num_steps * num_prompts * self.accelerator.num_processes",
+        "num_samples=self.args.num_steps * num_prompts",
         PROCESSES,
     ),
     Mutant(
         "every-process-has-the-same-prompts",
         TRAINER,
-        "self.accelerator.prepare(model, optimizer, self._prompts())",
-        "*self.accelerator.prepare(model, optimizer), self._prompts()",
+        "self.model, optimizer, self.loader = self.accelerator.prepare(\n"
+        "            model, optimizer, self._prompts()\n"
+        "        )",
+        "self.model, optimizer = self.accelerator.prepare(model, optimizer)\n"
+        "        self.loader = self._prompts()",
         PROCESSES,
     ),
 ]

@@ -26,7 +26,9 @@ CXXFLAGS = [
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-tree-pre"),
 ]
 X86 = platform.machine() in ("x86_64", "AMD64")
+# A file `<op>_simd.cpp` is compiled once for each of these.
 ISA_FLAGS = {
+    "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
@@ -37,7 +39,7 @@ NVCCFLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility
 GPUS = (80, 90, 100)  # in machine code; for others from Turing on the driver compiles PTX
 GENCODE = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
 GENCODE += ["-gencode=arch=compute_75,code=compute_75"]
-FILE_FLAGS = {**ISA_FLAGS, "bind_cuda": [f"-DFPG_GPUS='\"{' '.join(f'sm_{g}' for g in GPUS)}\"'"]}
+FILE_FLAGS = {"bind_cuda": [f"-DFPG_GPUS='\"{' '.join(f'sm_{g}' for g in GPUS)}\"'"]}
 
 
 def find_nvcc():
@@ -54,9 +56,16 @@ def find_nvcc():
 
 
 def sources(suffix):
-    """The files of csrc/ with this suffix that this machine's architecture can compile."""
-    files = sorted(str(f) for f in Path("csrc").rglob(f"*{suffix}"))
-    return [f for f in files if X86 or Path(f).stem not in ISA_FLAGS]
+    """The files of csrc/ with this suffix."""
+    return sorted(str(f) for f in Path("csrc").rglob(f"*{suffix}"))
+
+
+def variants(source):
+    """What a source is compiled to: the suffix of each object, and the flags it takes."""
+    if not source.stem.endswith("_simd"):
+        return {"": FILE_FLAGS.get(source.stem, [])}
+    sets = ISA_FLAGS if X86 else ["baseline"]
+    return {f".{isa}": [f"-DFPG_ISA={isa}", *ISA_FLAGS[isa]] for isa in sets}
 
 
 class Build(build_ext):
@@ -101,10 +110,10 @@ class Build(build_ext):
         out.rule("link_cuda", f"{nvcc} -shared -cudart static $in -o $out")
         objects = []
         for source in map(Path, ext.sources):
-            objects.append(str(folder / f"{source.stem}{source.suffix}.o"))
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            flags = {"flags": FILE_FLAGS.get(source.stem, [])}
-            out.build(objects[-1], rule, str(source.absolute()), variables=flags)
+            for name, flags in variants(source).items():
+                objects.append(str(folder / f"{source.stem}{name}{source.suffix}.o"))
+                out.build(objects[-1], rule, str(source.absolute()), variables={"flags": flags})
         cuda = any(source.endswith(".cu") for source in ext.sources)
         out.build(str(target), "link_cuda" if cuda else "link", objects)
 

@@ -8,7 +8,7 @@
 #include "common/parallel.h"
 #include "loss/kl_estimate.h"
 #include "loss/policy_loss_from_logits.h"
-#include "simd/kernels.h"
+#include "simd/select.h"
 #include "vocabulary/token_logprobs.h"
 #include "weight/importance_weights.h"
 
@@ -112,12 +112,12 @@ void bind_policy_loss_from_logits(py::module_& m) {
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (auto table = supported_kernels(); *table; ++table) names.emplace_back((*table)->name);
+  for (const InstructionSet set : supported_instruction_sets()) names.emplace_back(name_of(set));
   return names;
 }
 
 void use_instruction_set(const std::string& name) {
-  if (!select_kernels(name.c_str()))
+  if (!select_instruction_set(name.c_str()))
     throw std::invalid_argument("this machine has no instruction set '" + name + "'");
 }
 
@@ -129,7 +129,7 @@ PYBIND11_MODULE(_C, m) {
     torch_parallel_for = reinterpret_cast<TorchParallelFor>(function);
   });
   m.def("instruction_sets", instruction_sets, "The instruction sets of this machine, best first.");
-  m.def("instruction_set", [] { return kernels().name; }, "The one in use.");
+  m.def("instruction_set", [] { return name_of(selected_instruction_set()); }, "The one in use.");
   m.def("use_instruction_set", use_instruction_set);
   bind_importance_weights(m);
   bind_policy_loss(m);

@@ -15,6 +15,10 @@ using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, 
 // Address of libtorch's C function torch_parallel_for, handed over once by fastpg/_library.py.
 extern TorchParallelFor torch_parallel_for;
 
+// Losses are summed over blocks of this many tokens, added in block order. A block stays in the
+// first-level cache.
+constexpr int64_t kTokenBlock = 2048;
+
 // Calls body(begin, end) on disjoint ranges that cover [0, n), each of at least `grain` items (but
 // the last). Which thread gets which range must never show in a result. `body` must not throw.
 template <typename Body>

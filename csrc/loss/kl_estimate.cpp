@@ -4,7 +4,7 @@
 #include "common/bind.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
-#include "simd/kernels.h"
+#include "simd/select.h"
 
 namespace fpg {
 namespace {
@@ -14,7 +14,7 @@ constexpr int64_t kGrain = 32768;  // A thread should have at least so many toke
 void kl_estimate(const KlEstimateArguments& in) {
   with_compute_dtype(in.inputs.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const KlEstimateKernels<T>& kernel = kernels();
+    const auto& kernel = kernels<KlEstimateKernels<T>>();
     const T* logp = static_cast<const T*>(in.inputs.logp);
     const T* ref_logp = static_cast<const T*>(in.inputs.ref_logp);
     T* kl = static_cast<T*>(in.kl);
@@ -27,7 +27,7 @@ void kl_estimate(const KlEstimateArguments& in) {
 void kl_estimate_backward(const KlEstimateBackwardArguments& in) {
   with_compute_dtype(in.inputs.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const KlEstimateKernels<T>& kernel = kernels();
+    const auto& kernel = kernels<KlEstimateKernels<T>>();
     const T* grad_kl = static_cast<const T*>(in.grad_kl);
     const T* logp = static_cast<const T*>(in.inputs.logp);
     const T* ref_logp = static_cast<const T*>(in.inputs.ref_logp);

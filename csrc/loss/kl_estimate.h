@@ -53,4 +53,12 @@ struct KlEstimateBackwardArguments {
   FPG_FIELDS(inputs, grad_kl, grad_logp, stream)
 };
 
+// The loops of kl_estimate_simd.cpp, which is compiled for each instruction set.
+template <typename T>
+struct KlEstimateKernels {
+  void (*kl_values)(const T* logp, const T* ref_logp, int64_t n, KlKind kind, T* kl);
+  void (*kl_gradient)(const T* grad, const T* logp, const T* ref_logp, int64_t n, KlKind kind,
+                      T* grad_logp);
+};
+
 }  // namespace fpg

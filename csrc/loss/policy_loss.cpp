@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "common/sequences.h"
-#include "simd/kernels.h"
+#include "simd/select.h"
 
 namespace fpg {
 namespace {
@@ -35,7 +35,7 @@ double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t
 template <typename T>
 void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptions& options,
                  const PolicyOut<T>& out) {
-  const PolicyLossKernels<T>& kernel = kernels();
+  const auto& kernel = kernels<PolicyLossKernels<T>>();
   const int64_t blocks = ceil_div(count, kTokenBlock);
   std::vector<PolicyStats> parts(blocks);
   parallel_for(blocks, kGrain, [&](int64_t begin, int64_t end) {

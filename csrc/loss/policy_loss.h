@@ -200,4 +200,11 @@ template <typename T>
 void policy_loss_sequence_ratio(const Sequences& sequences, const T* logp, const T* old_logp,
                                 const T* weight, T* ratio, Stream stream);
 
+// The loops of policy_loss_simd.cpp, which is compiled for each instruction set.
+template <typename T>
+struct PolicyLossKernels {
+  void (*policy_block)(const PolicyTokens<T>& tokens, int64_t n, const PolicyOptions& options,
+                       T* coefficient, double* part);
+};
+
 }  // namespace fpg

@@ -1,7 +1,7 @@
 // The policy loss of rows of logits and its gradient by them: each row comes from memory once.
 #include "loss/policy_loss_from_logits.h"
 
-#include "simd/kernels.h"
+#include "simd/select.h"
 
 namespace fpg {
 
@@ -9,7 +9,7 @@ template <typename T>
 void policy_loss_from_logits(const TokenLogprobsInputs& rows, const PolicyTokens<T>& tokens,
                              const PolicyOptions& options, const RowsOut<T>& rows_out,
                              const PolicyOut<T>& out) {
-  const PolicyLossKernels<T>& kernel = kernels();
+  const auto& kernel = kernels<PolicyLossKernels<T>>();
   const T entropy_coef = T(numbers_of(options).entropy_coef);
   const auto row_loss = [&](int64_t i) {  // a block of one token
     PolicyStats part;

@@ -6,7 +6,7 @@
 #include "common/bind.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
-#include "simd/kernels.h"
+#include "simd/select.h"
 
 namespace fpg {
 namespace {
@@ -21,7 +21,7 @@ ValueTokens<T> tokens_from(const ValueTokens<T>& t, int64_t i) {
 void value_loss(const ValueLossArguments& in) {
   with_compute_dtype(in.inputs.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const ValueLossKernels<T>& kernel = kernels();
+    const auto& kernel = kernels<ValueLossKernels<T>>();
     const ValueTokens<T> tokens = tokens_of<T>(in.inputs);
     T* coefficient = static_cast<T*>(in.coefficient);
     const int64_t count = in.inputs.count, blocks = ceil_div(count, kTokenBlock);

@@ -91,4 +91,11 @@ FPG_HD Moments moments_about(double origin, double count, double sum, double sum
   return {count, origin + sum / count, m2 < 0 ? 0 : m2};
 }
 
+// The loops of value_loss_simd.cpp, which is compiled for each instruction set.
+template <typename T>
+struct ValueLossKernels {
+  void (*value_block)(const ValueTokens<T>& tokens, int64_t n, T clip, T* coefficient,
+                      double* part);
+};
+
 }  // namespace fpg

@@ -1,38 +1,51 @@
-// The choice of an instruction set, made once at load.
-#include <string.h>
+// What the machine can run, and what it runs.
+#include "simd/select.h"
 
-#include "simd/kernels.h"
+#include <string.h>
 
 namespace fpg {
 namespace {
 
-struct Supported {
-  const Kernels* tables[4] = {};
-  Supported() {
-    int count = 0;
+std::vector<InstructionSet> supported() {
+  std::vector<InstructionSet> sets;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      tables[count++] = &avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables[count++] = &avx2;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    sets.push_back(InstructionSet::kAvx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    sets.push_back(InstructionSet::kAvx2);
 #endif
-    tables[count] = &baseline;
-  }
-};
+  sets.push_back(InstructionSet::kBaseline);
+  return sets;
+}
 
-const Supported supported;
-const Kernels* selected = supported.tables[0];
+InstructionSet selected = supported().front();
 
 }  // namespace
 
-const Kernels& kernels() { return *selected; }
+InstructionSet selected_instruction_set() { return selected; }
 
-const Kernels* const* supported_kernels() { return supported.tables; }
+const std::vector<InstructionSet>& supported_instruction_sets() {
+  static const std::vector<InstructionSet> sets = supported();
+  return sets;
+}
 
-bool select_kernels(const char* name) {
-  for (const Kernels* const* table = supported.tables; *table; ++table) {
-    if (strcmp((*table)->name, name) != 0) continue;
-    selected = *table;
+const char* name_of(InstructionSet set) {
+  switch (set) {
+    case InstructionSet::kBaseline:
+      return "baseline";
+    case InstructionSet::kAvx2:
+      return "avx2";
+    case InstructionSet::kAvx512:
+      return "avx512";
+  }
+  return "";
+}
+
+bool select_instruction_set(const char* name) {
+  for (const InstructionSet set : supported_instruction_sets()) {
+    if (strcmp(name_of(set), name) != 0) continue;
+    selected = set;
     return true;
   }
   return false;

@@ -114,4 +114,17 @@ FPG_HD T label_gradient(T c, const RowGradient<T>& row) {
   return (through_logp - exp2(log2_p) * entropy_part(log2_p, row)) * logit_slope<kSoftcap>(c, row);
 }
 
+// A vocabulary row is reduced in slices of this many logits, whatever the number of rows or
+// threads, so that a token's bits depend on its own row alone. A slice fits in a first-level cache,
+// which its second reading hits.
+constexpr int64_t kSlice = 8192;
+
+// The loops of token_logprobs_simd.cpp, which is compiled for each instruction set.
+template <typename X>
+struct TokenLogprobsKernels {
+  using T = compute_t<X>;
+  RowStats<T> (*slice_stats)(const X* x, int64_t n, T softcap, T inv_temperature, bool entropy);
+  void (*slice_gradient)(const X* x, X* dx, int64_t n, const RowGradient<T>& row);
+};
+
 }  // namespace fpg

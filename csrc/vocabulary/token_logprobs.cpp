@@ -9,7 +9,8 @@
 #include "common/bind.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
-#include "simd/kernels.h"
+#include "simd/select.h"
+#include "vocabulary/online_softmax.h"
 
 namespace fpg {
 namespace {
@@ -63,7 +64,7 @@ void check(const TokenLogprobsInputs& rows) {
 template <typename X>
 struct Forward : Rows<X> {
   using T = compute_t<X>;
-  const TokenLogprobsKernels<X>& kernel = kernels();
+  const TokenLogprobsKernels<X>& kernel = kernels<TokenLogprobsKernels<X>>();
   T *logp, *entropies, *max, *log_sums;
 
   Forward(const TokenLogprobsInputs& rows, const LogprobsOut& out)
@@ -133,7 +134,7 @@ struct Forward : Rows<X> {
 template <typename X>
 struct Backward : Rows<X> {
   using T = compute_t<X>;
-  const TokenLogprobsKernels<X>& kernel = kernels();
+  const TokenLogprobsKernels<X>& kernel = kernels<TokenLogprobsKernels<X>>();
   const LogprobsGradient& in;
   X* out;
 

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "simd/kernels.h"
+#include "simd/select.h"
 
 namespace fpg {
 namespace {
@@ -47,7 +47,7 @@ struct Batch {
 
   // The weights of tokens [begin, end), and what was counted.
   void block(int64_t begin, int64_t end, double* part) const {
-    const ImportanceKernels<T>& kernel = kernels();
+    const auto& kernel = kernels<ImportanceKernels<T>>();
     kernel.importance_block(from(tokens, begin), end - begin, bounds, weight + begin, part);
   }
 

@@ -62,4 +62,11 @@ template <typename T>
 void importance_weights(const Sequences& sequences, const ImportanceTokens<T>& tokens,
                         IsLevel level, const ImportanceBounds& bounds, T* weight, double* stats);
 
+// The loops of importance_weights_simd.cpp, which is compiled for each instruction set.
+template <typename T>
+struct ImportanceKernels {
+  void (*importance_block)(const ImportanceTokens<T>& tokens, int64_t n,
+                           const ImportanceBounds& bounds, T* weights, double* part);
+};
+
 }  // namespace fpg

@@ -1,5 +1,6 @@
 // The KL estimates of a range of tokens, and their gradient.
 #include "loss/kl_estimate.h"
+#include "simd/select.h"
 
 namespace fpg {
 namespace {
@@ -30,10 +31,20 @@ void kl_gradient(const T* grad, const T* logp, const T* ref_logp, int64_t n, KlK
   loop(grad, logp, ref_logp, n, grad_logp);
 }
 
-template <typename T>
-constexpr KlEstimateKernels<T> kl_estimate_kernels() {
-  return {kl_values<T>, kl_gradient<T>};
+}  // namespace
+
+namespace FPG_ISA {
+
+template <>
+const KlEstimateKernels<float>& table() {
+  static constexpr KlEstimateKernels<float> kernels = {kl_values<float>, kl_gradient<float>};
+  return kernels;
+}
+template <>
+const KlEstimateKernels<double>& table() {
+  static constexpr KlEstimateKernels<double> kernels = {kl_values<double>, kl_gradient<double>};
+  return kernels;
 }
 
-}  // namespace
+}  // namespace FPG_ISA
 }  // namespace fpg

@@ -1,6 +1,8 @@
 // One block of tokens of the importance weights.
-#include "simd/kernels.h"
+#include "common/parallel.h"
 #include "simd/lanes.h"
+#include "simd/select.h"
+#include "weight/importance_weights.h"
 
 namespace fpg {
 namespace {
@@ -63,10 +65,20 @@ void importance_block(const ImportanceTokens<T>& in, int64_t n, const Importance
   for (int64_t i = 0; i < n; ++i) weights[i] = copy[2][i];
 }
 
-template <typename T>
-constexpr ImportanceKernels<T> importance_kernels() {
-  return {importance_block<T>};
+}  // namespace
+
+namespace FPG_ISA {
+
+template <>
+const ImportanceKernels<float>& table() {
+  static constexpr ImportanceKernels<float> kernels = {importance_block<float>};
+  return kernels;
+}
+template <>
+const ImportanceKernels<double>& table() {
+  static constexpr ImportanceKernels<double> kernels = {importance_block<double>};
+  return kernels;
 }
 
-}  // namespace
+}  // namespace FPG_ISA
 }  // namespace fpg

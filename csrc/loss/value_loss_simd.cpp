@@ -1,5 +1,8 @@
 // One block of tokens of the value loss: the loss, and then the moments about the block's means.
+#include "common/parallel.h"
+#include "loss/value_loss.h"
 #include "simd/lanes.h"
+#include "simd/select.h"
 
 namespace fpg {
 namespace {
@@ -79,10 +82,20 @@ void value_block(const ValueTokens<T>& in, int64_t n, T clip, T* coefficient, do
   moments_pass(in, n, part);
 }
 
-template <typename T>
-constexpr ValueLossKernels<T> value_loss_kernels() {
-  return {value_block<T>};
+}  // namespace
+
+namespace FPG_ISA {
+
+template <>
+const ValueLossKernels<float>& table() {
+  static constexpr ValueLossKernels<float> kernels = {value_block<float>};
+  return kernels;
+}
+template <>
+const ValueLossKernels<double>& table() {
+  static constexpr ValueLossKernels<double> kernels = {value_block<double>};
+  return kernels;
 }
 
-}  // namespace
+}  // namespace FPG_ISA
 }  // namespace fpg

@@ -1,6 +1,9 @@
 // One block of tokens of the policy loss: a pass over the first-level cache for the ratios and one
 // for each summand of the loss, so that no option multiplies the loops of another.
+#include "common/parallel.h"
+#include "loss/policy_loss.h"
 #include "simd/lanes.h"
+#include "simd/select.h"
 
 namespace fpg {
 namespace {
@@ -171,10 +174,20 @@ void policy_block(const PolicyTokens<T>& in, int64_t n, const PolicyOptions& opt
   for (int64_t i = 0; i < n; ++i) coefficient[i] = copy[7][i];
 }
 
-template <typename T>
-constexpr PolicyLossKernels<T> policy_loss_kernels() {
-  return {policy_block<T>};
+}  // namespace
+
+namespace FPG_ISA {
+
+template <>
+const PolicyLossKernels<float>& table() {
+  static constexpr PolicyLossKernels<float> kernels = {policy_block<float>};
+  return kernels;
+}
+template <>
+const PolicyLossKernels<double>& table() {
+  static constexpr PolicyLossKernels<double> kernels = {policy_block<double>};
+  return kernels;
 }
 
-}  // namespace
+}  // namespace FPG_ISA
 }  // namespace fpg

@@ -1,5 +1,7 @@
 // One slice of a vocabulary row: its statistics, and its gradient.
 #include "simd/lanes.h"
+#include "simd/select.h"
+#include "vocabulary/online_softmax.h"
 
 namespace fpg {
 namespace {
@@ -118,10 +120,32 @@ void slice_gradient(const X* x, X* dx, int64_t n, const RowGradient<compute_t<X>
   }
 }
 
-template <typename X>
-constexpr TokenLogprobsKernels<X> token_logprobs_kernels() {
-  return {slice_stats<X>, slice_gradient<X>};
+}  // namespace
+
+namespace FPG_ISA {
+
+template <>
+const TokenLogprobsKernels<bf16>& table() {
+  static constexpr TokenLogprobsKernels<bf16> kernels = {slice_stats<bf16>, slice_gradient<bf16>};
+  return kernels;
+}
+template <>
+const TokenLogprobsKernels<fp16>& table() {
+  static constexpr TokenLogprobsKernels<fp16> kernels = {slice_stats<fp16>, slice_gradient<fp16>};
+  return kernels;
+}
+template <>
+const TokenLogprobsKernels<float>& table() {
+  static constexpr TokenLogprobsKernels<float> kernels = {slice_stats<float>,
+                                                          slice_gradient<float>};
+  return kernels;
+}
+template <>
+const TokenLogprobsKernels<double>& table() {
+  static constexpr TokenLogprobsKernels<double> kernels = {slice_stats<double>,
+                                                           slice_gradient<double>};
+  return kernels;
 }
 
-}  // namespace
+}  // namespace FPG_ISA
 }  // namespace fpg

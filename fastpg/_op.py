@@ -189,11 +189,15 @@ class Op(Generic[InputsT, OutputsT]):
             call = self.cpp_kernel(_cuda, on_gpu=True)
             self.attach("CUDA", "CUDA C++", on_device_of_first(call))
 
-    def check_fields(self, module: ModuleType) -> None:
-        """Raises ImportError unless C++ names the arguments as the records do, in their order."""
+    def fields(self) -> list[str]:
+        """The names of what C++ takes, in their order."""
         sizes = get_type_hints(self.sizes)["return"]._fields
         reduction = REDUCTION if self.statistics else ()
-        ours = [*sizes, *self.inputs.types, *self.outputs.types, *reduction, STREAM]
+        return [*sizes, *self.inputs.types, *self.outputs.types, *reduction, STREAM]
+
+    def check_fields(self, module: ModuleType) -> None:
+        """Raises ImportError unless C++ names the arguments as the records do, in their order."""
+        ours = self.fields()
         theirs = module.fields(self.name) if hasattr(module, "fields") else []
         if ours != theirs:
             raise ImportError(

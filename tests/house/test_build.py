@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastpg
 from fastpg._library import _C, _cuda
+from fastpg._op import OPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,10 +57,32 @@ def test_the_cuda_extension_is_built_where_there_is_an_nvcc():
 def test_the_cuda_extension_imports_without_a_driver_and_says_so():
     assert "built for sm_80 sm_90 sm_100, no GPU here" in fastpg.extension_status()
     assert fastpg.kernels_of()["value_loss"]["CUDA"] == "CUDA C++"
+    fields = dict.fromkeys(_cuda.fields("value_loss"))
+    fields |= {"dtype": 0, "count": 0, "clip": 0.0, "blocks": 1, "stream": 0}
     with pytest.raises(RuntimeError, match="CUDA says: CUDA driver version is insufficient"):
-        _cuda.value_loss(0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0, (0, 1, 0))
+        _cuda.value_loss(*fields.values())
+    fields["count"] = 1025
     with pytest.raises(ValueError, match="scratch memory of the wrong size"):
-        _cuda.value_loss(0, 0, 1025, 0, 0, 0, 0, 0.0, 0, 0, 0, (0, 1, 0))
+        _cuda.value_loss(*fields.values())
+
+
+def test_an_extension_of_other_fields_is_not_imported():
+    """C++ that takes rho where the record has c would compute a wrong number, and say nothing."""
+    fields = OPS["gae"].fields()
+    rho, c = fields.index("rho"), fields.index("c")
+    fields[rho], fields[c] = fields[c], fields[rho]
+    other = SimpleNamespace(__name__="fastpg._C", fields=lambda op: fields)
+    with pytest.raises(ImportError) as raised:
+        OPS["gae"].check_fields(other)
+    python_list, cpp_list = str(raised.value).splitlines()[1:]
+    assert "Python: " in python_list and "lams, rho, c, terminated" in python_list
+    assert "C++:" in cpp_list and "lams, c, rho, terminated" in cpp_list
+
+
+@pytest.mark.skipif(_C is None, reason="no extension here")
+def test_a_function_of_the_extension_counts_its_arguments():
+    with pytest.raises(TypeError, match="expected 21 arguments, got 1"):
+        _C.gae(0)
 
 
 def test_without_the_extension_the_references_serve():

@@ -1,7 +1,8 @@
-"""The house keeps its floors: imports go down only, the extension is known in one place, `import
-fastpg` stays light, files stay small."""
+"""The house keeps its floors: imports and includes go down only, the extension is known in one
+place, `import fastpg` stays light, files and functions stay small."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,59 +10,155 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "fastpg"
+PACKAGE, CSRC = ROOT / "fastpg", ROOT / "csrc"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.is_file())
 
-
-def floor(module: str) -> int:
-    """0 plumbing, 1 what the chapters share, 2 the chapters, 3 the losses that read logits,
-    4 the algorithms, 5 their users."""
-    parts = module.split(".")
-    if parts[:2] in (["fastpg", "_library"], ["fastpg", "_flags"], ["fastpg", "_op"]):
-        return 0
-    if parts[:2] == ["fastpg", "ops"] and len(parts) > 2:
-        return 1 if parts[2] == "common" else 2
-    return 4 if parts[:2] == ["fastpg", "algorithms"] else 5
+# From the ground up. A module may import what is on lower floors, and its own floor's folder.
+FLOORS = [
+    {"fastpg._library", "fastpg._record", "fastpg._flags"},
+    {"fastpg._op", "fastpg._autograd"},
+    {"fastpg.ops.common"},
+    {"fastpg.ops.vocabulary", "fastpg.ops.credit", "fastpg.ops.weight"},
+    {"fastpg.ops.loss"},
+    {"fastpg", "fastpg.ops"},
+    {"fastpg.algorithms"},
+    {"fastpg.integrations"},
+    {"fastpg.trainer"},
+    {"fastpg.tasks"},
+    {"fastpg.cli"},
+    {"fastpg.__main__"},
+]
+# The same of csrc/: `simd` holds what every vectorised op needs, and is compiled for each machine.
+CPP_FLOORS = [{"common"}, {"simd"}, {"vocabulary", "credit", "weight"}, {"loss"}, {"csrc"}]
 
 
 def name_of(path: Path) -> str:
+    """fastpg/ops/credit/gae.py -> fastpg.ops.credit.gae"""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in it, relative ones resolved."""
-    package = name_of(path) if path.stem == "__init__" else name_of(path).rpartition(".")[0]
+def room_and_floor(module: str, floors: list[set[str]]) -> tuple[str, int]:
+    """The folder or file of a floor that a module is in, by the longest name, and that floor."""
+    rooms = {room: floor for floor, rooms in enumerate(floors) for room in rooms}
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        room = ".".join(parts[:length])
+        if room in rooms:
+            return room, rooms[room]
+    raise AssertionError(f"{module} is on no floor")
+
+
+def is_module(name: str) -> bool:
+    """Whether this is a module or package of fastpg."""
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def imports(source: str, package: str) -> set[str]:
+    """Every module of fastpg that a file imports, wherever in it, in whatever form.
+
+    `from . import x` imports the module x if there is one, else a name of the package.
+    """
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1]
-            module = ".".join([*base, *filter(None, [node.module])]) if node.level else node.module
-            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+            parts = package.split(".")
+            base = parts[: len(parts) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                submodule = f"{module}.{alias.name}"
+                found.add(submodule if is_module(submodule) else module)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return {name for name in found if name.split(".")[0] == "fastpg" and is_module(name)}
+
+
+def package_of(path: Path) -> str:
+    return name_of(path) if path.stem == "__init__" else name_of(path).rpartition(".")[0]
+
+
+def upward(module: str, imported: set[str]) -> set[str]:
+    """The imports of a module that do not go down, nor stay in its own room."""
+    room, floor = room_and_floor(module, FLOORS)
+    found = set()
+    for name in imported:
+        other_room, other_floor = room_and_floor(name, FLOORS)
+        if other_floor >= floor and other_room != room:
+            found.add(name)
     return found
 
 
-BELOW_THE_TRAINER = [p for p in MODULES if "ops" in p.parts or p.stem == "algorithms"]
-
-
-@pytest.mark.parametrize("path", BELOW_THE_TRAINER, ids=name_of)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_go_down_only(path):
-    level = floor(name_of(path))
-    assert not {i for i in imports(path) if i.startswith("fastpg.ops.") and floor(i) > level}
+    assert not upward(name_of(path), imports(path.read_text(), package_of(path)))
+
+
+FORMS = [
+    "from . import value_loss",
+    "from .value_loss import value_loss",
+    "from ..loss import value_loss",
+    "from ..loss.value_loss import value_loss",
+    "import fastpg.ops.loss.value_loss",
+    "from fastpg.ops.loss import value_loss as page",
+    "from importlib import import_module\nimport_module('fastpg.ops.loss.value_loss')",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_an_import_is_seen(form):
+    package = "fastpg.ops.loss" if " ." in form and ".." not in form else "fastpg.ops.credit"
+    found = imports(form, package)
+    assert "fastpg.ops.loss.value_loss" in found
+    assert upward("fastpg.ops.credit.gae", found) == {"fastpg.ops.loss.value_loss"}
+
+
+def cpp_room(path: str) -> str:
+    """The folder of a source of csrc/."""
+    return path.split("/")[0] if "/" in path else "csrc"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
+def test_includes_go_down_only(path):
+    room, floor = room_and_floor(cpp_room(str(path.relative_to(CSRC))), CPP_FLOORS)
+    for include in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+        other_room, other_floor = room_and_floor(cpp_room(include), CPP_FLOORS)
+        assert (CSRC / include).exists(), f"{include} is not named from csrc/"
+        assert other_floor < floor or other_room == room, include
+
+
+TRAINERS = {"transformers", "accelerate", "rich", "matplotlib", "safetensors", "yaml", "peft"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_only_the_trainer_needs_its_extra(path):
-    heavy = {"transformers", "accelerate", "rich", "matplotlib", "safetensors", "yaml"}
-    found = {i.split(".")[0] for i in imports(path)} & heavy
-    assert not found or {"trainer", "tasks", "cli"} & {path.parent.name, path.stem}
+def test_only_the_trainer_and_integrations_need_an_extra(path):
+    roots = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            roots.add(node.module.split(".")[0])
+    allowed = {"trainer", "integrations", "tasks", "cli"}
+    assert not roots & TRAINERS or allowed & {path.parent.name, path.stem}
+
+
+def run_python(code, folder):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_import_is_light():
     code = "import sys, fastpg; print({'transformers', 'accelerate', 'triton'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert out.stdout.strip() == "set()", out.stderr
+    assert run_python(code, ROOT) == "set()"
+
+
+def test_the_folder_above_a_clone_does_not_hide_the_package(tmp_path):
+    """A clone is a folder called fastpg without an __init__.py: Python takes it for a namespace."""
+    (tmp_path / "fastpg").mkdir()
+    assert run_python("import fastpg; print(fastpg.gae.__name__)", tmp_path) == "gae"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

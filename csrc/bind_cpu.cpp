@@ -6,11 +6,11 @@
 #include "common/dtype.h"
 #include "common/module.h"
 #include "common/parallel.h"
+#include "common/sequences.h"
 #include "loss/kl_estimate.h"
 #include "loss/policy_loss_from_logits.h"
 #include "simd/select.h"
 #include "vocabulary/token_logprobs.h"
-#include "weight/importance_weights.h"
 
 namespace py = pybind11;
 
@@ -46,20 +46,6 @@ TokenLogprobsInputs logit_rows(const LogitRowsTuple& rows) {
           softcap,
           ignore_index,
           with_entropy};
-}
-
-void bind_importance_weights(py::module_& m) {
-  def(m, "importance_weights",
-      [](int dtype, int64_t count, int64_t length, Address cu_seqlens, Address logp,
-         Address behavior_logp, Address mask, int level, double low, double high, bool zero,
-         Address weight, Address stats) {
-        with_compute_dtype(dtype, [&](auto x) {
-          using T = decltype(x);
-          const ImportanceTokens<T> tokens = {at<T>(logp), at<T>(behavior_logp), at<uint8_t>(mask)};
-          importance_weights<T>({count, length, at<int32_t>(cu_seqlens)}, tokens, IsLevel(level),
-                                {low, high, zero}, at<T>(weight), at<double>(stats));
-        });
-      });
 }
 
 void bind_policy_loss(py::module_& m) {
@@ -131,7 +117,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", instruction_sets, "The instruction sets of this machine, best first.");
   m.def("instruction_set", [] { return name_of(selected_instruction_set()); }, "The one in use.");
   m.def("use_instruction_set", use_instruction_set);
-  bind_importance_weights(m);
   bind_policy_loss(m);
   bind_policy_loss_from_logits(m);
 }

@@ -1,98 +1,116 @@
-// Importance weights of a batch: blocks of tokens, or whole sequences, over the threads; their sums
-// added in order.
+// Importance weights of a batch: blocks of tokens, or whole sequences, over the threads. Their sums
+// are added in order.
 #include "weight/importance_weights.h"
 
 #include <vector>
 
+#include "common/bind.h"
+#include "common/dtype.h"
+#include "common/parallel.h"
 #include "simd/select.h"
 
 namespace fpg {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // tokens a thread should have at least
+constexpr int64_t kGrain = 32768;  // A thread should have at least so many tokens.
 
 template <typename T>
-ImportanceTokens<T> from(const ImportanceTokens<T>& t, int64_t i) {
-  return {t.logp + i, t.behavior_logp + i, t.mask + i};
+ImportanceTokens<T> tokens_after(const ImportanceTokens<T>& tokens, int64_t first) {
+  return {tokens.logp + first, tokens.behavior_logp + first, tokens.mask + first};
 }
 
 void add(double* total, const double* part) {
-  for (int i = 0; i < kIsSums; ++i) total[i] += part[i];
-  total[kIsRatioMin] = smaller(total[kIsRatioMin], part[kIsRatioMin]);
-  total[kIsRatioMax] = larger(total[kIsRatioMax], part[kIsRatioMax]);
+  for (int i = 0; i < ImportanceStats::kSums; ++i) total[i] += part[i];
+  total[ImportanceStats::ratio_min] =
+      smaller(total[ImportanceStats::ratio_min], part[ImportanceStats::ratio_min]);
+  total[ImportanceStats::ratio_max] =
+      larger(total[ImportanceStats::ratio_max], part[ImportanceStats::ratio_max]);
 }
 
 void clear(double* total) {
-  for (int i = 0; i < kIsFields; ++i) total[i] = 0;
-  total[kIsRatioMin] = infinity<double>(), total[kIsRatioMax] = -infinity<double>();
+  for (int i = 0; i < ImportanceStats::kFields; ++i) total[i] = 0;
+  total[ImportanceStats::ratio_min] = infinity<double>(),
+  total[ImportanceStats::ratio_max] = -infinity<double>();
 }
 
-// The weight of a sequence from its sums in `part`, which becomes the statistics of one weight.
-double weigh(double* part, IsLevel level, const ImportanceBounds& bounds) {
-  const double ratio = sequence_ratio(-part[kIsK1], part[kIsTokens], level);
-  const auto is = importance_weight(ratio, bounds.low, bounds.high, bounds.zero);
-  part[kIsCount] = 1;
-  part[kIsRatio] = part[kIsRatioMin] = part[kIsRatioMax] = ratio;
-  part[kIsWeight] = is.weight, part[kIsWeightSq] = is.weight * is.weight;
-  part[kIsLow] = is.below, part[kIsHigh] = is.above;
-  return is.weight;
+// The weight of a sequence from its sums in `part`, to which the statistics of that weight are put.
+double weigh(double* part, ImportanceLevel level, const ImportanceBounds& bounds) {
+  const double ratio =
+      sequence_ratio(-part[ImportanceStats::k1], part[ImportanceStats::tokens], level);
+  const auto weighed = importance_weight(ratio, bounds.low, bounds.high, bounds.zero);
+  part[ImportanceStats::count] = 1;
+  part[ImportanceStats::ratio] = part[ImportanceStats::ratio_min] =
+      part[ImportanceStats::ratio_max] = ratio;
+  part[ImportanceStats::weight] = weighed.weight;
+  part[ImportanceStats::weight_sq] = weighed.weight * weighed.weight;
+  part[ImportanceStats::low] = weighed.below, part[ImportanceStats::high] = weighed.above;
+  return weighed.weight;
 }
 
 template <typename T>
 struct Batch {
-  const Sequences& sequences;
-  const ImportanceTokens<T>& tokens;
-  const ImportanceBounds& bounds;
+  Sequences sequences;
+  ImportanceTokens<T> tokens;
+  ImportanceBounds bounds;
   T* weight;
 
-  // The weights of tokens [begin, end), and what was counted.
+  // Writes the weights of tokens [begin, end), and their statistics to `part`.
   void block(int64_t begin, int64_t end, double* part) const {
     const auto& kernel = kernels<ImportanceKernels<T>>();
-    kernel.importance_block(from(tokens, begin), end - begin, bounds, weight + begin, part);
+    kernel.importance_block(tokens_after(tokens, begin), end - begin, bounds, weight + begin, part);
   }
 
-  // The weights of one sequence: those that its blocks leave are overwritten.
-  void sequence(int64_t s, IsLevel level, double* total) const {
+  // Writes the weight of one sequence at its tokens, over what its blocks left there.
+  void sequence(int64_t s, ImportanceLevel level, double* total) const {
     const int64_t begin = sequences.begin(s), end = sequences.end(s);
     clear(total);
     for (int64_t i = begin; i < end; i += kTokenBlock) {
-      double part[kIsFields];
+      double part[ImportanceStats::kFields];
       block(i, smaller(i + kTokenBlock, end), part);
       add(total, part);
     }
-    if (total[kIsTokens] == 0) return;
+    if (total[ImportanceStats::tokens] == 0) return;
     const T w = T(weigh(total, level, bounds));
     for (int64_t i = begin; i < end; ++i) weight[i] = select(tokens.mask[i] != 0, w, T(0));
   }
 };
 
-}  // namespace
-
 template <typename T>
-void importance_weights(const Sequences& sequences, const ImportanceTokens<T>& tokens,
-                        IsLevel level, const ImportanceBounds& bounds, T* weight, double* stats) {
-  sequences.check("importance_weights");
-  const Batch<T> batch{sequences, tokens, bounds, weight};
+void run(const ImportanceWeightsArguments& in) {
+  const Sequences sequences = in.inputs.sequences();
+  const ImportanceLevel level = in.inputs.level;
+  const T* logp = static_cast<const T*>(in.inputs.logp);
+  const T* behavior_logp = static_cast<const T*>(in.inputs.behavior_logp);
+  const Batch<T> batch{sequences,
+                       {logp, behavior_logp, in.inputs.mask},
+                       in.inputs.bounds(),
+                       static_cast<T*>(in.weight)};
   const int64_t n = sequences.tokens(), blocks = ceil_div(n, kTokenBlock);
-  const bool by_token = level == IsLevel::kToken;
-  std::vector<double> parts((by_token ? blocks : sequences.count) * kIsFields);
-  if (by_token) {
+  const bool per_token = level == ImportanceLevel::kToken;
+  std::vector<double> parts((per_token ? blocks : sequences.count) * ImportanceStats::kFields);
+  if (per_token) {
     parallel_for(blocks, kGrain / kTokenBlock, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)
-        batch.block(i * kTokenBlock, smaller((i + 1) * kTokenBlock, n), &parts[i * kIsFields]);
+        batch.block(i * kTokenBlock, smaller((i + 1) * kTokenBlock, n),
+                    &parts[i * ImportanceStats::kFields]);
     });
   } else {
     parallel_for(sequences, kGrain, [&](int64_t first, int64_t last) {
-      for (int64_t s = first; s < last; ++s) batch.sequence(s, level, &parts[s * kIsFields]);
+      for (int64_t s = first; s < last; ++s)
+        batch.sequence(s, level, &parts[s * ImportanceStats::kFields]);
     });
   }
-  clear(stats);
-  for (size_t i = 0; i < parts.size(); i += kIsFields) add(stats, &parts[i]);
+  clear(in.stats->x);
+  for (size_t i = 0; i < parts.size(); i += ImportanceStats::kFields) add(in.stats->x, &parts[i]);
 }
 
-template void importance_weights(const Sequences&, const ImportanceTokens<float>&, IsLevel,
-                                 const ImportanceBounds&, float*, double*);
-template void importance_weights(const Sequences&, const ImportanceTokens<double>&, IsLevel,
-                                 const ImportanceBounds&, double*, double*);
+void importance_weights(const ImportanceWeightsArguments& in) {
+  in.inputs.sequences().check("importance_weights");
+  with_compute_dtype(in.inputs.dtype, [&](auto zero) { run<decltype(zero)>(in); });
+}
 
+FPG_BIND(importance_weights, importance_weights)
+FPG_BIND_STATISTICS(ImportanceStats)
+
+}  // namespace
 }  // namespace fpg

@@ -1,30 +1,25 @@
-// Floor 1: importance weights of tokens and of sequences, and what the page
-// fastpg/ops/importance_weights.py hands over.
+// Importance weights of tokens and of sequences, and the arguments of
+// fastpg/ops/weight/importance_weights.py.
 #pragma once
 
 #include "common/elementary.h"
+#include "common/fields.h"
 #include "common/sequences.h"
+#include "common/statistics.h"
+#include "common/stream.h"
 
 namespace fpg {
 
-enum class IsLevel : int { kToken, kSequence, kGeometric };  // the codes of the page
+// The codes of the page.
+enum class ImportanceLevel : int { kToken, kSequence, kGeometric };
+enum class Outside : int { kClamp, kZero };
 
-// The statistics, in the order of ImportanceStats.FIELDS: sums over tokens; sums over what has a
-// weight of its own, a token or a sequence; a minimum; a maximum.
-enum ImportanceField {
-  kIsTokens,
-  kIsK1,
-  kIsK3,
-  kIsCount,
-  kIsRatio,
-  kIsWeight,
-  kIsWeightSq,
-  kIsLow,
-  kIsHigh,
-  kIsSums,
-  kIsRatioMin = kIsSums,
-  kIsRatioMax,
-  kIsFields
+// Sums over tokens; sums over what has a weight of its own, a token or a sequence; a minimum; a
+// maximum. The names and their order are those of ImportanceStats.FIELDS in Python.
+struct ImportanceStats {
+  FPG_STATISTICS(tokens, k1, k3, count, ratio, weight, weight_sq, low, high, ratio_min, ratio_max)
+
+  static constexpr int kSums = ratio_min;  // so many sums come first
 };
 
 template <typename T>
@@ -38,7 +33,7 @@ struct ImportanceBounds {
   bool zero;         // a ratio outside of them becomes 0, else the bound
 };
 
-// below, above: 1 where the ratio is out of its bounds. NaN is neither.
+// `below` and `above` are 1 where the ratio is out of its bounds. NaN is neither.
 template <typename T>
 struct ImportanceWeight {
   T weight, below, above;
@@ -52,15 +47,36 @@ FPG_HD ImportanceWeight<T> importance_weight(T ratio, T low, T high, bool zero) 
           select(above, T(1), T(0))};
 }
 
-// Of a sequence with this many tokens and this sum of log-ratios.
-FPG_HD double sequence_ratio(double sum, double count, IsLevel level) {
-  return exp(bounded_log_ratio(level == IsLevel::kGeometric ? sum / count : sum));
+// The ratio of a sequence with this many tokens and this sum of log-ratios.
+FPG_HD double sequence_ratio(double sum, double count, ImportanceLevel level) {
+  return exp(bounded_log_ratio(level == ImportanceLevel::kGeometric ? sum / count : sum));
 }
 
-// weight: one T a token; stats [kIsFields].
-template <typename T>
-void importance_weights(const Sequences& sequences, const ImportanceTokens<T>& tokens,
-                        IsLevel level, const ImportanceBounds& bounds, T* weight, double* stats);
+struct ImportanceWeightsInputs {
+  int dtype;  // of logp, behavior_logp and weight: fp32 or fp64
+  int64_t sequence_count, length;
+  const void *logp, *behavior_logp;  // [tokens]
+  const uint8_t* mask;               // [tokens]
+  const int32_t* cu_seqlens;         // [sequences + 1]; null: padded
+  ImportanceLevel level;
+  double low, high;
+  Outside outside;
+
+  FPG_FIELDS(dtype, sequence_count, length, logp, behavior_logp, mask, cu_seqlens, level, low, high,
+             outside)
+
+  FPG_METHOD Sequences sequences() const { return {sequence_count, length, cu_seqlens}; }
+  FPG_METHOD ImportanceBounds bounds() const { return {low, high, outside == Outside::kZero}; }
+};
+
+struct ImportanceWeightsArguments {
+  ImportanceWeightsInputs inputs;
+  void* weight;  // [tokens]
+  ImportanceStats* stats;
+  Stream stream;
+
+  FPG_FIELDS(inputs, weight, stats, stream)
+};
 
 // The loops of importance_weights_simd.cpp, which is compiled for each instruction set.
 template <typename T>

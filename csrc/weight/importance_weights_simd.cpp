@@ -7,8 +7,8 @@
 namespace fpg {
 namespace {
 
-// n is a multiple of the lanes; kept is 0 where masked. The log-ratios are summed in double: an
-// exponential follows.
+// `n` is a multiple of the lanes, and `kept` is 0 where a token is masked. The log-ratios are
+// summed in double: an exponential follows.
 template <typename T>
 void importance_pass(const T* logp, const T* behavior_logp, const T* kept, int64_t n,
                      const ImportanceBounds& bounds, T* __restrict__ weights, double* part) {
@@ -30,24 +30,25 @@ void importance_pass(const T* logp, const T* behavior_logp, const T* kept, int64
       count[i] += kept[t];
       sum_d[i] += d;
       k3[i] += e.excess;
-      const ImportanceWeight<T> is = importance_weight(e.exp, low, high, zero);
-      const T w = select(is_kept, is.weight, T(0));
+      const ImportanceWeight<T> weighed = importance_weight(e.exp, low, high, zero);
+      const T w = select(is_kept, weighed.weight, T(0));
       weights[t] = w;
       sum[i] += select(is_kept, e.exp, T(0));
       used[i] += w;
       used_sq[i] += w * w;
-      n_low[i] += select(is_kept, is.below, T(0));
-      n_high[i] += select(is_kept, is.above, T(0));
+      n_low[i] += select(is_kept, weighed.below, T(0));
+      n_high[i] += select(is_kept, weighed.above, T(0));
       least[i] = smaller(least[i], select(is_kept, e.exp, infinity<T>()));
       most[i] = larger(most[i], select(is_kept, e.exp, -infinity<T>()));
     }
   }
-  part[kIsTokens] = part[kIsCount] = fold_sum(count);
-  part[kIsK1] = -fold_sum(sum_d), part[kIsK3] = fold_sum(k3);
-  part[kIsRatio] = fold_sum(sum), part[kIsWeight] = fold_sum(used);
-  part[kIsWeightSq] = fold_sum(used_sq);
-  part[kIsLow] = fold_sum(n_low), part[kIsHigh] = fold_sum(n_high);
-  part[kIsRatioMin] = fold_min(least), part[kIsRatioMax] = fold_max(most);
+  part[ImportanceStats::tokens] = part[ImportanceStats::count] = fold_sum(count);
+  part[ImportanceStats::k1] = -fold_sum(sum_d), part[ImportanceStats::k3] = fold_sum(k3);
+  part[ImportanceStats::ratio] = fold_sum(sum), part[ImportanceStats::weight] = fold_sum(used);
+  part[ImportanceStats::weight_sq] = fold_sum(used_sq);
+  part[ImportanceStats::low] = fold_sum(n_low), part[ImportanceStats::high] = fold_sum(n_high);
+  part[ImportanceStats::ratio_min] = fold_min(least),
+  part[ImportanceStats::ratio_max] = fold_max(most);
 }
 
 // A last block that ends within the lanes is padded with masked tokens, as in the policy loss.

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from accuracy import TOLERANCE, assert_no_worse
-from torch.library import opcheck
+from kernels import GPU
+from registration import check_registration
 
-import fastpg.ops.weight.importance_weights as page
 from bench.inputs import DEVICE
-from fastpg import ImportanceStats, importance_weights, merge_stats
+from fastpg import importance_weights, merge_stats
+from fastpg.ops.weight import importance_weights as page
 
+OP = "importance_weights"
 CU = torch.tensor([0, 3, 3, 8, 12, 13, 4120], dtype=torch.int32)  # the last one has two blocks
 OPTIONS = [
     {},
@@ -18,7 +20,7 @@ OPTIONS = [
     {"low": 0.95, "high": 1.1, "outside": "zero"},
     {"low": 1.0, "outside": "clamp"},
 ]
-LEVELS = ["token", "sequence", "geometric"]
+LEVELS = list(page.LEVELS)
 
 
 def sample(packed=False, dtype=torch.float64, shape=(6, 37)):
@@ -31,39 +33,39 @@ def sample(packed=False, dtype=torch.float64, shape=(6, 37)):
     return logp.to(dtype), (logp + scale * noise).to(dtype), mask, CU if packed else None
 
 
-def rows_of(x, cu):
+def sequences_of(x, cu):
     return list(x) if cu is None else list(x.split(cu.diff().tolist()))
 
 
 def by_hand(logp, behavior, mask, cu, level="token", low=None, high=None, outside="clamp"):
     """fp64: the weights, and those that are counted, with the ratios that they came from."""
     out, ratios, weights = torch.zeros(mask.shape, dtype=torch.float64), [], []
-    for row, d, m in zip(*(rows_of(x, cu) for x in (out, logp.double() - behavior.double(), mask)),
-                         strict=True):  # fmt: skip
-        if not m.any():
+    d = logp.double() - behavior.double()
+    parts = (sequences_of(x, cu) for x in (out, d, mask))
+    for part, exponent, kept in zip(*parts, strict=True):
+        if not kept.any():
             continue
-        d = (
-            d[m]
-            if level == "token"
-            else d[m].sum()[None]
-            if level == "sequence"
-            else d[m].mean()[None]
-        )
-        ratio = d.exp()
-        w = ratio.clone()
+        exponent = exponent[kept]
+        if level == "sequence":
+            exponent = exponent.sum()[None]
+        if level == "geometric":
+            exponent = exponent.mean()[None]
+        ratio = exponent.exp()
+        weight = ratio.clone()
         if low is not None:
-            w[ratio < low] = low if outside == "clamp" else 0.0
+            weight[ratio < low] = low if outside == "clamp" else 0.0
         if high is not None:
-            w[ratio > high] = high if outside == "clamp" else 0.0
-        row[m] = w
-        ratios, weights = [*ratios, ratio], [*weights, w]
+            weight[ratio > high] = high if outside == "clamp" else 0.0
+        part[kept] = weight
+        ratios.append(ratio)
+        weights.append(weight)
     return out, torch.cat(ratios), torch.cat(weights)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_matches_reference(kernel, dtype, packed, level):
+def test_matches_a_loop_over_the_sequences(kernel, dtype, packed, level):
     logp, behavior, mask, cu = sample(packed, dtype)
     for options in OPTIONS:
         ours, _ = importance_weights(logp, behavior, mask, level=level, cu_seqlens=cu, **options)
@@ -90,7 +92,7 @@ def test_the_statistics_are_what_their_names_say(kernel, level, options):
     assert merged == pytest.approx({name: float(x) for name, x in expected.items()}, rel=1e-9)
 
 
-def test_gradients():
+def test_weights_have_no_gradient():
     logp, behavior, mask, _ = sample()
     logp, behavior = logp.requires_grad_(), behavior.requires_grad_()
     weight, stats = importance_weights(logp, behavior, mask)
@@ -103,11 +105,11 @@ def test_registration():
         *tensors, cu = sample(layout == "packed", torch.float32, shape)
         change = {"transposed": torch.t, "expanded": lambda x: x[:1].expand(x.shape)}
         tensors = [change.get(layout, lambda x: x)(x) for x in tensors]
-        opcheck(page._weights, (*tensors, cu, "token", 0.9, 1.1, "zero"))
-        opcheck(page._weights, (*tensors, cu, "geometric", -math.inf, 1.1, "clamp"))
+        for options in (("token", 0.9, 1.1, "zero"), ("geometric", -math.inf, 1.1, "clamp")):
+            check_registration(page.importance_weights_op, page.Inputs(*tensors, cu, *options))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
 def test_compile():
     compiled = torch.compile(importance_weights, fullgraph=True, dynamic=True)
     for stance, shape in [("default", (3, 7)), ("fail_on_recompile", (5, 11))]:
@@ -132,7 +134,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("change, error, message", BAD, ids=lambda x: str(x)[:30])
-def test_edges(change, error, message):
+def test_bad_arguments_raise(change, error, message):
     with pytest.raises(error, match=message):
         importance_weights(**{"logp": X, "behavior_logp": X, "mask": X, **change})
 
@@ -182,8 +184,8 @@ def test_packed_equals_padded_equals_one_by_one(kernel, level):
     padded, stats = importance_weights(logp, behavior, mask, level=level)
     flat = (x.view(-1) for x in (logp, behavior, mask))
     packed, _ = importance_weights(*flat, level=level, cu_seqlens=cu)
-    rows = zip(logp.split(1), behavior.split(1), mask.split(1), strict=True)
-    alone = [importance_weights(*row, level=level) for row in rows]
+    sequences = zip(logp.split(1), behavior.split(1), mask.split(1), strict=True)
+    alone = [importance_weights(*sequence, level=level) for sequence in sequences]
     assert torch.equal(padded.view(-1), packed)
     assert torch.equal(padded, torch.cat([weight for weight, _ in alone]))
     merged = merge_stats([part for _, part in alone])
@@ -212,12 +214,84 @@ def test_the_weight_of_a_sequence_is_the_product_of_its_tokens_weights(kernel):
     torch.testing.assert_close(geometric[mask], mean[mask])
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_log_ratios_are_bounded_by_20_and_no_less(kernel, sign):
+    """Those of tokens first, at every level; then their sum or mean."""
+    d = sign * torch.tensor([[19.5, 20.0, 20.5, 1e4]], dtype=torch.float64)
+    weight, _ = importance_weights(d, torch.zeros(1, 4), torch.ones(1, 4))
+    expected = (sign * torch.tensor([[19.5, 20.0, 20.0, 20.0]], dtype=torch.float64)).exp()
+    torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)
+    for d, total, mean in (
+        ([6.5, 6.5, 6.5], 19.5, 6.5),
+        ([7.0, 7.0, 7.0], 20.0, 7.0),
+        ([1e4, -18.0, 0.0], 2.0, 2 / 3),
+        ([1e4, 1e4, 1e4], 20.0, 20.0),
+    ):
+        d = sign * torch.tensor([d], dtype=torch.float64)
+        for level, exponent in (("sequence", total), ("geometric", mean)):
+            weight, _ = importance_weights(d, torch.zeros(1, 3), torch.ones(1, 3), level=level)
+            expected = torch.full((1, 3), math.exp(sign * exponent), dtype=torch.float64)
+            torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("level", LEVELS)
-def test_far_policies_give_finite_weights(kernel, level):
-    far = torch.full((2, 3), 1e4)
-    for sign in (1, -1):
-        weight, _ = importance_weights(sign * far, -sign * far, torch.ones(2, 3), level=level)
-        torch.testing.assert_close(weight, torch.full((2, 3), math.exp(sign * 20)))
+@pytest.mark.parametrize("outside", page.OUTSIDE)
+def test_a_ratio_at_its_bounds_is_inside(kernel, level, outside):
+    logp = torch.randn(2, 3)
+    options = {"level": level, "low": 1.0, "high": 1.0, "outside": outside}
+    weight, stats = importance_weights(logp, logp, torch.ones(2, 3), **options)
+    assert (weight == 1).all()
+    merged = merge_stats(stats)
+    assert merged["outside_low"] == merged["outside_high"] == 0.0
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 1023, 1024, 1025, 2047, 2048, 2049, 4097])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_any_number_of_tokens(kernel, level, n):
+    """Lanes have 16 tokens, blocks 1024 in Triton and 2048 in C++."""
+    logp, behavior, mask, _ = sample(shape=(3, n))
+    behavior = logp + (behavior - logp) * 0.05
+    mask[0, -1] = mask[2, 0] = True
+    weight, stats = importance_weights(logp, behavior, mask, level=level, high=1.01)
+    expected, r, w = by_hand(logp, behavior, mask, None, level, high=1.01)
+    torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-12)
+    merged = merge_stats(stats)
+    assert merged["count"] == len(w)
+    assert merged["weight_mean"] == pytest.approx(w.mean().item(), rel=1e-12)
+    assert merged["ratio_max"] == pytest.approx(r.max().item(), rel=1e-12)
+    assert merged["kl"] == pytest.approx((behavior - logp)[mask].mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("level, shape", [("token", (1, 270_001)), ("sequence", (300, 1))])
+def test_every_block_is_merged(kernel, level, shape, monkeypatch):
+    """More blocks, or sequences, than Triton merges at once: 256; in its interpreter 2."""
+    if kernel == "triton" and not GPU:
+        few = pytest.importorskip("triton").language.constexpr(2)
+        for module in ("common.triton", "weight.importance_weights_triton"):
+            monkeypatch.setattr(f"fastpg.ops.{module}.CHUNK", few)
+        shape = (1, 5000) if level == "token" else (5, 1)
+    logp, behavior, mask, _ = sample(shape=shape)
+    behavior.view(-1)[-1] = logp.view(-1)[-1] - 1.0  # The last two are the extremes.
+    behavior.view(-1)[-2] = logp.view(-1)[-2] + 1.0
+    mask.view(-1)[-2:] = True
+    _, stats = importance_weights(logp, behavior, mask, level=level)
+    _, r, w = by_hand(logp, behavior, mask, None, level)
+    merged = merge_stats(stats)
+    assert merged["count"] == len(w)
+    assert merged["ratio_mean"] == pytest.approx(r.mean().item(), rel=1e-9)
+    assert merged["ratio_min"] == pytest.approx(math.exp(-1), rel=1e-9)
+    assert merged["ratio_max"] == pytest.approx(math.exp(1), rel=1e-9)
+    assert merged["kl"] == pytest.approx((behavior - logp)[mask].mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_any_strides(kernel, level):
+    logp, behavior, mask, _ = sample(shape=(4, 7))
+    for view in (torch.t, lambda x: x[:, ::2], lambda x: x[:1].expand(4, 7)):
+        views = [view(x) for x in (logp, behavior, mask)]
+        weight, stats = importance_weights(*views, level=level)
+        plain = importance_weights(*(x.clone() for x in views), level=level)
+        assert torch.equal(weight, plain[0]) and torch.equal(stats.values, plain[1].values)
 
 
 def test_weighted_samples_estimate_the_other_policy():
@@ -241,4 +315,3 @@ def test_threads_change_no_bit(level):
         weight, stats = importance_weights(*tensors, level=level, high=1.05)
         results.append((weight, stats.values))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert len(ImportanceStats.FIELDS) == results[0][1].numel()

@@ -17,85 +17,121 @@ d_t and Σ d are clamped to ±20 before the exponential.
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._library import _C, DTYPE_CODE, address, contiguous, cpu_kernel, define, triton_kernels
+from ..._library import empty_like
+from ..._op import Op
 from ..common import checks
-from ..common.stats import ImportanceStats
+from ..common.log_ratio import MAX_LOG_RATIO, log_ratio
+from ..common.sizes import SequenceSizes, sequence_sizes
+from ..common.stats import ImportanceStats, tally
 
-LEVELS = {"token": 0, "sequence": 1, "geometric": 2}  # the codes of csrc/importance_weights.h
-OUTSIDE = ("clamp", "zero")
-
-
-def _ratios(d, mask, cu_seqlens, level):
-    """Per token, or per sequence: the ratio, and whether it counts."""
-    if level == "token":
-        return d.exp(), mask
-    total, tokens = (checks.to_sequences(x.double(), cu_seqlens) for x in (d, mask))
-    if level == "geometric":
-        total = total / tokens.clamp(min=1)
-    return total.clamp(-20.0, 20.0).exp(), tokens > 0
+# The codes of csrc/weight/importance_weights.h.
+LEVELS = {"token": 0, "sequence": 1, "geometric": 2}
+OUTSIDE = {"clamp": 0, "zero": 1}
 
 
-def _stats(d, mask, ratio, weight, counts, below, above):
-    """[11] in the order of ImportanceStats.FIELDS; what is masked is out of every field."""
-    of_tokens = mask, -d, torch.where(mask, torch.expm1(d) - d, 0.0)
-    of_weights = counts, ratio, weight, weight**2, below, above
-    sums = [*of_tokens, *(torch.where(counts, x, 0) for x in of_weights)]
-    padded = torch.nn.functional.pad  # an empty tensor has no minimum
-    least = padded(ratio.masked_fill(~counts, math.inf).flatten(), (0, 1), value=math.inf).amin()
-    most = padded(ratio.masked_fill(~counts, -math.inf).flatten(), (0, 1), value=-math.inf).amax()
-    fields = [*(x.sum(dtype=torch.float64) for x in sums), least, most]
-    return torch.stack([field.double() for field in fields])
+class Inputs(NamedTuple):
+    logp: Tensor  # [B, T], or packed [N] with cu_seqlens; fp32 or fp64
+    behavior_logp: Tensor  # like logp
+    mask: Tensor  # bool, like logp
+    cu_seqlens: Tensor | None  # int32 [B + 1]; None: padded
+    level: str  # a key of LEVELS
+    low: float  # -inf: no lower bound
+    high: float  # inf: no upper bound
+    outside: str  # a key of OUTSIDE
 
 
-def reference(logp, behavior_logp, mask, cu_seqlens, level, low, high, outside):
-    """-> weight of the shape and dtype of logp, stats [11]"""
-    checks.check_cu_seqlens("importance_weights", cu_seqlens, mask)
-    d = torch.where(mask, logp - behavior_logp, 0.0).clamp(-20.0, 20.0)
-    ratio, counts = _ratios(d, mask, cu_seqlens, level)
-    below, above = ratio < low, ratio > high
-    zero = outside == "zero"
-    weight = ratio.masked_fill(below, 0.0 if zero else low)
-    weight = weight.masked_fill(above, 0.0 if zero else high)
-    stats = _stats(d, mask, ratio, weight, counts, below, above)
-    weight = weight.to(logp.dtype)
-    weight = weight if level == "token" else checks.to_tokens(weight, mask, cu_seqlens)
-    return torch.where(mask, weight, 0.0).contiguous(), stats
+class Outputs(NamedTuple):
+    weight: Tensor  # like logp
+    stats: Tensor  # fp64 [11], in the order of ImportanceStats.FIELDS
 
 
-_weights = define(
-    "importance_weights(Tensor logp, Tensor behavior_logp, Tensor mask, Tensor? cu_seqlens, "
-    "str level, float low, float high, str outside) -> (Tensor, Tensor)",
-    fake=lambda logp, *_: (
-        logp.new_empty(logp.shape),
-        logp.new_empty(len(ImportanceStats.FIELDS), dtype=torch.float64),
-    ),
+def ratios_of(d: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
+    """The ratio of each token, or of each sequence, and whether it counts: is not masked."""
+    if x.level == "token":
+        return d.exp(), x.mask
+    exponent = checks.to_sequences(d.double(), x.cu_seqlens)
+    tokens = checks.to_sequences(x.mask.double(), x.cu_seqlens)
+    if x.level == "geometric":
+        exponent = exponent / tokens.clamp(min=1)
+    return exponent.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), tokens > 0
+
+
+def statistics_of(
+    mask: Tensor,
+    d: Tensor,
+    counts: Tensor,
+    ratio: Tensor,
+    weight: Tensor,
+    below: Tensor,
+    above: Tensor,
+) -> Tensor:
+    """The statistics [11]: of tokens, which have a mask, and of weights, some of which count."""
+    of_tokens = {"tokens": mask, "k1": -d, "k3": torch.where(mask, torch.expm1(d) - d, 0.0)}
+    of_weights = {
+        "count": counts,
+        "ratio": ratio,
+        "weight": weight,
+        "weight_sq": weight**2,
+        "low": below,
+        "high": above,
+    }
+    sums = {name: torch.where(counts, value, 0) for name, value in of_weights.items()}
+    extremes = {
+        "ratio_min": ratio.masked_fill(~counts, math.inf),
+        "ratio_max": ratio.masked_fill(~counts, -math.inf),
+    }
+    return tally(ImportanceStats, of_tokens | sums | extremes)
+
+
+def reference(x: Inputs) -> Outputs:
+    """The specification: the table at the top of this page."""
+    checks.check_cu_seqlens("importance_weights", x.cu_seqlens, x.mask)
+    d = torch.where(x.mask, log_ratio(x.logp, x.behavior_logp), 0.0)
+    ratio, counts = ratios_of(d, x)
+    below, above = ratio < x.low, ratio > x.high
+    zero = x.outside == "zero"
+    weight = ratio.masked_fill(below, 0.0 if zero else x.low)
+    weight = weight.masked_fill(above, 0.0 if zero else x.high)
+
+    stats = statistics_of(x.mask, d, counts, ratio, weight, below, above)
+    weight = weight.to(x.logp.dtype)
+    if x.level != "token":
+        weight = checks.to_tokens(weight, x.mask, x.cu_seqlens)
+    return Outputs(torch.where(x.mask, weight, 0.0).contiguous(), stats)
+
+
+def allocate(x: Inputs) -> Outputs:
+    """Makes empty weights and statistics."""
+    stats = x.logp.new_empty(len(ImportanceStats.FIELDS), dtype=torch.float64)
+    return Outputs(empty_like(x.logp), stats)
+
+
+def sizes(x: Inputs) -> SequenceSizes:
+    """Tells C++ the dtype, how many sequences there are, and their length."""
+    return sequence_sizes(x.logp, x.cu_seqlens, x.logp)
+
+
+importance_weights_op = Op(
+    "importance_weights",
+    Inputs,
+    Outputs,
+    page=__name__,
     reference=reference,
+    allocate=allocate,
+    sizes=sizes,
+    codes={"level": LEVELS, "outside": OUTSIDE},
 )
 
 
-@cpu_kernel(_weights)
-def _weights_cpu(logp, behavior_logp, mask, cu_seqlens, level, low, high, outside):
-    tensors = contiguous(cu_seqlens, logp, behavior_logp, mask)
-    weight = torch.empty_like(tensors[1])
-    stats = logp.new_empty(len(ImportanceStats.FIELDS), dtype=torch.float64)
-    count = len(mask) if cu_seqlens is None else len(cu_seqlens) - 1
-    _C.importance_weights(
-        DTYPE_CODE[logp.dtype], count, mask.shape[-1], *map(address, tensors), LEVELS[level],
-        low, high, outside == "zero", weight.data_ptr(), stats.data_ptr(),
-    )  # fmt: skip
-    return weight, stats
-
-
-triton_kernels(__name__, _weights)
-
-
-def _bounds(low, high):
-    """As floats, infinite where there is no bound."""
-    low, high = -math.inf if low is None else low, math.inf if high is None else high
+def bounds(low: float | None, high: float | None) -> tuple[float, float]:
+    """Checks the bounds and returns them as floats, infinite where there is none."""
+    low = -math.inf if low is None else low
+    high = math.inf if high is None else high
     checks.check_number("importance_weights", "low", low)
     checks.check_number("importance_weights", "high", high)
     if not (low <= high and high > 0):
@@ -110,28 +146,68 @@ def importance_weights(
     behavior_logp: Tensor,
     mask: Tensor,
     *,
-    level: str = "token",
+    level: Literal["token", "sequence", "geometric"] = "token",
     low: float | None = None,
     high: float | None = None,
-    outside: str = "clamp",
+    outside: Literal["clamp", "zero"] = "clamp",
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ImportanceStats]:
     """How much more likely each token, or its sequence, is now than when it was sampled.
 
-    logp, behavior_logp: [B, T], or packed [N] with cu_seqlens (int32 [B + 1]); any float dtype. Of
-    the policy whose expectation is wanted, and of the one that sampled; both are constants.
-    mask: likewise, bool or 0/1. Masked slots are not read, and 0 in the output.
-    level: "token" | "sequence" | "geometric", outside: "clamp" | "zero": see the tables above.
-    low, high: bounds of the ratio; None: unbounded.
-    Returns (weight, stats): like logp, fp32 (fp64 if an input is fp64), and ImportanceStats.
+    With d = logp − behavior_logp the ratio is e^{d_t} at level "token", e^{Σ d} at "sequence" and
+    e^{mean d} at "geometric"; its exponent is clamped to ±20.
+
+    Args:
+        logp: Log-probs of the sampled tokens under the policy whose expectation is wanted, in nats.
+            [B, T], or packed [N] with cu_seqlens; any float dtype. It is taken as a constant.
+        behavior_logp: The same under the policy that sampled, of the same shape; a constant too.
+        mask: Like logp, bool or 0/1. A masked token is not read, and its weight is 0.
+        level: "token" weighs each token by its own ratio; "sequence" each by the ratio of its whole
+            sequence; "geometric" by the mean of that over the tokens, taken of the logarithms.
+        low: The lower bound of the ratio; None: none.
+        high: The upper bound of the ratio, > 0 and >= low; None: none.
+        outside: What a ratio outside the bounds becomes: "clamp" the nearest bound, "zero" 0.
+        cu_seqlens: int32 [B + 1], where packed sequences begin and end.
+
+    Returns:
+        (weight, stats): the weight of each token, like logp, fp32, or fp64 if an input is fp64; and
+        ImportanceStats, for merge_stats. Neither has a gradient.
+
+    Raises:
+        TypeError: An argument is no tensor or number, or has a dtype that it cannot have.
+        ValueError: A shape or device does not fit, level or outside is unknown, or the bounds are
+            in the wrong order.
+
+    Example:
+        >>> behavior_logp, mask = torch.tensor([[0.5, 0.25]]).log(), torch.ones(1, 2)
+        >>> logp = torch.tensor([[0.25, 0.75]]).log()
+        >>> weight, stats = fastpg.importance_weights(logp, behavior_logp, mask, high=2.0)
+        >>> weight
+        tensor([[0.5000, 2.0000]])
+        >>> fastpg.merge_stats(stats)["outside_high"]
+        0.5
+
+    Reference:
+        Truncated importance sampling: Espeholt et al. 2018, arXiv:1802.01561. "geometric": Zheng et
+        al. 2025 (GSPO), arXiv:2507.18071.
     """
     op = "importance_weights"
     checks.check_tensors(op, logp=logp, behavior_logp=behavior_logp, mask=mask)
     logp, behavior_logp = checks.alike(op, logp=logp, behavior_logp=behavior_logp)
     checks.sequence_count(op, "logp", logp, cu_seqlens)
     checks.check_shape(op, "mask", mask, logp, logp.shape)
-    for name, value, known in (("level", level, LEVELS), ("outside", outside, OUTSIDE)):
-        checks.check_choice(op, name, value, known)
-    tensors = logp.detach(), behavior_logp.detach(), checks.as_bool(mask), cu_seqlens
-    weight, stats = _weights(*tensors, level, *_bounds(low, high), outside)
+    checks.check_choice(op, "level", level, LEVELS)
+    checks.check_choice(op, "outside", outside, OUTSIDE)
+    low, high = bounds(low, high)
+    inputs = Inputs(
+        logp=logp.detach(),
+        behavior_logp=behavior_logp.detach(),
+        mask=checks.as_bool(mask),
+        cu_seqlens=cu_seqlens,
+        level=level,
+        low=low,
+        high=high,
+        outside=outside,
+    )
+    weight, stats = importance_weights_op(inputs)
     return weight, ImportanceStats(stats)

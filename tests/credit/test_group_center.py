@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 
 from fastpg import group_center
 
+OP = "group_center"
 OPTIONS = [(b, s) for b in ("mean", "loo", "none") for s in ("none", "std")]
 GROUP = torch.tensor([7, -3, 7, 1 << 40, 7, -3, 5])  # any numbers in any order, two of them alone
 
@@ -19,21 +20,21 @@ def by_hand(scores, group, baseline, scale):
     """fp64, one group after the other, leave-one-out by leaving one out."""
     out = torch.empty(len(scores), dtype=torch.float64)
     for g in set(group.tolist()):
-        at = (group == g).nonzero()[:, 0]
-        x = scores[at].double()
+        members = (group == g).nonzero()[:, 0]
+        x = scores[members].double()
         n = len(x)
         if n == 1:
-            out[at] = x
+            out[members] = x
             continue
         others = torch.stack([x[torch.arange(n) != i].mean() for i in range(n)])
         centre = {"mean": x.mean(), "loo": others, "none": 0.0}[baseline]
-        out[at] = (x - centre) / (x.std() + 1e-6 if scale == "std" else 1.0)
+        out[members] = (x - centre) / (x.std() + 1e-6 if scale == "std" else 1.0)
     return out
 
 
 @pytest.mark.parametrize("baseline, scale", OPTIONS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_matches_reference(dtype, baseline, scale):
+def test_matches_a_loop_over_the_groups(dtype, baseline, scale):
     scores = sample(dtype)
     for group in (GROUP, GROUP.sort().values, (GROUP % 3).to(torch.int32)):
         ours = group_center(scores, group, baseline=baseline, scale=scale)
@@ -51,7 +52,7 @@ def test_gradients(baseline, scale):
     assert same.grad.isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
 def test_compile():
     @torch.compile(fullgraph=True, dynamic=True)
     def compiled(scores, group):
@@ -81,7 +82,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("change, error, message", BAD, ids=lambda x: str(x)[:30])
-def test_edges(change, error, message):
+def test_bad_arguments_raise(change, error, message):
     with pytest.raises(error, match=message):
         group_center(**{"scores": X, "group": GROUP, **change})
     assert group_center(X[:0], GROUP[:0]).shape == (0,)
@@ -139,3 +140,19 @@ def test_the_result_is_never_the_input():
     scores = torch.rand(3, dtype=torch.float64)
     out = group_center(scores, torch.arange(3), baseline="none")
     assert torch.equal(out, scores) and out.data_ptr() != scores.data_ptr()
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1.0])
+def test_eps_is_added_to_the_standard_deviation(eps):
+    scores, group = torch.tensor([1.0, 3.0, 5.0]), torch.zeros(3, dtype=torch.int64)
+    ours = group_center(scores, group, scale="std", eps=eps)
+    torch.testing.assert_close(ours, torch.tensor([-2.0, 0.0, 2.0]) / (2.0 + eps))
+
+
+def test_any_strides():
+    scores, group = sample(), GROUP
+    pairs = torch.stack([scores, group.double()], 1)
+    for baseline, scale in OPTIONS:
+        options = {"baseline": baseline, "scale": scale}
+        views = pairs[:, 0], torch.stack([group, group], 1)[:, 0]
+        assert torch.equal(group_center(*views, **options), group_center(scores, group, **options))

@@ -1,6 +1,6 @@
 """Scores relative to those of their group: the completions of one prompt.
 
-With n scores x of a group, their mean μ and s² = Σ (x − μ)² / (n − 1):
+With the n scores x of a group, their mean μ and s² = Σ (x − μ)² / (n − 1):
 
     baseline   centred                                       scale   y
     mean       x − μ                                         none    centred
@@ -10,13 +10,14 @@ With n scores x of a group, their mean μ and s² = Σ (x − μ)² / (n − 1):
 A group of one has nothing to be compared with: its score stays as it is (centre 0, scale 1).
 
 The mean is taken first, relative to the group's first score, so that equal ones are centred to 0;
-then the squares of what is left, in fp64: never E[x²] − E[x]².
-Mean and std: Shao et al. 2024 (GRPO); mean alone: Liu et al. 2025 (Dr.GRPO); loo: Kool et al. 2019.
+then the squares of what is left, in fp64: never E[x²] − E[x]². There are a few scores for each
+prompt, so the page has no kernel of its own: torch differentiates what it says.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,26 +28,86 @@ BASELINES = ("mean", "loo", "none")
 SCALES = ("none", "std")
 
 
-def _group_sum(x: Tensor, index: Tensor) -> Tensor:
+class Groups(NamedTuple):
+    """The group of each score."""
+
+    index: Tensor  # int64 [B], equal where scores belong together
+    first: Tensor  # int64 [B], the place of the first score of the group
+    count: Tensor  # fp64 [B], the number of scores of the group
+
+
+def groups_of(group: Tensor) -> Groups:
+    """Brings any integers into the order in which groups can be added up."""
+    ordered = group.sort(stable=True)
+    index = torch.searchsorted(ordered.values, group.contiguous())
+    count = group_sum(torch.ones(group.shape, dtype=torch.float64, device=group.device), index)
+    return Groups(index, ordered.indices[index], count)
+
+
+def group_sum(x: Tensor, index: Tensor) -> Tensor:
     """At each place, the sum of x over the places of the same index."""
     # Unlike index_add, index_put adds in a fixed order on the GPU too.
     return torch.zeros_like(x).index_put((index,), x, accumulate=True)[index]
+
+
+def centred_and_scaled(x: Tensor, groups: Groups, baseline: str, scale: str, eps: float) -> Tensor:
+    """The tables at the top of this page, in fp64."""
+    alone, others = groups.count == 1, (groups.count - 1).clamp(min=1)
+    shifted = x - x.detach()[groups.first]
+    centred = shifted - group_sum(shifted, groups.index) / groups.count
+    y = x
+    if baseline != "none":
+        factor = groups.count / others if baseline == "loo" else 1.0
+        y = torch.where(alone, x, centred * factor)
+    if scale == "std":
+        variance = group_sum(centred.square(), groups.index) / others
+        varies = variance > 0  # The root has no derivative at 0.
+        spread = torch.where(varies, torch.where(varies, variance, 1.0).sqrt(), 0.0)
+        y = torch.where(alone, y, y / (spread + eps))
+    return y
 
 
 def group_center(
     scores: Tensor,
     group: Tensor,
     *,
-    baseline: str = "mean",
-    scale: str = "none",
+    baseline: Literal["mean", "loo", "none"] = "mean",
+    scale: Literal["none", "std"] = "none",
     eps: float = 1e-6,
 ) -> Tensor:
-    """Each score minus the baseline of its group, divided by the spread of its group if wanted.
+    """Each score minus the baseline of its group, divided by the spread of the group if wanted.
 
-    scores: [B], bf16, fp16, fp32 or fp64; differentiable.
-    group: [B] integers, equal where scores belong together; any numbers in any order.
-    baseline: "mean" | "loo" | "none", scale: "none" | "std": the rows of the tables above.
-    Returns [B], fp32 (fp64 for fp64). A group never shows in the scores of another.
+    With the mean μ and the standard deviation s (of n − 1) of a group: (x − μ) / (s + eps) with
+    baseline="mean" and scale="std".
+
+    Args:
+        scores: [B], such as the rewards of completions, of any float dtype; differentiable.
+        group: [B] integers, equal where scores belong together, such as the number of the prompt;
+            any numbers in any order.
+        baseline: What is subtracted: "mean" the mean of the group, "loo" the mean of its other
+            scores, "none" nothing.
+        scale: What is divided by: "std" the standard deviation of the group, "none" nothing.
+        eps: What is added to the standard deviation, finite and > 0.
+
+    Returns:
+        [B], fp32, or fp64 if scores are fp64. The score of a group of one stays as it is. No group
+        shows in the results of another.
+
+    Raises:
+        TypeError: scores or group is no tensor, or has a dtype that it cannot have; eps is no
+            number.
+        ValueError: A shape or device does not fit, baseline or scale is unknown, or eps is not
+            finite and > 0.
+
+    Example:
+        >>> scores, group = torch.tensor([1.0, 0.0, 0.0, 5.0]), torch.tensor([0, 0, 1, 1])
+        >>> fastpg.group_center(scores, group)
+        tensor([ 0.5000, -0.5000, -2.5000,  2.5000])
+
+    Reference:
+        "mean" and "std": Shao et al. 2024 (GRPO), arXiv:2402.03300. "mean" alone: Liu et al. 2025
+        (Dr. GRPO), arXiv:2503.20783. "loo": Kool et al. 2019, "Buy 4 REINFORCE samples, get a
+        baseline for free!"; Ahmadian et al. 2024 (RLOO), arXiv:2402.14740.
     """
     op = "group_center"
     checks.check_tensors(op, scores=scores, group=group)
@@ -56,24 +117,10 @@ def group_center(
     if group.dtype not in checks.INTEGERS:
         raise TypeError(f"{op}: group must be integers, uint8 or signed, got {group.dtype}")
     checks.check_shape(op, "group", group, scores, scores.shape)
-    for name, value, known in (("baseline", baseline, BASELINES), ("scale", scale, SCALES)):
-        checks.check_choice(op, name, value, known)
+    checks.check_choice(op, "baseline", baseline, BASELINES)
+    checks.check_choice(op, "scale", scale, SCALES)
     checks.check_number(op, "eps", eps)
     if not 0 < eps < math.inf:
         raise ValueError(f"{op}: eps must be finite and > 0, got {eps}")
-    x = scores.double()
-    ordered = group.sort(stable=True)
-    index = torch.searchsorted(ordered.values, group.contiguous())  # of the group's first
-    count = _group_sum(torch.ones_like(x), index)
-    alone, others = count == 1, (count - 1).clamp(min=1)
-    shifted = x - x.detach()[ordered.indices[index]]
-    centred = shifted - _group_sum(shifted, index) / count
-    out = x
-    if baseline != "none":
-        out = torch.where(alone, x, centred * (count / others if baseline == "loo" else 1.0))
-    if scale == "std":
-        variance = _group_sum(centred.square(), index) / others
-        varies = variance > 0  # the root has no derivative at 0
-        spread = torch.where(varies, torch.where(varies, variance, 1.0).sqrt(), 0.0)
-        out = torch.where(alone, out, out / (spread + eps))
-    return out.to(dtype, copy=True)
+    y = centred_and_scaled(scores.double(), groups_of(group), baseline, scale, eps)
+    return y.to(dtype, copy=True)

@@ -75,7 +75,9 @@ class Variant:
 
 POINTERS = {"mask": "i1", "cu_seqlens": "i32", "lengths": "i32", "denom": "fp64"}
 POINTERS |= dict.fromkeys(("terminated", "truncated"), "i1")
-POINTERS |= dict.fromkeys(("device_options", "parts", "sums", "moments", "stats"), "fp64")
+POINTERS |= dict.fromkeys(
+    ("device_options", "traced_options", "parts", "sums", "moments", "stats"), "fp64"
+)
 
 BOTH = (True, False)
 GIVEN_OR_NOT = (..., None)  # of a tensor
@@ -138,7 +140,7 @@ def value_loss(few: bool, _) -> Iterator[Variant]:
 
 def policy_loss(few: bool, _) -> Iterator[Variant]:
     page, surrogates = policy_loss_triton, ("sapo", "ppo", "cispo", "reinforce")
-    absent = dict.fromkeys(("ratio", "ref_logp", "entropy", "device_options"), (None,))
+    absent = dict.fromkeys(("ratio", "ref_logp", "entropy", "traced_options"), (None,))
     forward, kls = page.forward_kernel, ("k3", "k3_naive", "k2")
     yield from variants_of(forward, few, SURROGATE=surrogates, KL=kls)
     if not few:

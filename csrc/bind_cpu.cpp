@@ -48,33 +48,6 @@ TokenLogprobsInputs logit_rows(const LogitRowsTuple& rows) {
           with_entropy};
 }
 
-void bind_policy_loss(py::module_& m) {
-  def(m, "policy_loss",
-      [](int dtype, int64_t count, Address logp, Address advantages, Address weight,
-         Address old_logp, Address ratio, Address ref_logp, Address entropy, int surrogate, int kl,
-         const std::array<double, 7>& numbers, Address on_device, Address loss, Address coefficient,
-         Address stats) {
-        with_compute_dtype(dtype, [&](auto x) {
-          using T = decltype(x);
-          policy_loss<T>({at<T>(logp), at<T>(advantages), at<T>(weight), at<T>(old_logp),
-                          at<T>(ratio), at<T>(ref_logp), at<T>(entropy)},
-                         count,
-                         {Surrogate(surrogate), PolicyKl(kl),
-                          __builtin_bit_cast(PolicyNumbers, numbers), at<PolicyNumbers>(on_device)},
-                         {at<T>(loss), at<T>(coefficient), at<PolicyStats>(stats)});
-        });
-      });
-  def(m, "policy_loss_sequence_ratio",
-      [](int dtype, int64_t count, int64_t length, Address cu_seqlens, Address logp,
-         Address old_logp, Address weight, Address ratio) {
-        with_compute_dtype(dtype, [&](auto x) {
-          using T = decltype(x);
-          policy_loss_sequence_ratio<T>({count, length, at<int32_t>(cu_seqlens)}, at<T>(logp),
-                                        at<T>(old_logp), at<T>(weight), at<T>(ratio));
-        });
-      });
-}
-
 void bind_policy_loss_from_logits(py::module_& m) {
   def(m, "policy_loss_from_logits",
       [](const LogitRowsTuple& rows, int dtype, Address advantages, Address weight,
@@ -88,8 +61,8 @@ void bind_policy_loss_from_logits(py::module_& m) {
               logit_rows(rows),
               {at<T>(logp), at<T>(advantages), at<T>(weight), at<T>(old_logp), nullptr,
                at<T>(ref_logp), at<T>(entropy)},
-              {Surrogate(surrogate), PolicyKl(kl), __builtin_bit_cast(PolicyNumbers, numbers),
-               at<PolicyNumbers>(on_device)},
+              {Surrogate(surrogate), PolicyKl(kl), __builtin_bit_cast(LossOptions, numbers),
+               at<LossOptions>(on_device)},
               {at<T>(logp), at<T>(entropy), at<T>(row_stats), at<T>(grad_entropy), at(out)},
               {at<T>(loss), at<T>(coefficient), at<PolicyStats>(stats)});
         });
@@ -117,7 +90,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", instruction_sets, "The instruction sets of this machine, best first.");
   m.def("instruction_set", [] { return name_of(selected_instruction_set()); }, "The one in use.");
   m.def("use_instruction_set", use_instruction_set);
-  bind_policy_loss(m);
   bind_policy_loss_from_logits(m);
 }
 

@@ -9,9 +9,12 @@
 #ifdef __CUDACC__
 #define FPG_HD __host__ __device__ __forceinline__
 #define FPG_METHOD __host__ __device__ __forceinline__  // of a class
+// Before a function that calls what it is given, be that for the host or for the device.
+#define FPG_UNCHECKED_EXECUTION_SPACE _Pragma("nv_exec_check_disable")
 #else
 #define FPG_HD static inline __attribute__((always_inline))
 #define FPG_METHOD inline __attribute__((always_inline))
+#define FPG_UNCHECKED_EXECUTION_SPACE
 #endif
 
 namespace fpg {

@@ -3,14 +3,16 @@
 
 #include <vector>
 
+#include "common/bind.h"
+#include "common/dtype.h"
 #include "common/sequences.h"
 #include "simd/select.h"
 
 namespace fpg {
 namespace {
 
-constexpr int64_t kGrain = 16;             // blocks a thread should have at least
-constexpr int64_t kSequenceGrain = 32768;  // tokens, where sequences are the items
+constexpr int64_t kGrain = 16;             // A thread should have at least so many blocks,
+constexpr int64_t kSequenceGrain = 32768;  // or so many tokens of whole sequences.
 
 // In eight interleaved sums, so that the additions do not wait for one another.
 template <typename T>
@@ -27,51 +29,70 @@ double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t
     for (int64_t lane = 0; lane < kSums; ++lane) add(t + lane, lane);
   for (int64_t t = whole; t < n; ++t) add(t, t - whole);
   for (int64_t i = 1; i < kSums; ++i) sums[0] += sums[i], counts[0] += counts[i];
-  return log_ratio(sums[0] / larger(counts[0], 1.0), 0.0);
+  return bounded_log_ratio(sums[0] / larger(counts[0], 1.0));
 }
 
 }  // namespace
 
 template <typename T>
-void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptions& options,
-                 const PolicyOut<T>& out) {
+void policy_loss_in_blocks(const PolicyTokens<T>& tokens, int64_t count, const PolicyTerms& terms,
+                           const PolicyOut<T>& out) {
   const auto& kernel = kernels<PolicyLossKernels<T>>();
-  const int64_t blocks = ceil_div(count, kTokenBlock);
+  // A block of no tokens says what else is known: which of the sums were computed.
+  const int64_t blocks = larger<int64_t>(1, ceil_div(count, kTokenBlock));
   std::vector<PolicyStats> parts(blocks);
   parallel_for(blocks, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * kTokenBlock;
-      kernel.policy_block(from(tokens, first), smaller(kTokenBlock, count - first), options,
+      kernel.policy_block(tokens_from(tokens, first), smaller(kTokenBlock, count - first), terms,
                           out.coefficient + first, parts[i].x);
     }
   });
   clear(*out.stats);
   for (const PolicyStats& part : parts) merge(*out.stats, part);
   show_nan(*out.stats);
-  *out.loss = T(out.stats->x[kLoss]);
+  *out.loss = T(out.stats->x[PolicyStats::loss]);
 }
 
-template <typename T>
-void policy_loss_sequence_ratio(const Sequences& sequences, const T* logp, const T* old_logp,
-                                const T* weight, T* ratio) {
-  sequences.check("policy_loss");
-  parallel_for(sequences, kSequenceGrain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t begin = sequences.begin(i), end = sequences.end(i);
-      const double d = mean_log_ratio(logp + begin, old_logp + begin, weight + begin, end - begin);
-      const T value = T(exp(d));
-      for (int64_t t = begin; t < end; ++t) ratio[t] = select(weight[t] != T(0), value, T(0));
-    }
+template void policy_loss_in_blocks(const PolicyTokens<float>&, int64_t, const PolicyTerms&,
+                                    const PolicyOut<float>&);
+template void policy_loss_in_blocks(const PolicyTokens<double>&, int64_t, const PolicyTerms&,
+                                    const PolicyOut<double>&);
+
+namespace {
+
+void policy_loss(const PolicyLossArguments& in) {
+  with_compute_dtype(in.inputs.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const PolicyOut<T> out = {static_cast<T*>(in.loss), static_cast<T*>(in.coefficient), in.stats};
+    policy_loss_in_blocks(tokens_of<T>(in.inputs), in.inputs.count, in.inputs.terms, out);
   });
 }
 
-template void policy_loss(const PolicyTokens<float>&, int64_t, const PolicyOptions&,
-                          const PolicyOut<float>&);
-template void policy_loss(const PolicyTokens<double>&, int64_t, const PolicyOptions&,
-                          const PolicyOut<double>&);
-template void policy_loss_sequence_ratio(const Sequences&, const float*, const float*, const float*,
-                                         float*);
-template void policy_loss_sequence_ratio(const Sequences&, const double*, const double*,
-                                         const double*, double*);
+void policy_loss_sequence_ratio(const SequenceRatioArguments& in) {
+  const Sequences sequences = {in.sequence_count, in.length, in.cu_seqlens};
+  sequences.check("policy_loss");
+  with_compute_dtype(in.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* logp = static_cast<const T*>(in.logp);
+    const T* old_logp = static_cast<const T*>(in.old_logp);
+    const T* weight = static_cast<const T*>(in.weight);
+    T* ratio = static_cast<T*>(in.ratio);
+    parallel_for(sequences, kSequenceGrain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t begin = sequences.begin(i), end = sequences.end(i);
+        const double d =
+            mean_log_ratio(logp + begin, old_logp + begin, weight + begin, end - begin);
+        const T value = T(exp(d));
+        for (int64_t t = begin; t < end; ++t) ratio[t] = select(weight[t] != T(0), value, T(0));
+      }
+    });
+  });
+}
 
+FPG_BIND(policy_loss, policy_loss)
+FPG_BIND(policy_loss_sequence_ratio, policy_loss_sequence_ratio)
+FPG_BIND_STATISTICS(PolicyStats)
+
+}  // namespace
 }  // namespace fpg

@@ -1,6 +1,8 @@
 // The policy loss of a batch of tokens, four to a thread, in one launch; and before it, where the
 // level is the sequence, the ratios, with a block for each sequence.
+#include "common/bind.h"
 #include "common/cuda_reduce.h"
+#include "common/dtype.h"
 #include "common/sequences.h"
 #include "loss/policy_loss.h"
 
@@ -9,60 +11,32 @@ namespace {
 
 constexpr int kSequenceThreads = 256;
 
-// The options are the same for all threads: a branch costs less than a kernel for each of them.
-template <typename T>
-__device__ SurrogateTerm<T> surrogate_of(Surrogate kind, T ratio, T advantage, T logp,
-                                         const Bounds<T>& bounds) {
-  switch (kind) {
-    case Surrogate::kPpo:
-      return surrogate<Surrogate::kPpo>(ratio, advantage, logp, bounds);
-    case Surrogate::kReinforce:
-      return surrogate<Surrogate::kReinforce>(ratio, advantage, logp, bounds);
-    case Surrogate::kCispo:
-      return surrogate<Surrogate::kCispo>(ratio, advantage, logp, bounds);
-    default:
-      return surrogate<Surrogate::kSapo>(ratio, advantage, logp, bounds);
-  }
-}
-
-template <typename T>
-__device__ LossTerm<T> reference_kl_of(PolicyKl kind, T d, T ratio) {
-  switch (kind) {
-    case PolicyKl::kK3:
-      return reference_kl<PolicyKl::kK3>(d, ratio);
-    case PolicyKl::kK3Naive:
-      return reference_kl<PolicyKl::kK3Naive>(d, ratio);
-    default:
-      return reference_kl<PolicyKl::kK2>(d, ratio);
-  }
-}
-
 // Adds up the surrogate of a token, given e^d and e^d - 1 - d, and returns its slope.
 template <typename T>
 __device__ T add_surrogate(T w, T d, const ExpExcess<T>& e, T ratio, const SurrogateTerm<T>& term,
                            PolicyStats& stats) {
-  stats.x[kCount] += 1;
-  stats.x[kWeight] += w;
-  stats.x[kLoss] += w * term.value;
-  stats.x[kSurrogate] += w * term.value;
-  stats.x[kRatio] += ratio;
-  stats.x[kRatioSq] += ratio * ratio;
-  stats.x[kK1] -= d;
-  stats.x[kK3] += e.excess;
-  stats.x[kClippedLow] += term.low;
-  stats.x[kClippedHigh] += term.high;
-  stats.x[kRatioMin] = smaller(stats.x[kRatioMin], double(ratio));
-  stats.x[kRatioMax] = larger(stats.x[kRatioMax], double(ratio));
+  stats.x[PolicyStats::count] += 1;
+  stats.x[PolicyStats::weight] += w;
+  stats.x[PolicyStats::loss] += w * term.value;
+  stats.x[PolicyStats::surrogate] += w * term.value;
+  stats.x[PolicyStats::ratio] += ratio;
+  stats.x[PolicyStats::ratio_sq] += ratio * ratio;
+  stats.x[PolicyStats::k1] -= d;
+  stats.x[PolicyStats::k3] += e.excess;
+  stats.x[PolicyStats::clipped_low] += term.low;
+  stats.x[PolicyStats::clipped_high] += term.high;
+  stats.x[PolicyStats::ratio_min] = smaller(stats.x[PolicyStats::ratio_min], double(ratio));
+  stats.x[PolicyStats::ratio_max] = larger(stats.x[PolicyStats::ratio_max], double(ratio));
   return term.slope;
 }
 
 // Four tokens: writes their coefficients and adds them up.
 template <typename T>
 __device__ void policy_four(const PolicyTokens<T>& in, int64_t first, int64_t left,
-                            const PolicyOptions& options, T* coefficient, PolicyStats& stats) {
-  const PolicyNumbers numbers = numbers_of(options);
-  const Bounds<T> bound = bounds<T>(numbers);
-  const T kl_coef = T(numbers.kl_coef), entropy_coef = T(numbers.entropy_coef);
+                            const PolicyTerms& terms, T* coefficient, PolicyStats& stats) {
+  const LossOptions options = options_of(terms);
+  const Bounds<T> bound = bounds<T>(options);
+  const T kl_coef = T(options.kl_coef), entropy_coef = T(options.entropy_coef);
   const auto four = [&](const T* x) { return load_four(x ? x + first : x, left, T(0)); };
   const Four<T> weight = four(in.weight), logp = four(in.logp), advantages = four(in.advantages);
   const Four<T> old_logp = four(in.old_logp), ratios = four(in.ratio);
@@ -75,35 +49,39 @@ __device__ void policy_four(const PolicyTokens<T>& in, int64_t first, int64_t le
     const T d = in.old_logp ? log_ratio(x, old_logp.x[i]) : T(0);
     const ExpExcess<T> e = exp_excess(d);
     const T ratio = in.ratio ? ratios.x[i] : e.exp;
-    const auto term = surrogate_of(options.surrogate, ratio, advantages.x[i], x, bound);
+    // The terms are the same for all threads: a branch costs less than a kernel for each of them.
+    const SurrogateTerm<T> term = with_surrogate(terms.surrogate, [&](auto surrogate) {
+      return surrogate(ratio, advantages.x[i], x, bound);
+    });
     slopes.x[i] = w * add_surrogate(w, d, e, ratio, term, stats);
     if (in.ref_logp) {
-      const LossTerm<T> kl = reference_kl_of(options.kl, log_ratio(x, ref_logp.x[i]), e.exp);
+      const LossTerm<T> kl =
+          with_kl(terms.kl, [&](auto kl) { return kl(log_ratio(x, ref_logp.x[i]), e.exp); });
       slopes.x[i] += w * kl_coef * kl.slope;
-      stats.x[kLoss] += w * kl_coef * kl.value;
-      stats.x[kRefKl] += kl.value;
+      stats.x[PolicyStats::loss] += w * kl_coef * kl.value;
+      stats.x[PolicyStats::ref_kl] += kl.value;
     }
-    stats.x[kLoss] -= w * entropy_coef * entropy.x[i];
-    stats.x[kEntropy] += entropy.x[i];
+    stats.x[PolicyStats::loss] -= w * entropy_coef * entropy.x[i];
+    stats.x[PolicyStats::entropy] += entropy.x[i];
   }
   store_four(coefficient + first, left, slopes);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads, 1)
-    policy_loss_kernel(PolicyTokens<T> tokens, int64_t count, PolicyOptions options,
-                       PolicyOut<T> out, Scratch<PolicyStats> scratch) {
+    policy_loss_kernel(PolicyTokens<T> tokens, int64_t count, PolicyTerms terms, PolicyOut<T> out,
+                       Scratch<PolicyStats> scratch) {
   const int64_t first = (int64_t(blockIdx.x) * kReduceThreads + threadIdx.x) * 4;
   PolicyStats stats;
   clear(stats);
-  policy_four(tokens, first, count - first, options, out.coefficient, stats);
-  stats.x[kHasRefKl] = tokens.ref_logp != nullptr;
-  stats.x[kHasEntropy] = tokens.entropy != nullptr;
+  policy_four(tokens, first, count - first, terms, out.coefficient, stats);
+  stats.x[PolicyStats::has_ref_kl] = tokens.ref_logp != nullptr;
+  stats.x[PolicyStats::has_entropy] = tokens.entropy != nullptr;
   block_reduce(stats);
   if (!grid_reduce(stats, scratch)) return;
   show_nan(stats);
   *out.stats = stats;
-  *out.loss = T(stats.x[kLoss]);
+  *out.loss = T(stats.x[PolicyStats::loss]);
 }
 
 // Threads take turns from the sequence's first token, so that no bit depends on the batch.
@@ -120,33 +98,33 @@ __global__ void __launch_bounds__(kSequenceThreads)
     sums.x[1] += kept;
   }
   block_reduce(sums);
-  const T value = T(exp(log_ratio(sums.x[0] / larger(sums.x[1], 1.0), 0.0)));
+  const T value = T(exp(bounded_log_ratio(sums.x[0] / larger(sums.x[1], 1.0))));
   for (int64_t t = begin; t < end; t += kSequenceThreads)
     ratio[t] = select(weight[t] != T(0), value, T(0));
 }
 
+void policy_loss(const PolicyLossArguments& in) {
+  with_compute_dtype(in.inputs.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const PolicyOut<T> out = {static_cast<T*>(in.loss), static_cast<T*>(in.coefficient), in.stats};
+    launch_reduce(policy_loss_kernel<T>, in.inputs.count, in.scratch, in.stream,
+                  tokens_of<T>(in.inputs), in.inputs.count, in.inputs.terms, out);
+  });
+}
+
+void policy_loss_sequence_ratio(const SequenceRatioArguments& in) {
+  with_compute_dtype(in.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Sequences sequences = {in.sequence_count, in.length, in.cu_seqlens};
+    launch(sequence_ratio_kernel<T>, sequences.count, kSequenceThreads, in.stream, sequences,
+           static_cast<const T*>(in.logp), static_cast<const T*>(in.old_logp),
+           static_cast<const T*>(in.weight), static_cast<T*>(in.ratio));
+  });
+}
+
+FPG_BIND(policy_loss, policy_loss)
+FPG_BIND(policy_loss_sequence_ratio, policy_loss_sequence_ratio)
+FPG_BIND_STATISTICS(PolicyStats)
+
 }  // namespace
-
-template <typename T>
-void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptions& options,
-                 const PolicyOut<T>& out, const Scratch<PolicyStats>& scratch, Stream stream) {
-  launch_reduce(policy_loss_kernel<T>, count, scratch, stream, tokens, count, options, out);
-}
-
-template <typename T>
-void policy_loss_sequence_ratio(const Sequences& sequences, const T* logp, const T* old_logp,
-                                const T* weight, T* ratio, Stream stream) {
-  launch(sequence_ratio_kernel<T>, sequences.count, kSequenceThreads, stream, sequences, logp,
-         old_logp, weight, ratio);
-}
-
-template void policy_loss(const PolicyTokens<float>&, int64_t, const PolicyOptions&,
-                          const PolicyOut<float>&, const Scratch<PolicyStats>&, Stream);
-template void policy_loss(const PolicyTokens<double>&, int64_t, const PolicyOptions&,
-                          const PolicyOut<double>&, const Scratch<PolicyStats>&, Stream);
-template void policy_loss_sequence_ratio(const Sequences&, const float*, const float*, const float*,
-                                         float*, Stream);
-template void policy_loss_sequence_ratio(const Sequences&, const double*, const double*,
-                                         const double*, double*, Stream);
-
 }  // namespace fpg

@@ -1,59 +1,44 @@
-// Floor 1: the policy loss of one token, and what the page fastpg/ops/policy_loss.py hands over.
+// The policy loss of one token, its statistics, and the arguments of
+// fastpg/ops/loss/policy_loss.py.
 #pragma once
 
 #include "common/elementary.h"
+#include "common/fields.h"
+#include "common/statistics.h"
 #include "common/stream.h"
 
 namespace fpg {
 
-struct Sequences;
-
+// The codes of fastpg/ops/loss/surrogates.py. The KL is that to the reference policy.
 enum class Surrogate : int { kPpo, kReinforce, kCispo, kSapo };
-enum class PolicyKl : int { kK3, kK3Naive, kK2 };  // to the reference policy; the page has k1 raise
+enum class PolicyKl : int { kK3, kK3Naive, kK2 };
 
-// The statistics, in the order of PolicyStats.FIELDS. Sums, then minima, then maxima.
-enum PolicyField {
-  kCount,
-  kWeight,
-  kLoss,
-  kSurrogate,
-  kRatio,
-  kRatioSq,
-  kK1,
-  kK3,
-  kClippedLow,
-  kClippedHigh,
-  kRefKl,
-  kEntropy,
-  kPolicySums,
-  kRatioMin = kPolicySums,
-  kHasRefKl,
-  kHasEntropy,
-  kPolicyMinima,
-  kRatioMax = kPolicyMinima,
-  kPolicyFields
-};
-
+// Sums, then minima, then maxima: the names and their order are those of PolicyStats in Python.
 struct PolicyStats {
-  double x[kPolicyFields];
+  FPG_STATISTICS(count, weight, loss, surrogate, ratio, ratio_sq, k1, k3, clipped_low, clipped_high,
+                 ref_kl, entropy, ratio_min, has_ref_kl, has_entropy, ratio_max)
+
+  static constexpr int kSums = ratio_min, kMinimaEnd = ratio_max;
 };
 
 FPG_HD void clear(PolicyStats& stats) {
-  for (int i = 0; i < kPolicyFields; ++i)
-    stats.x[i] = i < kPolicySums ? 0 : i < kPolicyMinima ? infinity<double>() : -infinity<double>();
+  for (int i = 0; i < PolicyStats::kFields; ++i)
+    stats.x[i] = i < PolicyStats::kSums        ? 0
+                 : i < PolicyStats::kMinimaEnd ? infinity<double>()
+                                               : -infinity<double>();
 }
 
 FPG_HD void merge(PolicyStats& total, const PolicyStats& part) {
-  for (int i = 0; i < kPolicyFields; ++i)
-    total.x[i] = i < kPolicySums     ? total.x[i] + part.x[i]
-                 : i < kPolicyMinima ? smaller(total.x[i], part.x[i])
-                                     : larger(total.x[i], part.x[i]);
+  for (int i = 0; i < PolicyStats::kFields; ++i)
+    total.x[i] = i < PolicyStats::kSums        ? total.x[i] + part.x[i]
+                 : i < PolicyStats::kMinimaEnd ? smaller(total.x[i], part.x[i])
+                                               : larger(total.x[i], part.x[i]);
 }
 
 // A NaN ratio must show: minima and maxima skip it, but the sum of positive ratios does not.
 FPG_HD void show_nan(PolicyStats& stats) {
-  const double sum = stats.x[kRatio];
-  if (sum != sum) stats.x[kRatioMin] = stats.x[kRatioMax] = sum;
+  const double sum = stats.x[PolicyStats::ratio];
+  if (sum != sum) stats.x[PolicyStats::ratio_min] = stats.x[PolicyStats::ratio_max] = sum;
 }
 
 template <typename T>
@@ -64,29 +49,35 @@ struct PolicyTokens {  // all but the first three may be null
   const T *ref_logp, *entropy;
 };
 
-// The tokens from i on.
+// The tokens from the first on.
 template <typename T>
-FPG_HD PolicyTokens<T> from(const PolicyTokens<T>& t, int64_t i) {
-  const auto at = [i](const T* x) { return x ? x + i : nullptr; };
-  return {at(t.logp),  at(t.advantages), at(t.weight), at(t.old_logp),
-          at(t.ratio), at(t.ref_logp),   at(t.entropy)};
+FPG_HD PolicyTokens<T> tokens_from(const PolicyTokens<T>& t, int64_t first) {
+  const auto moved = [first](const T* x) { return x ? x + first : nullptr; };
+  return {moved(t.logp),  moved(t.advantages), moved(t.weight), moved(t.old_logp),
+          moved(t.ratio), moved(t.ref_logp),   moved(t.entropy)};
 }
 
-struct PolicyNumbers {          // in the order of Options in fastpg/ops/_surrogates.py
+// The numbers of the loss.
+struct LossOptions {
   double low, high, dual_clip;  // bounds of the ratio; infinite: none
   double tau_positive, tau_negative;
   double kl_coef, entropy_coef;
+
+  FPG_FIELDS(low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef)
 };
 
-struct PolicyOptions {
+// Which loss it is.
+struct PolicyTerms {
   Surrogate surrogate;
   PolicyKl kl;
-  PolicyNumbers numbers;
-  const PolicyNumbers* on_device;  // in place of the others, or null
+  LossOptions options;
+  const LossOptions* traced_options;  // in memory of the device, in place of the others; or null
+
+  FPG_FIELDS(surrogate, kl, options, traced_options)
 };
 
-FPG_HD PolicyNumbers numbers_of(const PolicyOptions& options) {
-  return options.on_device ? *options.on_device : options.numbers;
+FPG_HD LossOptions options_of(const PolicyTerms& terms) {
+  return terms.traced_options ? *terms.traced_options : terms.options;
 }
 
 // For one token: a summand of its loss, and the derivative of that by the token's log-prob.
@@ -107,7 +98,7 @@ struct Bounds {
 };
 
 template <typename T>
-FPG_HD Bounds<T> bounds(const PolicyNumbers& x) {
+FPG_HD Bounds<T> bounds(const LossOptions& x) {
   return {T(x.low), T(x.high), T(x.dual_clip), T(x.tau_positive), T(x.tau_negative)};
 }
 
@@ -117,66 +108,150 @@ struct SurrogateTerm {
   T value, slope, low, high;
 };
 
+// A surrogate is called with the ratio r, the advantage A, logp and the bounds.
+//
 // -min(r A, clip(r) A), for A < 0 at most -dual_clip A: no gradient where the ratio is held.
-template <typename T>
-FPG_HD SurrogateTerm<T> ppo(T ratio, T advantage, const Bounds<T>& bounds) {
-  const bool gain = advantage > T(0), penalty = advantage < T(0);
-  const T most = select(gain, bounds.high, bounds.dual_clip);
-  const bool too_low = penalty & (ratio < bounds.low);
-  const bool too_high = (gain | penalty) & (ratio > most);
-  const T held = select(too_low, bounds.low, select(too_high, most, ratio));
-  const T slope = select(too_low | too_high, T(0), -(ratio * advantage));
-  return {-(held * advantage), slope, select(too_low, T(1), T(0)), select(too_high, T(1), T(0))};
-}
+struct Ppo {
+  template <typename T>
+  FPG_METHOD SurrogateTerm<T> operator()(T ratio, T advantage, T, const Bounds<T>& bounds) const {
+    const bool gain = advantage > T(0), penalty = advantage < T(0);
+    const T most = select(gain, bounds.high, bounds.dual_clip);
+    const bool too_low = penalty & (ratio < bounds.low);
+    const bool too_high = (gain | penalty) & (ratio > most);
+    const T held = select(too_low, bounds.low, select(too_high, most, ratio));
+    const T slope = select(too_low | too_high, T(0), -(ratio * advantage));
+    return {-(held * advantage), slope, select(too_low, T(1), T(0)), select(too_high, T(1), T(0))};
+  }
+};
 
 // -r A logp with r a constant
-template <typename T>
-FPG_HD SurrogateTerm<T> reinforce(T ratio, T advantage, T logp) {
-  const T slope = -(ratio * advantage);
-  return {select(advantage == T(0), T(0), slope * logp), slope, T(0), T(0)};
-}
+struct Reinforce {
+  template <typename T>
+  FPG_METHOD SurrogateTerm<T> operator()(T ratio, T advantage, T logp, const Bounds<T>&) const {
+    const T slope = -(ratio * advantage);
+    return {select(advantage == T(0), T(0), slope * logp), slope, T(0), T(0)};
+  }
+};
 
 // -clip(r) A logp with r a constant: a token whose ratio is held keeps its gradient.
-template <typename T>
-FPG_HD SurrogateTerm<T> cispo(T ratio, T advantage, T logp, const Bounds<T>& bounds) {
-  const bool counts = advantage != T(0);
-  const bool too_low = counts & (ratio < bounds.low), too_high = counts & (ratio > bounds.high);
-  const T held = select(too_low, bounds.low, select(too_high, bounds.high, ratio));
-  const SurrogateTerm<T> term = reinforce(held, advantage, logp);
-  return {term.value, term.slope, select(too_low, T(1), T(0)), select(too_high, T(1), T(0))};
-}
+struct Cispo {
+  template <typename T>
+  FPG_METHOD SurrogateTerm<T> operator()(T ratio, T advantage, T logp,
+                                         const Bounds<T>& bounds) const {
+    const bool counts = advantage != T(0);
+    const bool too_low = counts & (ratio < bounds.low), too_high = counts & (ratio > bounds.high);
+    const T held = select(too_low, bounds.low, select(too_high, bounds.high, ratio));
+    const SurrogateTerm<T> term = Reinforce()(held, advantage, logp, bounds);
+    return {term.value, term.slope, select(too_low, T(1), T(0)), select(too_high, T(1), T(0))};
+  }
+};
 
 // -4/tau s A with s = sigmoid(x), x = tau (r - 1). With z = e^-|x|, s (1 - s) = z / (1 + z)^2.
+struct Sapo {
+  template <typename T>
+  FPG_METHOD SurrogateTerm<T> operator()(T ratio, T advantage, T, const Bounds<T>& bounds) const {
+    const T tau = select(advantage < T(0), bounds.tau_negative, bounds.tau_positive);
+    const T x = tau * (ratio - T(1));
+    const T z = exp(select(x < T(0), x, -x)), share = T(1) / (T(1) + z);
+    const T sigmoid = select(x < T(0), z * share, share);
+    return {T(-4) / tau * sigmoid * advantage, T(-4) * z * share * share * ratio * advantage, T(0),
+            T(0)};
+  }
+};
+
+// What `body` makes of the surrogate that is meant.
+FPG_UNCHECKED_EXECUTION_SPACE
+template <typename Body>
+FPG_HD auto with_surrogate(Surrogate kind, const Body& body) {
+  switch (kind) {
+    case Surrogate::kPpo:
+      return body(Ppo());
+    case Surrogate::kReinforce:
+      return body(Reinforce());
+    case Surrogate::kCispo:
+      return body(Cispo());
+    default:
+      return body(Sapo());
+  }
+}
+
+// A KL to the reference policy is called with d = logp - ref_logp and the ratio r.
+//
+// r k3(d), whose derivative by logp, with r' = r, is r d.
+struct K3 {
+  template <typename T>
+  FPG_METHOD LossTerm<T> operator()(T d, T ratio) const {
+    return {ratio * exp_excess(-d).excess, ratio * d};
+  }
+};
+
+struct K3Naive {
+  template <typename T>
+  FPG_METHOD LossTerm<T> operator()(T d, T) const {
+    const T k3 = exp_excess(-d).excess;
+    return {k3, d - k3};  // 1 - e^-d without its cancellation
+  }
+};
+
+struct K2 {
+  template <typename T>
+  FPG_METHOD LossTerm<T> operator()(T d, T) const {
+    return {d * d * T(0.5), d};
+  }
+};
+
+// What `body` makes of the KL that is meant.
+FPG_UNCHECKED_EXECUTION_SPACE
+template <typename Body>
+FPG_HD auto with_kl(PolicyKl kind, const Body& body) {
+  switch (kind) {
+    case PolicyKl::kK3:
+      return body(K3());
+    case PolicyKl::kK3Naive:
+      return body(K3Naive());
+    default:
+      return body(K2());
+  }
+}
+
+struct PolicyLossInputs {
+  int dtype;                                          // of every array
+  int64_t count;                                      // of tokens
+  const void *logp, *advantages, *weight;             // [count], as all arrays
+  const void *old_logp, *ratio, *ref_logp, *entropy;  // may be null, as in PolicyTokens
+  PolicyTerms terms;
+
+  FPG_FIELDS(dtype, count, logp, advantages, weight, old_logp, ratio, ref_logp, entropy, terms)
+};
+
 template <typename T>
-FPG_HD SurrogateTerm<T> sapo(T ratio, T advantage, const Bounds<T>& bounds) {
-  const T tau = select(advantage < T(0), bounds.tau_negative, bounds.tau_positive);
-  const T x = tau * (ratio - T(1));
-  const T z = exp(select(x < T(0), x, -x)), share = T(1) / (T(1) + z);
-  const T sigmoid = select(x < T(0), z * share, share);
-  return {T(-4) / tau * sigmoid * advantage, T(-4) * z * share * share * ratio * advantage, T(0),
-          T(0)};
+PolicyTokens<T> tokens_of(const PolicyLossInputs& in) {
+  const auto typed = [](const void* x) { return static_cast<const T*>(x); };
+  return {typed(in.logp),  typed(in.advantages), typed(in.weight), typed(in.old_logp),
+          typed(in.ratio), typed(in.ref_logp),   typed(in.entropy)};
 }
 
-template <Surrogate kKind, typename T>
-FPG_HD SurrogateTerm<T> surrogate(T ratio, T advantage, T logp, const Bounds<T>& bounds) {
-  if constexpr (kKind == Surrogate::kPpo)
-    return ppo(ratio, advantage, bounds);
-  else if constexpr (kKind == Surrogate::kReinforce)
-    return reinforce(ratio, advantage, logp);
-  else if constexpr (kKind == Surrogate::kCispo)
-    return cispo(ratio, advantage, logp, bounds);
-  else
-    return sapo(ratio, advantage, bounds);
-}
+struct PolicyLossArguments {
+  PolicyLossInputs inputs;
+  void* loss;         // one number
+  void* coefficient;  // [count], dL/dlogp
+  PolicyStats* stats;
+  Scratch<PolicyStats> scratch;  // on a GPU
+  Stream stream;
 
-// KL to the reference policy, d = logp - ref_logp. The derivative of r k3(d), r' = r, is r d.
-template <PolicyKl kKind, typename T>
-FPG_HD LossTerm<T> reference_kl(T d, T ratio) {
-  if constexpr (kKind == PolicyKl::kK2) return {d * d * T(0.5), d};
-  const T k3 = exp_excess(-d).excess;
-  if constexpr (kKind == PolicyKl::kK3) return {ratio * k3, ratio * d};
-  return {k3, d - k3};  // 1 - e^-d without its cancellation
-}
+  FPG_FIELDS(inputs, loss, coefficient, stats, scratch, stream)
+};
+
+struct SequenceRatioArguments {
+  int dtype;  // of every array
+  int64_t sequence_count, length;
+  const void *logp, *old_logp, *weight;  // [tokens]
+  const int32_t* cu_seqlens;             // [sequences + 1]; null: padded
+  void* ratio;                           // [tokens]
+  Stream stream;
+
+  FPG_FIELDS(dtype, sequence_count, length, logp, old_logp, weight, cu_seqlens, ratio, stream)
+};
 
 // loss: one T; coefficient [count] in T: dL/dlogp.
 template <typename T>
@@ -185,25 +260,15 @@ struct PolicyOut {
   PolicyStats* stats;
 };
 
+// The loss on the CPU, of tokens in blocks.
 template <typename T>
-void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptions& options,
-                 const PolicyOut<T>& out);
-template <typename T>
-void policy_loss(const PolicyTokens<T>& tokens, int64_t count, const PolicyOptions& options,
-                 const PolicyOut<T>& out, const Scratch<PolicyStats>& scratch, Stream stream);
-
-// The ratio of each token's sequence, exp(mean (logp - old_logp)); 0 at masked tokens.
-template <typename T>
-void policy_loss_sequence_ratio(const Sequences& sequences, const T* logp, const T* old_logp,
-                                const T* weight, T* ratio);
-template <typename T>
-void policy_loss_sequence_ratio(const Sequences& sequences, const T* logp, const T* old_logp,
-                                const T* weight, T* ratio, Stream stream);
+void policy_loss_in_blocks(const PolicyTokens<T>& tokens, int64_t count, const PolicyTerms& terms,
+                           const PolicyOut<T>& out);
 
 // The loops of policy_loss_simd.cpp, which is compiled for each instruction set.
 template <typename T>
 struct PolicyLossKernels {
-  void (*policy_block)(const PolicyTokens<T>& tokens, int64_t n, const PolicyOptions& options,
+  void (*policy_block)(const PolicyTokens<T>& tokens, int64_t n, const PolicyTerms& terms,
                        T* coefficient, double* part);
 };
 

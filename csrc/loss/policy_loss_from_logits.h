@@ -16,7 +16,7 @@ struct RowsOut {
 // tokens.logp and tokens.entropy are what rows_out receives.
 template <typename T>
 void policy_loss_from_logits(const TokenLogprobsInputs& rows, const PolicyTokens<T>& tokens,
-                             const PolicyOptions& options, const RowsOut<T>& rows_out,
+                             const PolicyTerms& terms, const RowsOut<T>& rows_out,
                              const PolicyOut<T>& out);
 
 }  // namespace fpg

@@ -30,15 +30,15 @@ void ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T* __restrict__ ratios
       k3[i] += e.excess;
     }
   }
-  part[kK1] = fold_sum(k1), part[kK3] = fold_sum(k3);
+  part[PolicyStats::k1] = fold_sum(k1), part[PolicyStats::k3] = fold_sum(k3);
 }
 
-template <Surrogate kKind, typename T>
-void surrogate_pass(const PolicyTokens<T>& tokens, int64_t n, const PolicyNumbers& numbers,
+template <typename SurrogateOf, typename T>
+void surrogate_pass(const PolicyTokens<T>& tokens, int64_t n, const LossOptions& options,
                     const T* __restrict__ ratios, T* __restrict__ coefficient, double* part) {
   const T *const logp = tokens.logp, *const advantages = tokens.advantages;
   const T* const weights = tokens.weight;
-  const Bounds<T> bound = bounds<T>(numbers);
+  const Bounds<T> bound = bounds<T>(options);
   T count[kTokenLanes] = {}, weight[kTokenLanes] = {}, loss[kTokenLanes] = {};
   T sum[kTokenLanes] = {}, sum_sq[kTokenLanes] = {}, least[kTokenLanes], most[kTokenLanes];
   T low[kTokenLanes] = {}, high[kTokenLanes] = {};
@@ -50,7 +50,7 @@ void surrogate_pass(const PolicyTokens<T>& tokens, int64_t n, const PolicyNumber
       const T w = weights[t], ratio = ratios[t];
       const bool kept = w != T(0);
       const T a = select(kept, advantages[t], T(0)), x = select(kept, logp[t], T(0));
-      const SurrogateTerm<T> term = surrogate<kKind>(ratio, a, x, bound);
+      const SurrogateTerm<T> term = SurrogateOf()(ratio, a, x, bound);
       coefficient[t] = w * term.slope;
       count[i] += select(kept, T(1), T(0));
       weight[i] += w;
@@ -64,14 +64,14 @@ void surrogate_pass(const PolicyTokens<T>& tokens, int64_t n, const PolicyNumber
       high[i] += term.high;
     }
   }
-  part[kCount] = fold_sum(count), part[kWeight] = fold_sum(weight);
-  part[kSurrogate] = part[kLoss] = fold_sum(loss);
-  part[kRatio] = fold_sum(sum), part[kRatioSq] = fold_sum(sum_sq);
-  part[kClippedLow] = fold_sum(low), part[kClippedHigh] = fold_sum(high);
-  part[kRatioMin] = fold_min(least), part[kRatioMax] = fold_max(most);
+  part[PolicyStats::count] = fold_sum(count), part[PolicyStats::weight] = fold_sum(weight);
+  part[PolicyStats::surrogate] = part[PolicyStats::loss] = fold_sum(loss);
+  part[PolicyStats::ratio] = fold_sum(sum), part[PolicyStats::ratio_sq] = fold_sum(sum_sq);
+  part[PolicyStats::clipped_low] = fold_sum(low), part[PolicyStats::clipped_high] = fold_sum(high);
+  part[PolicyStats::ratio_min] = fold_min(least), part[PolicyStats::ratio_max] = fold_max(most);
 }
 
-template <PolicyKl kKind, typename T>
+template <typename KlOf, typename T>
 void kl_pass(const PolicyTokens<T>& tokens, int64_t n, T kl_coef, T* __restrict__ coefficient,
              const T* __restrict__ ratios, double* part) {
   const T *const logp = tokens.logp, *const ref_logp = tokens.ref_logp;
@@ -84,14 +84,14 @@ void kl_pass(const PolicyTokens<T>& tokens, int64_t n, T kl_coef, T* __restrict_
       const T w = weights[t];
       const bool kept = w != T(0);
       const T d = log_ratio(select(kept, logp[t], T(0)), select(kept, ref_logp[t], T(0)));
-      const LossTerm<T> term = reference_kl<kKind>(d, ratios[t]);
+      const LossTerm<T> term = KlOf()(d, ratios[t]);
       coefficient[t] += w * kl_coef * term.slope;
       sum[i] += term.value;
       loss[i] += w * kl_coef * term.value;
     }
   }
-  part[kRefKl] = fold_sum(sum);
-  part[kLoss] += fold_sum(loss);
+  part[PolicyStats::ref_kl] = fold_sum(sum);
+  part[PolicyStats::loss] += fold_sum(loss);
 }
 
 // The gradient of the entropy is a constant times the weight: nothing to write.
@@ -108,61 +108,36 @@ void entropy_pass(const PolicyTokens<T>& tokens, int64_t n, T entropy_coef, doub
       loss[i] += w * entropy_coef * h;
     }
   }
-  part[kEntropy] = fold_sum(sum);
-  part[kLoss] -= fold_sum(loss);
-}
-
-template <typename T>
-auto surrogate_pass_of(Surrogate kind) {
-  switch (kind) {
-    case Surrogate::kPpo:
-      return surrogate_pass<Surrogate::kPpo, T>;
-    case Surrogate::kReinforce:
-      return surrogate_pass<Surrogate::kReinforce, T>;
-    case Surrogate::kCispo:
-      return surrogate_pass<Surrogate::kCispo, T>;
-    default:
-      return surrogate_pass<Surrogate::kSapo, T>;
-  }
-}
-
-template <typename T>
-auto kl_pass_of(PolicyKl kind) {
-  switch (kind) {
-    case PolicyKl::kK3:
-      return kl_pass<PolicyKl::kK3, T>;
-    case PolicyKl::kK3Naive:
-      return kl_pass<PolicyKl::kK3Naive, T>;
-    default:
-      return kl_pass<PolicyKl::kK2, T>;
-  }
+  part[PolicyStats::entropy] = fold_sum(sum);
+  part[PolicyStats::loss] -= fold_sum(loss);
 }
 
 // n is a multiple of the lanes.
 template <typename T>
-void whole_block(const PolicyTokens<T>& tokens, int64_t n, const PolicyOptions& options,
-                 T* coefficient, double* part) {
-  const PolicyNumbers numbers = numbers_of(options);
+void whole_block(const PolicyTokens<T>& tokens, int64_t n, const PolicyTerms& terms, T* coefficient,
+                 double* part) {
+  const LossOptions options = options_of(terms);
   alignas(64) T ratios[kTokenBlock];
   if (tokens.old_logp)
     ratio_pass(tokens, n, ratios, part);
   else
     for (int64_t i = 0; i < n; ++i) ratios[i] = T(1);
-  surrogate_pass_of<T>(options.surrogate)(tokens, n, numbers, tokens.ratio ? tokens.ratio : ratios,
-                                          coefficient, part);
-  if (tokens.ref_logp)
-    kl_pass_of<T>(options.kl)(tokens, n, T(numbers.kl_coef), coefficient, ratios, part);
-  if (tokens.entropy) entropy_pass(tokens, n, T(numbers.entropy_coef), part);
-  part[kHasRefKl] = tokens.ref_logp != nullptr;
-  part[kHasEntropy] = tokens.entropy != nullptr;
+  const auto add_surrogate = with_surrogate(
+      terms.surrogate, [](auto surrogate) { return &surrogate_pass<decltype(surrogate), T>; });
+  add_surrogate(tokens, n, options, tokens.ratio ? tokens.ratio : ratios, coefficient, part);
+  const auto add_kl = with_kl(terms.kl, [](auto kl) { return &kl_pass<decltype(kl), T>; });
+  if (tokens.ref_logp) add_kl(tokens, n, T(options.kl_coef), coefficient, ratios, part);
+  if (tokens.entropy) entropy_pass(tokens, n, T(options.entropy_coef), part);
+  part[PolicyStats::has_ref_kl] = tokens.ref_logp != nullptr;
+  part[PolicyStats::has_entropy] = tokens.entropy != nullptr;
 }
 
 // A last block that ends within the lanes is padded with masked tokens: a token's bits depend
 // neither on its place nor on what follows it.
 template <typename T>
-void policy_block(const PolicyTokens<T>& in, int64_t n, const PolicyOptions& options,
-                  T* coefficient, double* part) {
-  if (n % kTokenLanes == 0) return whole_block(in, n, options, coefficient, part);
+void policy_block(const PolicyTokens<T>& in, int64_t n, const PolicyTerms& terms, T* coefficient,
+                  double* part) {
+  if (n % kTokenLanes == 0) return whole_block(in, n, terms, coefficient, part);
   T copy[8][kTokenBlock];
   const PolicyTokens<T> tokens = {
       padded(in.logp, n, copy[0]),    padded(in.advantages, n, copy[1]),
@@ -170,7 +145,7 @@ void policy_block(const PolicyTokens<T>& in, int64_t n, const PolicyOptions& opt
       padded(in.ratio, n, copy[4]),   padded(in.ref_logp, n, copy[5]),
       padded(in.entropy, n, copy[6]),
   };
-  whole_block(tokens, ceil_div(n, kTokenLanes) * kTokenLanes, options, copy[7], part);
+  whole_block(tokens, ceil_div(n, kTokenLanes) * kTokenLanes, terms, copy[7], part);
   for (int64_t i = 0; i < n; ++i) coefficient[i] = copy[7][i];
 }
 

@@ -1,13 +1,19 @@
+"""policy_loss against the loss as its docstring has it, with torch's own gradient."""
+
 import math
+from typing import get_args
 
 import pytest
 import torch
 from accuracy import TOLERANCE, assert_no_worse, leaves
+from registration import check_registration
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastpg import PolicyStats, policy_loss
 from fastpg.ops.loss import policy_loss as page
+from fastpg.ops.loss import surrogates
 
+OP = "policy_loss"
 # A few roundings; of bf16, one.
 GRADIENT_RTOL = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 8e-3}
 NAMES = ("logp", "advantages", "weight", "old_logp", "ref_logp", "entropy")
@@ -70,21 +76,97 @@ def run(tensors, case, cu_seqlens=None):
     )
 
 
+def frozen(value, slope_of):
+    """`value`, with the gradient of `slope_of`."""
+    return value.detach() + slope_of - slope_of.detach()
+
+
+def surrogate_by_formula(options, r, a, logp):
+    """s, and where r is held at its lower and at its upper bound."""
+    low, high = options["clip"]
+    low = -math.inf if low is None else 1 - low
+    high = math.inf if high is None else 1 + high
+    ratio, clipped = r.detach(), r.clamp(low, high)
+    never = torch.zeros_like(ratio, dtype=torch.bool)
+    if options["surrogate"] == "ppo":
+        s = -torch.minimum(r * a, clipped * a)
+        too_high = (ratio > high) & (a > 0)
+        if cap := options.get("dual_clip"):
+            too_high = too_high | ((a < 0) & (ratio > cap))
+            s = torch.where(a < 0, torch.minimum(s, -cap * a), s)
+        return s, (ratio < low) & (a < 0), too_high
+    if options["surrogate"] == "reinforce":
+        return -ratio * a * logp, never, never
+    if options["surrogate"] == "cispo":
+        return -clipped.detach() * a * logp, ratio < low, ratio > high
+    positive, negative = (torch.tensor(tau, dtype=r.dtype) for tau in options["tau"])
+    tau = torch.where(a < 0, negative, positive)
+    return -4 / tau * torch.sigmoid(tau * (r - 1)) * a, never, never
+
+
+def by_autograd(tensors, case, cu_seqlens=None):
+    """What `run` returns, from formulas that torch differentiates, in the dtype of logp."""
+    options, given = CASES[case]
+    options = {"clip": (0.2, 0.2), "tau": (1.0, 1.05), "surrogate": "ppo", "kl": "k3"} | options
+    kept = tensors["weight"] != 0
+    leaf = tensors["logp"].detach().requires_grad_()
+    entropy_leaf = tensors["entropy"].detach().requires_grad_()
+    x, a, w = leaf[kept], tensors["advantages"][kept], tensors["weight"][kept]
+    old = tensors["old_logp"][kept] if "old_logp" in given else x.detach()
+    d = x - old
+    r = token_ratio = d.clamp(-20, 20).exp()
+    if "level" in options:
+        groups = sequence_numbers(tensors["logp"], cu_seqlens)[kept]
+        count = torch.bincount(groups, minlength=1).clamp(min=1)
+        sums = torch.zeros(len(count), dtype=d.dtype).index_add(0, groups, d.detach())
+        mean = (sums / count).clamp(-20, 20)[groups]
+        r = frozen(mean.exp(), mean.exp() * x)
+    s, too_low, too_high = surrogate_by_formula(options, r, a, x)
+    ref_kl, h, loss = torch.zeros_like(x), torch.zeros_like(x), w * s
+    if "ref_logp" in given:
+        e = x - tensors["ref_logp"][kept]
+        naive = torch.exp(-e) - 1 + e
+        kl = options["kl"]
+        ref_kl = e**2 / 2 if kl == "k2" else naive if kl == "k3_naive" else token_ratio * naive
+        loss = loss + w * options.get("kl_coef", 0.0) * ref_kl
+    if "entropy" in given:
+        h = entropy_leaf[kept]
+        loss = loss - w * options["entropy_coef"] * h
+    total = loss.sum()
+    total.backward()
+    k3 = token_ratio - 1 - d
+    sums = [kept, w, loss, w * s, r, r**2, -d, k3, too_low, too_high, ref_kl, h]
+    least, most = r.detach().aminmax() if len(r) else (math.inf, -math.inf)
+    bounds = [least, "ref_logp" in given, "entropy" in given, most]
+    stats = [float(t.detach().sum(dtype=torch.float64)) for t in sums] + [float(t) for t in bounds]
+    grads = leaf.grad, entropy_leaf.grad if "entropy" in given else None
+    return total.detach(), torch.tensor(stats, dtype=torch.float64), *grads
+
+
+def sequence_numbers(logp, cu_seqlens):
+    """The sequence of each token, as `run` has them."""
+    if logp.dim() == 2:
+        return torch.arange(len(logp))[:, None].expand(logp.shape)
+    n = len(logp)
+    ends = [0, n // 3, n // 3, n] if cu_seqlens is None else cu_seqlens
+    lengths = torch.tensor(ends).diff()
+    return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_matches_reference(kernel, case, dtype, monkeypatch):
+def test_matches_autograd(kernel, case, dtype):
     shapes = [(1,), (16,), (3, 7), (2, 2048), (4321,), ()]  # below, at and beyond lanes and blocks
     for x in (sample(shape, dtype) for shape in shapes):
         if x["logp"].dim() == 0 and "level" in CASES[case][0]:
             continue
         ours = run(x, case)
-        with monkeypatch.context() as patch:
-            patch.setattr(page, "_policy_loss", page.reference)
-            patch.setattr(page, "_sequence_ratio", page.reference_sequence_ratio)
-            torchs = run(x, case)
-            oracle = run({name: tensor.double() for name, tensor in x.items()}, case)
+        computed = torch.float64 if dtype is torch.float64 else torch.float32
+        torchs = by_autograd({name: tensor.to(computed) for name, tensor in x.items()}, case)
+        oracle = by_autograd({name: tensor.double() for name, tensor in x.items()}, case)
         for a, b, c in zip(ours[:2], torchs[:2], oracle[:2], strict=True):
             finite = c.isfinite()
+            assert torch.equal(a[~finite].double(), c[~finite])
             assert_no_worse(a[finite], b[finite], c[finite], TOLERANCE[dtype])
         for a, c in zip(ours[2:], oracle[2:], strict=True):
             assert a is c is None or a.dtype == dtype
@@ -94,7 +176,7 @@ def test_matches_reference(kernel, case, dtype, monkeypatch):
 
 def test_a_million_tokens_keep_six_digits():
     x = sample((1 << 20,))
-    ours, oracle = run(x, "all"), run({k: t.double() for k, t in x.items()}, "all")
+    ours, oracle = run(x, "all"), by_autograd({k: t.double() for k, t in x.items()}, "all")
     for a, b in zip(ours[:3], oracle[:3], strict=True):
         assert (a.double() - b).abs().max() <= 1e-6 * b.abs().max()
     scale = oracle[1].abs().clamp(min=1)  # each field against the absolute sum it cannot exceed
@@ -134,16 +216,24 @@ def test_registration(layout, case):
     x["ratio"] = (x["logp"] - x["old_logp"]).exp()
     given += ["ratio"] if "old_logp" in given else []
     names = (*NAMES[:4], "ratio", *NAMES[4:])
-    args = [change(x[n]) if n in (*NAMES[:3], *given) else None for n in names]
-    options = [0.8, 1.27, 3.0, 1.0, 1.05, 0.13, 0.07]
-    torch.library.opcheck(page._policy_loss, (*args, "ppo", "k3", options, None))
-    on_device = torch.tensor(options, dtype=torch.float64)
-    torch.library.opcheck(page._policy_loss, (*args, "sapo", "k2", options, on_device))
+    tensors = {n: change(x[n]) if n in (*NAMES[:3], *given) else None for n in names}
+    options = surrogates.LossOptions(0.8, 1.27, 3.0, 1.0, 1.05, 0.13, 0.07)
+    record = page.Inputs(**tensors, surrogate="ppo", kl="k3", options=options, traced_options=None)
+    check_registration(page.policy_loss_op, record)
+    traced = torch.tensor(options, dtype=torch.float64)
+    record = record._replace(surrogate="sapo", kl="k2", traced_options=traced)
+    check_registration(page.policy_loss_op, record)
     logp, old_logp, weight = (change(x[n]) for n in ("logp", "old_logp", "weight"))
-    torch.library.opcheck(page._sequence_ratio, (logp, old_logp, weight, None))
+    ratios = page.RatioInputs(logp, old_logp, weight, None)
+    check_registration(page.sequence_ratio_op, ratios)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch compiles by its own old parts
+def test_the_legal_strings_are_those_of_the_tables():
+    assert get_args(surrogates.SurrogateName) == tuple(surrogates.SURROGATES)
+    assert get_args(surrogates.KlName) == tuple(surrogates.KLS)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
 def test_compile():
     """One graph for all numbers, those of a clip that is absent aside."""
     torch._dynamo.reset()
@@ -203,7 +293,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("change, error, message", BAD, ids=lambda x: str(x)[:30])
-def test_edges(change, error, message):
+def test_bad_arguments_raise(change, error, message):
     with pytest.raises(error, match=message):
         policy_loss(**{"logp": X, "advantages": X, "weight": X, **change})
 

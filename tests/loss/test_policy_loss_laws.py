@@ -6,9 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 from accuracy import leaves
-from test_policy_loss import CASES, NAMES, run, sample
+from conftest import GPU
+from test_policy_loss import CASES, NAMES, by_autograd, run, sample
 
 from fastpg import PolicyStats, merge_stats, policy_loss
+
+OP = "policy_loss"
 
 
 def test_every_layout_gives_the_same_bits(kernel):
@@ -173,6 +176,76 @@ def test_any_split_adds_up(kernel, case):
     torch.testing.assert_close(sum(p[0] for p in parts), whole[0], rtol=1e-12, atol=1e-12)
     merged = merge_stats([PolicyStats(p[1]) for p in parts])
     assert merged == pytest.approx(merge_stats(PolicyStats(whole[1])), rel=1e-11, abs=1e-13)
+
+
+def test_every_block_is_merged(kernel, monkeypatch):
+    """More blocks than a merge takes at a time: 256 in CUDA; in Triton's interpreter, here, 4."""
+    tokens = 270_001
+    if kernel == "triton" and not GPU:
+        triton = pytest.importorskip("triton")
+        tokens = 9_001
+        few = triton.language.constexpr(4)
+        monkeypatch.setattr("fastpg.ops.loss.policy_loss_triton.ROWS", few)
+    x = sample((tokens,), torch.float64)
+    for extreme in x["logp"] + 3, x["logp"] - 3:  # of all ratios, in the last block
+        x["old_logp"][-1], x["weight"][-1] = extreme[-1], 1e-5
+        ours, expected = run(x, "all"), by_autograd(x, "all")
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_a_ticket_serves_launch_after_launch(kernel, monkeypatch):
+    if kernel not in ("cuda", "cuda-on-cpu"):
+        pytest.skip("for the reduction in CUDA C++")
+    ticket = torch.zeros((), dtype=torch.int32)  # on a GPU, each stream has one
+    monkeypatch.setattr("fastpg._library._ticket", lambda device: ticket)
+    for shape in (5000,), (5000,), (3000,), (7,), (5000,):
+        x = sample(shape, torch.float64)
+        stats, expected = run(x, "all")[1], by_autograd(x, "all")[1]
+        torch.testing.assert_close(stats, expected, rtol=1e-11, atol=1e-12)
+        assert ticket == 0
+
+
+@pytest.mark.parametrize("d", [19.75, 20.0, 20.25, -19.75, -20.0, -20.25])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_log_ratios_are_bounded_by_20_and_no_less(kernel, level, d):
+    logp = torch.full((1, 3), -30.0, dtype=torch.float64)
+    leaf = logp.clone().requires_grad_()
+    loss, stats = policy_loss(
+        leaf, torch.ones_like(logp), torch.ones_like(logp), old_logp=logp - d, level=level,
+        clip=(None, None), ref_logp=logp - d, kl_coef=1.0, kl="k2",
+    )  # fmt: skip
+    loss.backward()
+    bounded = max(-20.0, min(20.0, d))
+    ratio = math.exp(bounded)
+    assert loss.item() == pytest.approx(3 * (bounded**2 / 2 - ratio), rel=1e-12)
+    torch.testing.assert_close(
+        leaf.grad, torch.full_like(logp, bounded - ratio), rtol=1e-12, atol=0
+    )
+    fields = dict(zip(PolicyStats.FIELDS, stats.values.tolist(), strict=True))
+    assert fields["k1"] == -3 * bounded and fields["ref_kl"] == 3 * bounded**2 / 2
+    assert fields["ratio_min"] == fields["ratio_max"] == pytest.approx(ratio, rel=1e-12)
+
+
+def test_no_tokens_make_a_loss_of_0_and_say_what_was_computed(kernel):
+    _, stats, *_ = run(sample((0,)), "all")
+    fields = dict(zip(PolicyStats.FIELDS, stats.tolist(), strict=True))
+    assert fields.pop("ratio_min") == math.inf and fields.pop("ratio_max") == -math.inf
+    assert fields.pop("has_ref_kl") == fields.pop("has_entropy") == 1
+    assert set(fields.values()) == {0.0}
+    _, stats, *_ = run(sample((0,)), "ppo")
+    assert stats[PolicyStats.FIELDS.index("has_ref_kl")] == 0
+
+
+def test_the_gradient_of_the_entropy_has_the_factor_of_the_loss(kernel):
+    x = sample((50,), torch.float64)
+    logp, entropy = leaves(x["logp"], x["entropy"])
+    loss, _ = policy_loss(logp, x["advantages"], x["weight"], entropy=entropy, entropy_coef=0.5)
+    grads = torch.autograd.grad(-3 * loss, (logp, entropy), retain_graph=True)
+    again = torch.autograd.grad(7 * loss, (logp, entropy))
+    for factor, (by_logp, by_entropy) in ((-3, grads), (7, again)):
+        torch.testing.assert_close(by_logp, -factor * x["weight"] * x["advantages"])
+        torch.testing.assert_close(by_entropy, -factor * 0.5 * x["weight"])
 
 
 def test_threads_change_no_bit(kernel):

@@ -27,196 +27,218 @@ Log-ratios are clamped to ±20, which bounds a gradient and does not stop it.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._library import (
-    _C,
-    DTYPE_CODE,
-    address,
-    contiguous,
-    cpu_kernel,
-    cuda_kernel,
-    define,
-    scalar,
-    scratch,
-    triton_kernels,
-)
-from ..common.autograd import once_differentiable
-from ..common.checks import (
-    alike,
-    check_cu_seqlens,
-    constant,
-    sequence_count,
-    to_sequences,
-    to_tokens,
-)
+from ..._autograd import Differentiable
+from ..._library import empty_like, scalar
+from ..._op import Op
+from ..common.checks import alike, check_cu_seqlens, sequence_count, to_sequences, to_tokens
+from ..common.log_ratio import MAX_LOG_RATIO, log_ratio
+from ..common.sizes import ElementSizes, SequenceSizes, element_sizes, sequence_sizes
 from ..common.stats import PolicyStats, tally
-from . import surrogates as _surrogates
-from .surrogates import KLS, SURROGATES, Options, check_options, log_ratio, reference_kl
+from .surrogates import (
+    CODES,
+    KLS,
+    SURROGATES,
+    Clip,
+    KlName,
+    Level,
+    LossOptions,
+    SurrogateName,
+    check_options,
+    check_terms,
+)
+
+ENTROPY_COEF = LossOptions._fields.index("entropy_coef")
 
 
-def reference(
-    logp, advantages, weight, old_logp, ratio, ref_logp, entropy,
-    surrogate, kl, options, device_options,
-):  # fmt: skip
-    """-> loss [], coefficient (dL/dlogp, of the shape of logp), stats [16].
+class Inputs(NamedTuple):
+    logp: Tensor  # any shape, fp32 or fp64
+    advantages: Tensor  # like logp
+    weight: Tensor  # like logp; 0 masks a token
+    old_logp: Tensor | None  # like logp; None: logp itself, as a constant
+    ratio: Tensor | None  # like logp: r of the surrogate; None: exp(logp − old_logp)
+    ref_logp: Tensor | None  # like logp; None: there is no KL term
+    entropy: Tensor | None  # like logp; None: there is no entropy term
+    surrogate: str  # a key of SURROGATES
+    kl: str  # a key of KLS
+    options: LossOptions
+    traced_options: Tensor | None  # fp64 [7]: the options in a compiled graph; None: they are above
 
-    ratio: None, or what the surrogate takes in place of exp(logp − old_logp).
-    options: the floats of Options, unless device_options holds them, fp64 [7].
-    """
-    options = Options(*(options if device_options is None else device_options.to(logp.dtype)))
-    kept = weight != 0
-    logp, advantages, weight, old_logp, ratio, ref_logp, entropy = (
-        None if x is None else torch.where(kept, x, 0.0).contiguous()
-        for x in (logp, advantages, weight, old_logp, ratio, ref_logp, entropy)
+
+class Outputs(NamedTuple):
+    loss: Tensor  # [], in the dtype of logp
+    coefficient: Tensor  # dL/dlogp, like logp
+    stats: Tensor  # fp64, in the order of PolicyStats.FIELDS
+
+
+class RatioInputs(NamedTuple):
+    logp: Tensor  # [B, T], or packed [N] with cu_seqlens; fp32 or fp64
+    old_logp: Tensor  # like logp
+    weight: Tensor  # like logp; 0 masks a token
+    cu_seqlens: Tensor | None  # int32 [B + 1]; None: padded
+
+
+class Ratio(NamedTuple):
+    ratio: Tensor  # like logp
+
+
+class Saved(NamedTuple):
+    """What backward needs."""
+
+    coefficient: Tensor
+    weight: Tensor | None  # None: the entropy gets no gradient
+    traced_options: Tensor | None
+    entropy_coef: float  # not read with traced_options
+
+
+class Gradients(NamedTuple):
+    grad_logp: Tensor
+    grad_entropy: Tensor | None
+
+
+def reference(x: Inputs) -> Outputs:
+    """The specification: the tables at the top of this page."""
+    options = x.options
+    if x.traced_options is not None:
+        options = LossOptions(*x.traced_options.to(x.logp.dtype))
+    kept = x.weight != 0
+    logp, advantages, weight, old_logp, given_ratio, ref_logp, entropy = (
+        None if tensor is None else torch.where(kept, tensor, 0.0).contiguous()
+        for tensor in (x.logp, x.advantages, x.weight, x.old_logp, x.ratio, x.ref_logp, x.entropy)
     )
     d = torch.zeros_like(logp) if old_logp is None else log_ratio(logp, old_logp)
     token_ratio = d.exp()
-    ratio = token_ratio if ratio is None else ratio
-    s, slope, too_low, too_high = getattr(_surrogates, surrogate)(ratio, advantages, logp, options)
-    surrogate_loss, loss, ref_kl = weight * s, weight * s, None
+    ratio = token_ratio if given_ratio is None else given_ratio
+    term = SURROGATES[x.surrogate](ratio, advantages, logp, options)
+    loss, slope = weight * term.value, term.slope
+    ref_kl, entropy_sum = torch.zeros_like(ratio), torch.zeros_like(ratio)
     if ref_logp is not None:
-        ref_kl, kl_slope = reference_kl(kl, log_ratio(logp, ref_logp), token_ratio)
+        ref_kl, kl_slope = KLS[x.kl](log_ratio(logp, ref_logp), token_ratio)
         loss, slope = loss + weight * options.kl_coef * ref_kl, slope + options.kl_coef * kl_slope
     if entropy is not None:
-        loss = loss - weight * options.entropy_coef * entropy
+        loss, entropy_sum = loss - weight * options.entropy_coef * entropy, entropy
     real = torch.where(kept, ratio, 0.0)
     fields = {
         "count": kept,
         "weight": weight,
         "loss": loss,
-        "surrogate": surrogate_loss,
+        "surrogate": weight * term.value,
         "ratio": real,
         "ratio_sq": real**2,
         "k1": -d,
         "k3": torch.expm1(d) - d,
-        "clipped_low": too_low,
-        "clipped_high": too_high,
-        "ref_kl": torch.zeros_like(ratio) if ref_kl is None else ref_kl,
-        "entropy": torch.zeros_like(ratio) if entropy is None else entropy,
+        "clipped_low": term.too_low,
+        "clipped_high": term.too_high,
+        "ref_kl": ref_kl,
+        "entropy": entropy_sum,
         "ratio_min": ratio.masked_fill(~kept, math.inf),
         "has_ref_kl": ratio.new_full((), float(ref_logp is not None)),
         "has_entropy": ratio.new_full((), float(entropy is not None)),
         "ratio_max": ratio.masked_fill(~kept, -math.inf),
     }
     stats = tally(PolicyStats, fields)
-    return stats[2].to(logp.dtype, copy=True), weight * slope, stats
+    total = stats[PolicyStats.FIELDS.index("loss")].to(logp.dtype, copy=True)
+    return Outputs(total, weight * slope, stats)
 
 
-def _fake(logp, *_):
-    stats = logp.new_empty(16, dtype=torch.float64)
-    return logp.new_empty(()), logp.new_empty(logp.shape), stats
+def allocate(x: Inputs) -> Outputs:
+    """Makes an empty loss, empty coefficients and empty statistics."""
+    return Outputs(
+        x.logp.new_empty(()),
+        empty_like(x.logp),
+        x.logp.new_empty(len(PolicyStats.FIELDS), dtype=torch.float64),
+    )
 
 
-_policy_loss = define(
-    "policy_loss(Tensor logp, Tensor advantages, Tensor weight, Tensor? old_logp, "
-    "Tensor? ratio, Tensor? ref_logp, Tensor? entropy, str surrogate, str kl, float[] options, "
-    "Tensor? device_options) -> (Tensor loss, Tensor coefficient, Tensor stats)",
-    fake=_fake,
-    reference=reference,
-)
+def sizes(x: Inputs) -> ElementSizes:
+    """Tells C++ the dtype and the number of tokens."""
+    return element_sizes(x.logp)
 
 
-def _launch(run, *args):
-    logp, (surrogate, kl, options, device_options), scratch = args[0], args[7:11], args[11:]
-    if logp.numel() == 0:  # an empty tensor has no address
-        return reference(*args[:11])
-    tensors = contiguous(*args[:7])
-    out = _fake(logp)
-    run(
-        DTYPE_CODE[logp.dtype], logp.numel(), *map(address, tensors), SURROGATES[surrogate],
-        KLS[kl], options, address(device_options), *map(address, out), *scratch,
-    )  # fmt: skip
-    return out
-
-
-@cpu_kernel(_policy_loss)
-def _policy_loss_cpu(*args):
-    return _launch(_C.policy_loss, *args)
-
-
-@cuda_kernel(_policy_loss)
-def _policy_loss_cuda(run, *args):
-    room, _alive = scratch(args[0], fields=16)
-    return _launch(run, *args, room)
-
-
-def reference_sequence_ratio(logp, old_logp, weight, cu_seqlens):
+def reference_ratio(x: RatioInputs) -> Ratio:
     """The ratio of each token's sequence, exp(mean (logp − old_logp)); 0 at masked tokens."""
-    check_cu_seqlens("policy_loss", cu_seqlens, weight)
-    kept = weight != 0
-    d = torch.where(kept, logp.double() - old_logp.double(), 0.0)
-    count = to_sequences(kept.double(), cu_seqlens).clamp(min=1)
-    mean = to_sequences(d, cu_seqlens) / count
-    ratio = mean.clamp(-20.0, 20.0).exp().to(logp.dtype)
-    return torch.where(kept, to_tokens(ratio, logp, cu_seqlens), 0.0)
+    check_cu_seqlens("policy_loss", x.cu_seqlens, x.weight)
+    kept = x.weight != 0
+    d = torch.where(kept, x.logp.double() - x.old_logp.double(), 0.0)
+    count = to_sequences(kept.double(), x.cu_seqlens).clamp(min=1)
+    mean = to_sequences(d, x.cu_seqlens) / count
+    ratio = mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().to(x.logp.dtype)
+    return Ratio(torch.where(kept, to_tokens(ratio, x.logp, x.cu_seqlens), 0.0).contiguous())
 
 
-_sequence_ratio = define(
-    "policy_loss_sequence_ratio(Tensor logp, Tensor old_logp, Tensor weight, Tensor? cu_seqlens) "
-    "-> Tensor",
-    fake=lambda logp, *_: logp.new_empty(logp.shape),
-    reference=reference_sequence_ratio,
+def allocate_ratio(x: RatioInputs) -> Ratio:
+    """Makes empty ratios."""
+    return Ratio(empty_like(x.logp))
+
+
+def ratio_sizes(x: RatioInputs) -> SequenceSizes:
+    """Tells C++ the dtype, and the number and length of the sequences."""
+    return sequence_sizes(x.logp, x.cu_seqlens, x.logp)
+
+
+policy_loss_op = Op(
+    "policy_loss",
+    Inputs,
+    Outputs,
+    page=__name__,
+    reference=reference,
+    allocate=allocate,
+    sizes=sizes,
+    codes=CODES,
+    statistics=len(PolicyStats.FIELDS),
+)
+sequence_ratio_op = Op(
+    "policy_loss_sequence_ratio",
+    RatioInputs,
+    Ratio,
+    page=__name__,
+    reference=reference_ratio,
+    allocate=allocate_ratio,
+    sizes=ratio_sizes,
 )
 
 
-def _launch_sequence_ratio(run, logp, old_logp, weight, cu_seqlens):
-    tensors = contiguous(cu_seqlens, logp, old_logp, weight)
-    ratio = logp.new_empty(logp.shape)
-    count = len(logp) if cu_seqlens is None else len(cu_seqlens) - 1
-    run(DTYPE_CODE[logp.dtype], count, logp.shape[-1], *map(address, [*tensors, ratio]))
-    return ratio
+def _forward(x: Inputs) -> tuple[tuple[Tensor, Tensor], Saved]:
+    outputs = policy_loss_op(x)
+    entropy_coef = x.options.entropy_coef
+    has_gradient = x.entropy is not None and x.entropy.requires_grad
+    counts = has_gradient and (x.traced_options is not None or entropy_coef != 0)
+    weight = x.weight if counts else None
+    saved = Saved(outputs.coefficient, weight, x.traced_options, entropy_coef)
+    return (outputs.loss, outputs.stats), saved
 
 
-@cpu_kernel(_sequence_ratio)
-def _sequence_ratio_cpu(*args):
-    return _launch_sequence_ratio(_C.policy_loss_sequence_ratio, *args)
+def _backward(saved: Saved, grad_loss: Tensor, _grad_stats: None) -> Gradients:
+    grad_logp, grad_entropy = grad_loss * saved.coefficient, None
+    if saved.weight is not None:
+        entropy_coef: float | Tensor = saved.entropy_coef
+        if saved.traced_options is not None:
+            entropy_coef = saved.traced_options[ENTROPY_COEF]
+        grad_entropy = grad_loss * -entropy_coef * saved.weight
+    return Gradients(grad_logp, grad_entropy)
 
 
-cuda_kernel(_sequence_ratio)(_launch_sequence_ratio)
-triton_kernels(__name__, _policy_loss, _sequence_ratio)
+_policy_loss = Differentiable(
+    "policy_loss",
+    inputs=Inputs,
+    saved=Saved,
+    differentiable=("logp", "entropy"),
+    forward=_forward,
+    backward=_backward,
+    constants=(1,),
+)
 
 
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logp, entropy, constants, options):
-        loss, coefficient, stats = _policy_loss(logp, *constants, entropy, *options)
-        *_, (*_, ctx.entropy_coef), device_options = options
-        wanted = ctx.needs_input_grad[1] and (device_options is not None or ctx.entropy_coef != 0)
-        ctx.save_for_backward(coefficient, constants[1] if wanted else None, device_options)
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)  # of stats: a launch on a GPU
-        return loss, stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, _):
-        if grad_loss is None:
-            return None, None, None, None
-        coefficient, weight, device_options = ctx.saved_tensors
-        entropy_coef = ctx.entropy_coef if device_options is None else device_options[-1]
-        by_entropy = None if weight is None else grad_loss * -entropy_coef * weight
-        return grad_loss * coefficient, by_entropy, None, None
-
-
-def check_terms(kl, kl_coef, ref_logp):
-    if kl == "k1":
-        raise ValueError("policy_loss: kl='k1' has expected gradient 0; put k1 in the rewards")
-    if not isinstance(kl, str) or kl not in KLS:
-        raise ValueError(f"policy_loss: kl must be one of {', '.join(KLS)}, got {kl!r}")
-    if ref_logp is None and kl_coef != 0:
-        raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logp")
-
-
-def on_device(options, device):
-    """As the op takes them: in a graph as a tensor, since a float compiles anew for each value."""
+def as_traced(options: LossOptions, device: torch.device) -> tuple[LossOptions, Tensor | None]:
+    """The options as the op takes them: in a graph a tensor, as floats compile anew for a value."""
     if not torch.compiler.is_compiling():
         return options, None
-    return [0.0] * len(options), torch.stack(
-        [scalar(number, torch.float64, device) for number in options]
-    )
+    numbers = [scalar(number, torch.float64, device) for number in options]
+    return LossOptions(*[0.0] * len(options)), torch.stack(numbers)
 
 
 def policy_loss(
@@ -225,35 +247,81 @@ def policy_loss(
     weight: Tensor,
     *,
     old_logp: Tensor | None = None,
-    clip: tuple[float | None, float | None] = (0.2, 0.2),
+    clip: Clip = (0.2, 0.2),
     dual_clip: float | None = None,
     tau: tuple[float, float] = (1.0, 1.05),
-    surrogate: str = "ppo",
-    level: str = "token",
+    surrogate: SurrogateName = "ppo",
+    level: Level = "token",
     ref_logp: Tensor | None = None,
     kl_coef: float = 0.0,
-    kl: str = "k3",
+    kl: KlName = "k3",
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """Σ weight · (surrogate + kl_coef · KL − entropy_coef · entropy), and what was counted.
+    """The policy-gradient loss of tokens, weighted and summed, with its KL and entropy terms.
 
-    All tensors have the shape of logp and any float dtype. logp and entropy are differentiable, the
-    others are constants. Weight 0 masks a token: not read, no gradient, not counted.
-    old_logp: None means that logp was sampled from: the ratio is exactly 1.
-    clip: "ppo" and "cispo" bound the ratio by 1 - low and 1 + high, None on a side: unbounded.
-    dual_clip: > 1, bounds the ratio of "ppo" where A < 0, and so the loss by -dual_clip A.
-    tau: > 0, of "sapo": where A >= 0, where A < 0; the larger, the faster the gradient fades.
-    ref_logp: with kl_coef = 0 its KL is counted and no more.
-    level: "sequence" takes the mean log-ratio of each sequence; tokens are [B, T], or packed [N]
-    with cu_seqlens (int32 [B + 1]), which no other level reads.
-    Returns (loss, stats): a scalar, fp32 (fp64 if an input is fp64), and PolicyStats.
+    L = Σ weight · (s + kl_coef · KL − entropy_coef · H), with r = exp(logp − old_logp) and s by the
+    surrogate. "sg" holds what it is given constant.
+
+    Args:
+        logp: Log-probs of the sampled tokens, in nats; any shape and float dtype; differentiable.
+            The other tensors have its shape, and any float dtype.
+        advantages: A, a constant.
+        weight: w, a constant, as from token_weights. Weight 0 masks a token: it is not read, gets
+            no gradient and is not counted.
+        old_logp: The log-probs when the tokens were sampled, a constant. None: logp itself; the
+            ratio is then exactly 1.
+        clip: (low, high): "ppo" and "cispo" bound r by 1 − low and 1 + high; None on a side leaves
+            it unbounded.
+        dual_clip: > 1; bounds r of "ppo" where A < 0, and so the loss by −dual_clip · A.
+        tau: > 0, of "sapo": where A >= 0, and where A < 0. The larger, the faster the gradient
+            fades as r leaves 1.
+        surrogate: "ppo" is −min(r A, clip(r) A); "reinforce" is −sg(r) A logp, and never clips;
+            "cispo" is −sg(clip(r)) A logp: clipped tokens keep a gradient; "sapo" is
+            −4/τ σ(τ (r − 1)) A, a gate in place of a clip.
+        level: "token" takes the token's own r; "sequence" takes exp(mean of logp − old_logp) over
+            the unmasked tokens of its sequence (GSPO), for tokens [B, T], or [N] with cu_seqlens.
+        ref_logp: The log-probs under the reference policy, a constant. With kl_coef = 0 its KL is
+            counted and no more.
+        kl_coef: >= 0; needs ref_logp.
+        kl: How KL(policy ‖ reference) is estimated, with d = logp − ref_logp. "k3" is
+            r (e^{−d} − 1 + d), whose gradient is that of the KL, off policy too; "k3_naive" is the
+            same without r, whose gradient is that of KL(reference ‖ policy); "k2" is d² / 2.
+        entropy: H of each token's distribution, as from token_logprobs; differentiable.
+        entropy_coef: Any finite number; needs entropy.
+        cu_seqlens: int32 [B + 1], where packed sequences begin and end; read by level="sequence".
+
+    Returns:
+        (loss, stats): a scalar, fp32, or fp64 if an input is fp64; and `PolicyStats`.
+
+    Raises:
+        TypeError: An argument is no tensor or number, or has a dtype that it cannot have.
+        ValueError: A shape, a device or a value does not fit; the message names it.
+
+    Example:
+        >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+        >>> advantages, weight = torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.5])
+        >>> loss, stats = fastpg.policy_loss(logp, advantages, weight, surrogate="reinforce")
+        >>> loss.backward()
+        >>> logp.grad
+        tensor([-0.5000,  0.5000])
+
+    Reference:
+        PPO: Schulman et al. 2017, arXiv:1707.06347. Dual clip: Ye et al. 2020, arXiv:1912.09729.
+        CISPO: MiniMax 2025, arXiv:2506.13585. GSPO: Zheng et al. 2025, arXiv:2507.18071. SAPO: Gao
+        et al. 2025, arXiv:2511.20347. KL: Schulman 2020, joschu.net/blog/kl-approx.html.
     """
     logp, advantages, weight, old_logp, ref_logp, entropy = alike(
-        "policy_loss", ("old_logp", "ref_logp", "entropy"), logp=logp, advantages=advantages,
-        weight=weight, old_logp=old_logp, ref_logp=ref_logp, entropy=entropy,
-    )  # fmt: skip
+        "policy_loss",
+        ("old_logp", "ref_logp", "entropy"),
+        logp=logp,
+        advantages=advantages,
+        weight=weight,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        entropy=entropy,
+    )
     options = check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef)
     check_terms(kl, kl_coef, ref_logp)
     if entropy is None and entropy_coef != 0:
@@ -262,15 +330,26 @@ def policy_loss(
     if level == "sequence":
         sequence_count("policy_loss", "logp", logp, cu_seqlens)
         if old_logp is not None:
-            ratio = _sequence_ratio(logp.detach(), old_logp.detach(), weight.detach(), cu_seqlens)
-        elif not torch.compiler.is_compiling():  # a graph cannot branch on values
+            tokens = RatioInputs(logp.detach(), old_logp.detach(), weight.detach(), cu_seqlens)
+            ratio = sequence_ratio_op(tokens).ratio
+        elif not torch.compiler.is_compiling():  # A graph cannot branch on values.
             check_cu_seqlens("policy_loss", cu_seqlens, logp)
     elif level != "token":
         raise ValueError(f"policy_loss: level must be token or sequence, got {level!r}")
-    constants = advantages, weight, old_logp, ratio, ref_logp
-    options = surrogate, kl, *on_device(options, logp.device)
-    if constant(logp, *constants, entropy):
-        loss, _, stats = _policy_loss(logp, *constants, entropy, *options)
-    else:
-        loss, stats = _PolicyLoss.apply(logp, entropy, constants, options)
+    options, traced = as_traced(options, logp.device)
+    loss, stats = _policy_loss(
+        Inputs(
+            logp=logp,
+            advantages=advantages,
+            weight=weight,
+            old_logp=old_logp,
+            ratio=ratio,
+            ref_logp=ref_logp,
+            entropy=entropy,
+            surrogate=surrogate,
+            kl=kl,
+            options=options,
+            traced_options=traced,
+        )
+    )
     return loss, PolicyStats(stats)

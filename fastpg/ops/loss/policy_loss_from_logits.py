@@ -29,7 +29,7 @@ from ..vocabulary.logit_rows import addressable
 from ..vocabulary.token_logprobs import token_logprobs
 from . import policy_loss as tokens_page
 from .policy_loss import policy_loss
-from .surrogates import KLS, SURROGATES, check_options
+from .surrogates import CODES, LossOptions, check_options, check_terms
 
 OP = "policy_loss_from_logits"
 
@@ -50,8 +50,10 @@ def reference(
     logp, entropy, of_rows = rows_page.reference(rows)
     entropy = entropy if with_entropy else None
     loss, by_logp, stats = tokens_page.reference(
-        logp, advantages, weight, old_logp, None, ref_logp, entropy,
-        surrogate, kl, options, device_options,
+        tokens_page.Inputs(
+            logp, advantages, weight, old_logp, None, ref_logp, entropy,
+            surrogate, kl, LossOptions(*options), device_options,
+        )
     )  # fmt: skip
     entropy_coef = options[-1] if device_options is None else device_options[-1].to(logp.dtype)
     by_entropy = -entropy_coef * weight if with_entropy else None
@@ -102,8 +104,8 @@ def _loss_cpu(out, *args):
     loss, stats = _fake(out, logits, labels, temperature)
     made = logp, entropy, of_rows, coefficient, grad_entropy, out, loss, stats
     _C.policy_loss_from_logits(
-        rows, DTYPE_CODE[logp.dtype], *map(address, tokens), SURROGATES[surrogate], KLS[kl],
-        options, address(device_options), *map(address, made),
+        rows, DTYPE_CODE[logp.dtype], *map(address, tokens), CODES["surrogate"][surrogate],
+        CODES["kl"][kl], options, address(device_options), *map(address, made),
     )  # fmt: skip
     return loss, stats
 
@@ -225,7 +227,7 @@ def policy_loss_from_logits(
         with_entropy=False,
     )[:-1]  # fmt: skip
     numbers = check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef)
-    tokens_page.check_terms(kl, kl_coef, ref_logp)
+    check_terms(kl, kl_coef, ref_logp)
     tokens = _tokens(
         labels, rows[2].dtype, advantages=advantages, weight=weight, old_logp=old_logp,
         ref_logp=ref_logp,
@@ -239,7 +241,7 @@ def policy_loss_from_logits(
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
         _check_inplace(logits)
-    numbers = tokens_page.on_device(numbers, logits.device)
+    numbers = tokens_page.as_traced(numbers, logits.device)
     args = *rows[1:], *tokens, surrogate, kl, *numbers, entropy_coef != 0
     loss, stats = _PolicyLossFromLogits.apply(logits, inplace, *args)
     return loss, PolicyStats(stats)

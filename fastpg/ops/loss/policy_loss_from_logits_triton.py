@@ -25,7 +25,9 @@ from ..vocabulary.rows_triton import (
     write_gradient,
 )
 from ..vocabulary.token_logprobs import Inputs
+from . import policy_loss as policy_page
 from .policy_loss_triton import policy_loss
+from .surrogates import LossOptions
 from .surrogates_triton import options_of, token_loss
 
 # Tiles of 8 KB under way in a program, as bandwidth times latency asks for where it is alone on its
@@ -128,7 +130,6 @@ def policy_loss_from_logits(out, *args):
     logp, kept_weight = torch.empty_like(weight), torch.empty_like(weight)
     entropy = torch.empty_like(weight) if with_entropy else None
     count = weight.numel()
-    names = ("low", "high", "dual_clip", "tau_positive", "tau_negative", "kl_coef", "entropy_coef")
     rows_kernel[(programs(out, count, rows.vocab * out.itemsize),)](
         **rows.arguments,
         advantages=advantages,
@@ -141,14 +142,16 @@ def policy_loss_from_logits(out, *args):
         kept_weight=kept_weight,
         flag=label_flag("policy_loss_from_logits", out.device),
         out=out,
-        **dict(zip(names, numbers if device_options is None else [0.0] * 7, strict=True)),
+        **LossOptions(*numbers)._asdict(),
         SURROGATE=surrogate,
         KL=kl,
         **constants(**rows.features(entropy=with_entropy)),
     )
     loss, _, stats = policy_loss(
-        logp, advantages, kept_weight, old_logp, None, ref_logp, entropy, surrogate, kl, numbers,
-        device_options,
+        policy_page.Inputs(
+            logp, advantages, kept_weight, old_logp, None, ref_logp, entropy, surrogate, kl,
+            LossOptions(*numbers), device_options,
+        )
     )  # fmt: skip
     return loss, stats
 

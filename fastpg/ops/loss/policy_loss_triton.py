@@ -1,4 +1,4 @@
-"""policy_loss on the GPU: one block of tokens a program, statistics in the order of PolicyStats."""
+"""policy_loss on the GPU: the maths of csrc/loss/policy_loss.h, a block of tokens to a program."""
 
 from __future__ import annotations
 
@@ -8,91 +8,125 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._library import REFERENCES, contiguous
+from ..._record import contiguous
+from ..common.stats import PolicyStats
 from ..common.triton import (
     BLOCK,
     OPTIONS,
     block_offsets,
     blocks_of,
+    bounded,
+    field_of,
     jit,
-    on_device,
+    load_kept,
     sequence_bounds,
 )
-from .surrogates_triton import log_ratio, options_of, token_loss
+from .policy_loss import Inputs, Outputs, Ratio, RatioInputs, allocate, allocate_ratio
+from .surrogates_triton import options_of, token_loss
 
-FIELDS = tl.constexpr(16)
 INFINITY = tl.constexpr(math.inf)
-SUMS = tl.constexpr(12)  # then three minima and a maximum
 ROWS = tl.constexpr(64)  # partial results at a time: registers hold three times as many fields
 
+FIELDS = tl.constexpr(len(PolicyStats.FIELDS))  # a power of 2, as tl.arange demands
+SUMS = tl.constexpr(len(PolicyStats.SUMS))  # the sums come first, then the minima, then the maxima
+MINIMA_END = tl.constexpr(len(PolicyStats.SUMS + PolicyStats.MINIMA))
+COUNT = field_of(PolicyStats, "count")
+WEIGHT = field_of(PolicyStats, "weight")
+LOSS = field_of(PolicyStats, "loss")
+SURROGATE_LOSS = field_of(PolicyStats, "surrogate")
+RATIO = field_of(PolicyStats, "ratio")
+RATIO_SQ = field_of(PolicyStats, "ratio_sq")
+K1 = field_of(PolicyStats, "k1")
+K3 = field_of(PolicyStats, "k3")
+CLIPPED_LOW = field_of(PolicyStats, "clipped_low")
+CLIPPED_HIGH = field_of(PolicyStats, "clipped_high")
+REF_KL = field_of(PolicyStats, "ref_kl")
+ENTROPY = field_of(PolicyStats, "entropy")
+RATIO_MIN = field_of(PolicyStats, "ratio_min")
+HAS_REF_KL = field_of(PolicyStats, "has_ref_kl")
+HAS_ENTROPY = field_of(PolicyStats, "has_entropy")
+RATIO_MAX = field_of(PolicyStats, "ratio_max")
+
 
 @triton.jit
-def load_kept(x, at, kept):
-    return tl.load(x + at, mask=kept, other=0.0)
-
-
-@triton.jit
-def put_sum(part, field, x):
+def put_sum(part, field: tl.constexpr, x: tl.tensor):
     tl.store(part + field, tl.sum(x.to(tl.float64), 0))
 
 
 @triton.jit
-def put_ratios(part, ratio, kept):
+def put_ratios(part, ratio: tl.tensor, kept: tl.tensor):
     """The statistics of the ratios that the surrogate took."""
     real = tl.where(kept, ratio, 0.0)
-    put_sum(part, 4, real)
-    put_sum(part, 5, real * real)
+    put_sum(part, RATIO, real)
+    put_sum(part, RATIO_SQ, real * real)
     ordered = kept & (ratio == ratio)  # merge_kernel sees a NaN in the sum
-    tl.store(part + 12, tl.min(tl.where(ordered, ratio, INFINITY), 0))
-    tl.store(part + 15, tl.max(tl.where(ordered, ratio, -INFINITY), 0))
+    tl.store(part + RATIO_MIN, tl.min(tl.where(ordered, ratio, INFINITY), 0))
+    tl.store(part + RATIO_MAX, tl.max(tl.where(ordered, ratio, -INFINITY), 0))
 
 
 @jit
 def forward_kernel(
-    logp, advantages, weight, old_logp, ratio, ref_logp, entropy, device_options, coefficient,
-    parts, count: tl.int64, low: tl.float64, high: tl.float64, dual_clip: tl.float64,
-    tau_positive: tl.float64, tau_negative: tl.float64, kl_coef: tl.float64,
-    entropy_coef: tl.float64, SURROGATE: tl.constexpr, KL: tl.constexpr,
-):  # fmt: skip
+    logp,
+    advantages,
+    weight,
+    old_logp,
+    ratio,
+    ref_logp,
+    entropy,
+    traced_options,
+    coefficient,
+    parts,
+    count: tl.int64,
+    low: tl.float64,
+    high: tl.float64,
+    dual_clip: tl.float64,
+    tau_positive: tl.float64,
+    tau_negative: tl.float64,
+    kl_coef: tl.float64,
+    entropy_coef: tl.float64,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+):
     """The coefficients of a block, dL/dlogp, and its statistics."""
-    at = block_offsets()
+    offset = block_offsets()
     part = parts + tl.program_id(0).to(tl.int64) * FIELDS
-    w = tl.load(weight + at, mask=at < count, other=0.0)
+    w = tl.load(weight + offset, mask=offset < count, other=0.0)
     kept = w != 0
-    x, a = load_kept(logp, at, kept), load_kept(advantages, at, kept)
+    x, a = load_kept(logp, offset, kept), load_kept(advantages, offset, kept)
     bounds, taus, kl_coef, entropy_coef = options_of(
-        x, device_options, low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef
+        x, traced_options, low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef
     )
-    old = None if old_logp is None else load_kept(old_logp, at, kept)
-    held = None if ratio is None else load_kept(ratio, at, kept)
-    ref = None if ref_logp is None else load_kept(ref_logp, at, kept)
+    old = None if old_logp is None else load_kept(old_logp, offset, kept)
+    given = None if ratio is None else load_kept(ratio, offset, kept)
+    ref = None if ref_logp is None else load_kept(ref_logp, offset, kept)
     (value, too_low, too_high), (r, d, excess), ref_kl, slope = token_loss(
-        x, a, old, held, ref, bounds, taus, kl_coef, SURROGATE, KL
+        x, a, old, given, ref, bounds, taus, kl_coef, SURROGATE, KL
     )
     loss, h = w * value, tl.zeros_like(x)
-    put_sum(part, 3, loss)
+    put_sum(part, SURROGATE_LOSS, loss)
     if ref_logp is not None:
         loss += w * kl_coef * ref_kl
     if entropy is not None:
-        h = load_kept(entropy, at, kept)
+        h = load_kept(entropy, offset, kept)
         loss -= w * entropy_coef * h
-    tl.store(coefficient + at, w * slope, mask=at < count)
-    put_sum(part, 0, kept)
-    put_sum(part, 1, w)
-    put_sum(part, 2, loss)
+    tl.store(coefficient + offset, w * slope, mask=offset < count)
+    put_sum(part, COUNT, kept)
+    put_sum(part, WEIGHT, w)
+    put_sum(part, LOSS, loss)
     put_ratios(part, r, kept)
-    put_sum(part, 6, -d)
-    put_sum(part, 7, excess)
-    put_sum(part, 8, too_low)
-    put_sum(part, 9, too_high)
-    put_sum(part, 10, ref_kl)
-    put_sum(part, 11, h)
-    tl.store(part + 13, 0.0 if ref_logp is None else 1.0)
-    tl.store(part + 14, 0.0 if entropy is None else 1.0)
+    put_sum(part, K1, -d)
+    put_sum(part, K3, excess)
+    put_sum(part, CLIPPED_LOW, too_low)
+    put_sum(part, CLIPPED_HIGH, too_high)
+    put_sum(part, REF_KL, ref_kl)
+    put_sum(part, ENTROPY, h)
+    tl.store(part + HAS_REF_KL, 0.0 if ref_logp is None else 1.0)
+    tl.store(part + HAS_ENTROPY, 0.0 if entropy is None else 1.0)
 
 
 @jit
 def merge_kernel(parts, stats, loss, rows: tl.int32):
+    """The statistics of all blocks, from a row of parts for each; and the loss among them."""
     field = tl.arange(0, FIELDS)
     total = tl.zeros([ROWS, FIELDS], tl.float64)
     least, most = total + INFINITY, total - INFINITY
@@ -103,31 +137,39 @@ def merge_kernel(parts, stats, loss, rows: tl.int32):
         least = tl.minimum(least, tl.where(row < rows, x, INFINITY))
         most = tl.maximum(most, tl.where(row < rows, x, -INFINITY))
     sums = tl.sum(total, 0)
-    ratios = tl.sum(tl.where(field == 4, sums, 0.0), 0)
-    bound = tl.where(field == 15, tl.max(most, 0), tl.min(least, 0))
+    ratios = tl.sum(tl.where(field == RATIO, sums, 0.0), 0)
+    bound = tl.where(field < MINIMA_END, tl.min(least, 0), tl.max(most, 0))
     # A NaN ratio must show: the minima and maxima left it out, the sum did not.
-    ratios = tl.where((field == 12) | (field == 15), ratios, 0.0)
+    ratios = tl.where((field == RATIO_MIN) | (field == RATIO_MAX), ratios, 0.0)
     bound = tl.where(ratios != ratios, ratios, bound)
     tl.store(stats + field, tl.where(field < SUMS, sums, bound))
-    tl.store(loss, tl.sum(tl.where(field == 2, sums, 0.0), 0))
+    tl.store(loss, tl.sum(tl.where(field == LOSS, sums, 0.0), 0))
 
 
-@on_device
-def policy_loss(*args):
-    logp, (name, kl, options), device_options = args[0], args[7:10], [*args[10:], None][0]
-    if logp.numel() == 0:
-        return REFERENCES[torch.ops.fastpg.policy_loss.default](*args)
-    tensors, blocks = contiguous(*args[:7]), blocks_of(logp)
-    parts = logp.new_empty((blocks, FIELDS.value), dtype=torch.float64)
-    loss, stats = logp.new_empty(()), parts.new_empty(FIELDS.value)
-    coefficient = torch.empty_like(tensors[0])
-    numbers = options if device_options is None else [0.0] * 7
+def policy_loss(x: Inputs) -> Outputs:
+    """Launches a program for each block of tokens, then one that merges their statistics."""
+    x, outputs = contiguous(x), allocate(x)
+    blocks = max(1, blocks_of(x.logp))  # one of no tokens says which of the sums were computed
+    parts = x.logp.new_empty((blocks, FIELDS.value), dtype=torch.float64)
     forward_kernel[(blocks,)](
-        *tensors, device_options, coefficient, parts, logp.numel(), *numbers, SURROGATE=name, KL=kl,
+        logp=x.logp,
+        advantages=x.advantages,
+        weight=x.weight,
+        old_logp=x.old_logp,
+        ratio=x.ratio,
+        ref_logp=x.ref_logp,
+        entropy=x.entropy,
+        traced_options=x.traced_options,
+        coefficient=outputs.coefficient,
+        parts=parts,
+        count=x.logp.numel(),
+        **x.options._asdict(),
+        SURROGATE=x.surrogate,
+        KL=x.kl,
         **OPTIONS,
-    )  # fmt: skip
-    merge_kernel[(1,)](parts, stats, loss, blocks, **OPTIONS)
-    return loss, coefficient, stats
+    )
+    merge_kernel[(1,)](parts, outputs.stats, outputs.loss, blocks, **OPTIONS)
+    return outputs
 
 
 @jit
@@ -138,26 +180,32 @@ def sequence_ratio_kernel(
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)
     total, count = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        kept = tl.load(weight + at, mask=at < end, other=0.0) != 0
-        x, old = load_kept(logp, at, kept), load_kept(old_logp, at, kept)
+        offset = start + tl.arange(0, BLOCK)
+        kept = tl.load(weight + offset, mask=offset < end, other=0.0) != 0
+        x, old = load_kept(logp, offset, kept), load_kept(old_logp, offset, kept)
         total += x.to(tl.float64) - old.to(tl.float64)
         count += kept.to(tl.float64)
     mean = tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1.0)
-    of_sequence = tl.exp(log_ratio(mean, 0.0)).to(ratio.dtype.element_ty)
+    sequence_ratio = tl.exp(bounded(mean)).to(ratio.dtype.element_ty)
     for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        kept = tl.load(weight + at, mask=at < end, other=0.0) != 0
-        tl.store(ratio + at, tl.where(kept, of_sequence, 0.0), mask=at < end)
+        offset = start + tl.arange(0, BLOCK)
+        kept = tl.load(weight + offset, mask=offset < end, other=0.0) != 0
+        tl.store(ratio + offset, tl.where(kept, sequence_ratio, 0.0), mask=offset < end)
 
 
-@on_device
-def policy_loss_sequence_ratio(logp, old_logp, weight, cu_seqlens):
-    tensors = contiguous(logp, old_logp, weight, cu_seqlens)
-    ratio = torch.empty_like(tensors[0])
-    sequences = len(logp) if cu_seqlens is None else len(cu_seqlens) - 1
+def policy_loss_sequence_ratio(x: RatioInputs) -> Ratio:
+    """Launches a program for each sequence."""
+    x, ratio = contiguous(x), allocate_ratio(x).ratio
     if ratio.numel():
+        sequences = len(x.logp) if x.cu_seqlens is None else len(x.cu_seqlens) - 1
         sequence_ratio_kernel[(sequences,)](
-            *tensors, ratio, logp.shape[-1], logp.numel(), **OPTIONS
+            logp=x.logp,
+            old_logp=x.old_logp,
+            weight=x.weight,
+            cu_seqlens=x.cu_seqlens,
+            ratio=ratio,
+            length=x.logp.shape[-1],
+            tokens=x.logp.numel(),
+            **OPTIONS,
         )
-    return ratio
+    return Ratio(ratio)

@@ -1,22 +1,27 @@
-"""The maths of one token of the policy loss, as csrc/policy_loss.h has it for the kernels.
+"""The terms of one token of the policy loss, as csrc/loss/policy_loss.h has them for the kernels.
 
-A surrogate takes the ratio r, the advantage A, logp and the options, and returns the loss s of the
-token, ds/dlogp = −c(r, A), and whether the lower and the upper bound of r are in force.
+A surrogate takes the ratio r, the advantage A, logp and the options. It returns the loss s of the
+token, ds/dlogp = −c(r, A), and whether the lower and the upper bound of r are in force. A KL to the
+reference takes d = logp − ref_logp and the token's r, and returns its value and its derivative.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-SURROGATES = {"ppo": 0, "reinforce": 1, "cispo": 2, "sapo": 3}  # the codes of csrc/policy_loss.h
-KLS = {"k3": 0, "k3_naive": 1, "k2": 2}
+Clip = tuple[float | None, float | None]
+SurrogateName = Literal["ppo", "reinforce", "cispo", "sapo"]
+KlName = Literal["k3", "k3_naive", "k2"]
+Level = Literal["token", "sequence"]
 
 
-class Options(NamedTuple):
+class LossOptions(NamedTuple):
     """The numbers of the loss: floats, or 0-d tensors in a graph that is compiled for any value."""
 
     low: float  # the bounds of r; infinite: none
@@ -28,7 +33,14 @@ class Options(NamedTuple):
     entropy_coef: float
 
 
-def ppo(ratio, advantages, logp, options):
+class SurrogateTerm(NamedTuple):
+    value: Tensor  # s
+    slope: Tensor  # ds/dlogp
+    too_low: Tensor  # r is below its lower bound, which is in force
+    too_high: Tensor
+
+
+def ppo(ratio: Tensor, advantages: Tensor, _logp: Tensor, options: LossOptions) -> SurrogateTerm:
     """s = −min(r A, clip(r) A), at most −dual_clip A where A < 0; c = r A, or 0 where r is held."""
     too_low = (advantages < 0) & (ratio < options.low)
     too_high = (advantages > 0) & (ratio > options.high)
@@ -36,84 +48,131 @@ def ppo(ratio, advantages, logp, options):
     held = ratio.masked_fill(too_low, options.low).masked_fill(too_high, options.high)
     held = held.masked_fill(beyond, options.dual_clip)
     slope = torch.where(too_low | too_high | beyond, 0.0, -ratio * advantages)
-    return -held * advantages, slope, too_low, too_high | beyond
+    return SurrogateTerm(-held * advantages, slope, too_low, too_high | beyond)
 
 
-def reinforce(ratio, advantages, logp, options):
+def reinforce(
+    ratio: Tensor, advantages: Tensor, logp: Tensor, _options: LossOptions
+) -> SurrogateTerm:
     """s = −sg(r) A logp; c = r A."""
     never = torch.zeros_like(ratio, dtype=torch.bool)
     slope = -ratio * advantages
-    return torch.where(advantages == 0, 0.0, slope * logp), slope, never, never
+    return SurrogateTerm(torch.where(advantages == 0, 0.0, slope * logp), slope, never, never)
 
 
-def cispo(ratio, advantages, logp, options):
+def cispo(ratio: Tensor, advantages: Tensor, logp: Tensor, options: LossOptions) -> SurrogateTerm:
     """s = −sg(clip(r)) A logp; c = clip(r) A: a token whose ratio is held keeps its gradient."""
     too_low = (advantages != 0) & (ratio < options.low)
     too_high = (advantages != 0) & (ratio > options.high)
     held = ratio.masked_fill(too_low, options.low).masked_fill(too_high, options.high)
-    value, slope, *_ = reinforce(held, advantages, logp, options)
-    return value, slope, too_low, too_high
+    term = reinforce(held, advantages, logp, options)
+    return SurrogateTerm(term.value, term.slope, too_low, too_high)
 
 
-def sapo(ratio, advantages, logp, options):
+def sapo(ratio: Tensor, advantages: Tensor, _logp: Tensor, options: LossOptions) -> SurrogateTerm:
     """s = −4/τ σ(τ (r − 1)) A; c = 4 σ (1 − σ) r A. τ is tau_negative where A < 0."""
     one, never = torch.ones_like(ratio), torch.zeros_like(ratio, dtype=torch.bool)
     tau = torch.where(advantages < 0, options.tau_negative * one, options.tau_positive * one)
     x = tau * (ratio - 1)
     value = -4 / tau * torch.sigmoid(x) * advantages
-    return value, -4 * torch.sigmoid(x) * torch.sigmoid(-x) * ratio * advantages, never, never
+    slope = -4 * torch.sigmoid(x) * torch.sigmoid(-x) * ratio * advantages
+    return SurrogateTerm(value, slope, never, never)
 
 
-def log_ratio(logp, other):
-    return (logp - other).clamp(-20.0, 20.0)
+def k3(d: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """r (e^{−d} − 1 + d); its derivative, with r' = r, is r d."""
+    return ratio * (torch.expm1(-d) + d), ratio * d
 
 
-def reference_kl(kl, d, ratio):
-    """The KL term and its derivative by logp; d = logp − ref_logp."""
-    if kl == "k2":
-        return d * d / 2, d
-    k3 = torch.expm1(-d) + d
-    return (ratio * k3, ratio * d) if kl == "k3" else (k3, -torch.expm1(-d))
+def k3_naive(d: Tensor, _ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """e^{−d} − 1 + d, and its derivative."""
+    return torch.expm1(-d) + d, -torch.expm1(-d)
 
 
-def check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef) -> Options:
+def k2(d: Tensor, _ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """d² / 2, and its derivative."""
+    return d * d / 2, d
+
+
+Surrogate = Callable[[Tensor, Tensor, Tensor, LossOptions], SurrogateTerm]
+SURROGATES: dict[str, Surrogate] = {
+    "ppo": ppo,
+    "reinforce": reinforce,
+    "cispo": cispo,
+    "sapo": sapo,
+}
+KLS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "k3": k3,
+    "k3_naive": k3_naive,
+    "k2": k2,
+}
+# The integers that csrc/loss/policy_loss.h knows them by.
+CODES = {
+    "surrogate": {name: code for code, name in enumerate(SURROGATES)},
+    "kl": {name: code for code, name in enumerate(KLS)},
+}
+
+
+def check_options(
+    clip: Clip,
+    dual_clip: float | None,
+    tau: tuple[float, float],
+    surrogate: str,
+    kl_coef: float,
+    entropy_coef: float,
+) -> LossOptions:
     """The arguments of policy_loss as the kernels take them."""
     if not isinstance(surrogate, str) or surrogate not in SURROGATES:
         names = ", ".join(SURROGATES)
         raise ValueError(f"policy_loss: surrogate must be one of {names}, got {surrogate!r}")
     low, high = _pair("clip", clip)
-    _check_numbers({"clip": clip, "dual_clip": (dual_clip,)}, (float, Real, type(None)))
-    coefficients = {"kl_coef": (kl_coef,), "entropy_coef": (entropy_coef,)}
-    _check_numbers({"tau": _pair("tau", tau), **coefficients}, (float, Real))
+    _check_numbers("clip", clip, (float, Real, type(None)))
+    _check_numbers("dual_clip", (dual_clip,), (float, Real, type(None)))
+    tau_positive, tau_negative = _pair("tau", tau)
+    _check_numbers("tau", tau, (float, Real))
+    _check_numbers("kl_coef", (kl_coef,), (float, Real))
+    _check_numbers("entropy_coef", (entropy_coef,), (float, Real))
     if (low is not None and not low >= 0) or (high is not None and not high >= 0):
         raise ValueError(f"policy_loss: clip must be >= 0 or None on each side, got {clip}")
     if dual_clip is not None and surrogate != "ppo":
         raise ValueError(f"policy_loss: dual_clip={dual_clip} needs surrogate='ppo'")
     if dual_clip is not None and not 1 < dual_clip < math.inf:
         raise ValueError(f"policy_loss: dual_clip must be finite and > 1, got {dual_clip}")
-    if not all(0 < t < math.inf for t in tau):
+    if not (0 < tau_positive < math.inf and 0 < tau_negative < math.inf):
         raise ValueError(f"policy_loss: tau must be finite and > 0, got {tau}")
     if not 0 <= kl_coef < math.inf:
         raise ValueError(f"policy_loss: kl_coef must be finite and >= 0, got {kl_coef}")
     if not -math.inf < entropy_coef < math.inf:
         raise ValueError(f"policy_loss: entropy_coef must be finite, got {entropy_coef}")
-    return Options(
-        -math.inf if low is None else 1.0 - low,
-        math.inf if high is None else 1.0 + high,
-        math.inf if dual_clip is None else dual_clip,
-        *tau, kl_coef, entropy_coef,
-    )  # fmt: skip
+    return LossOptions(
+        low=-math.inf if low is None else 1.0 - low,
+        high=math.inf if high is None else 1.0 + high,
+        dual_clip=math.inf if dual_clip is None else dual_clip,
+        tau_positive=tau_positive,
+        tau_negative=tau_negative,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+    )
 
 
-def _check_numbers(options, kind):
-    for name, values in options.items():
-        for value in values:
-            if not isinstance(value, kind):
-                got = type(value).__name__
-                raise TypeError(f"policy_loss: {name} must be a number, got {got}")
+def check_terms(kl: str, kl_coef: float, ref_logp: Tensor | None) -> None:
+    """Raises ValueError unless the KL is one that there is, and has what it needs."""
+    if kl == "k1":
+        raise ValueError("policy_loss: kl='k1' has expected gradient 0; put k1 in the rewards")
+    if not isinstance(kl, str) or kl not in KLS:
+        raise ValueError(f"policy_loss: kl must be one of {', '.join(KLS)}, got {kl!r}")
+    if ref_logp is None and kl_coef != 0:
+        raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logp")
 
 
-def _pair(name, value):
+def _check_numbers(name: str, values: Iterable[object], kinds: tuple[type, ...]) -> None:
+    for value in values:
+        if not isinstance(value, kinds):
+            got = type(value).__name__
+            raise TypeError(f"policy_loss: {name} must be a number, got {got}")
+
+
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"policy_loss: {name} must be a pair, got {value}")
-    return value
+    return value[0], value[1]

@@ -1,7 +1,6 @@
-"""The policy loss of one token in Triton: the maths of csrc/policy_loss.h.
+"""The policy loss of one token in Triton: the maths of csrc/loss/policy_loss.h.
 
-Every function takes tensors of any shape; the numbers are in the order of Options in
-_surrogates.py.
+Every function takes tensors of any shape; the numbers are in the order of LossOptions.
 """
 
 from __future__ import annotations
@@ -9,33 +8,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.triton import exp_excess, number
+from ..common.triton import bounded, exp_excess, number
 
 
 @triton.jit
 def options_of(
-    like, device_options, low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef
+    like,
+    traced_options,
+    low,
+    high,
+    dual_clip,
+    tau_positive,
+    tau_negative,
+    kl_coef,
+    entropy_coef,
 ):
     """The seven numbers in the dtype of `like`; from memory where they were given there."""
-    if device_options is not None:
-        low, high = tl.load(device_options), tl.load(device_options + 1)
-        dual_clip = tl.load(device_options + 2)
-        tau_positive, tau_negative = tl.load(device_options + 3), tl.load(device_options + 4)
-        kl_coef, entropy_coef = tl.load(device_options + 5), tl.load(device_options + 6)
+    if traced_options is not None:
+        low, high = tl.load(traced_options), tl.load(traced_options + 1)
+        dual_clip = tl.load(traced_options + 2)
+        tau_positive, tau_negative = tl.load(traced_options + 3), tl.load(traced_options + 4)
+        kl_coef, entropy_coef = tl.load(traced_options + 5), tl.load(traced_options + 6)
     bounds = number(low, like), number(high, like), number(dual_clip, like)
     taus = number(tau_positive, like), number(tau_negative, like)
     return bounds, taus, number(kl_coef, like), number(entropy_coef, like)
 
 
 @triton.jit
-def log_ratio(logp, other):
-    """logp - other within +-20; NaN passes through."""
-    d = logp - other
-    return tl.where(d > 20.0, 20.0, tl.where(d < -20.0, -20.0, d))
+def log_ratio(logp: tl.tensor, other: tl.tensor):
+    """logp - other within +-MAX_LOG_RATIO; NaN passes through."""
+    return bounded(logp - other)
 
 
 @triton.jit
-def ppo(ratio, advantage, bounds):
+def ppo(ratio: tl.tensor, advantage: tl.tensor, bounds):
     """-min(r A, clip(r) A), for A < 0 at most -dual_clip A: no gradient where r is held."""
     low, high, dual_clip = bounds
     gain, penalty = advantage > 0, advantage < 0
@@ -48,14 +54,14 @@ def ppo(ratio, advantage, bounds):
 
 
 @triton.jit
-def reinforce(ratio, advantage, logp):
+def reinforce(ratio: tl.tensor, advantage: tl.tensor, logp: tl.tensor):
     """-r A logp with r a constant."""
     slope = -(ratio * advantage)
     return tl.where(advantage == 0, 0.0, slope * logp), slope
 
 
 @triton.jit
-def cispo(ratio, advantage, logp, bounds):
+def cispo(ratio: tl.tensor, advantage: tl.tensor, logp: tl.tensor, bounds):
     """-clip(r) A logp with r a constant: a token whose ratio is held keeps its gradient."""
     low, high, _ = bounds
     too_low = (advantage != 0) & (ratio < low)
@@ -66,7 +72,7 @@ def cispo(ratio, advantage, logp, bounds):
 
 
 @triton.jit
-def sapo(ratio, advantage, taus):
+def sapo(ratio: tl.tensor, advantage: tl.tensor, taus):
     """-4/tau s A, s = sigmoid(x), x = tau (r - 1). With z = e^-|x|, s (1 - s) = z / (1 + z)^2."""
     tau = tl.where(advantage < 0, taus[1], taus[0])
     x = tau * (ratio - 1.0)
@@ -94,12 +100,20 @@ def surrogate(ratio, advantage, logp, bounds, taus, KIND: tl.constexpr):
 
 @triton.jit
 def token_loss(
-    logp, advantage, old_logp, ratio, ref_logp, bounds, taus, kl_coef, SURROGATE: tl.constexpr,
+    logp,
+    advantage,
+    old_logp,
+    ratio,
+    ref_logp,
+    bounds,
+    taus,
+    kl_coef,
+    SURROGATE: tl.constexpr,
     KL: tl.constexpr,
-):  # fmt: skip
+):
     """(value, too_low, too_high) of the surrogate, (r, d, e^d - 1 - d), ref_kl, and dL/dlogp.
 
-    r is what the surrogate took, d = logp - old_logp. Of old_logp, ratio, ref_logp any may be None.
+    r is what the surrogate took, d = logp - old_logp. old_logp, ratio and ref_logp may be None.
     """
     zero = tl.zeros_like(logp)
     d, excess, token_ratio = zero, zero, zero + 1.0
@@ -116,7 +130,7 @@ def token_loss(
 
 
 @triton.jit
-def reference_kl(d, ratio, KIND: tl.constexpr):
+def reference_kl(d: tl.tensor, ratio: tl.tensor, KIND: tl.constexpr):
     """KL to the reference and its derivative, d = logp - ref_logp; r' = r: of r k3 it is r d."""
     if KIND == "k2":
         return d * d * 0.5, d

@@ -186,7 +186,7 @@ def token_logprobs(few: bool, capability: int) -> Iterator[Variant]:
 def policy_loss_from_logits(few: bool, capability: int) -> Iterator[Variant]:
     """With all that is optional where there is entropy, else without; and every surrogate so."""
     page, kernel = policy_loss_from_logits_triton, policy_loss_from_logits_triton.rows_kernel
-    absent = dict.fromkeys(("old_logp", "ref_logp", "device_options"))
+    absent = dict.fromkeys(("old_logp", "ref_logp", "traced_options"))
     losses = [{"SURROGATE": kind, "KL": "k3"} for kind in ("sapo", "ppo", "cispo", "reinforce")]
     flags, dtypes = BOTH[:1] if few else BOTH, list(TYPES)[:2]
     cases = itertools.product(flags, flags, BOTH, dtypes, VOCABS[: 1 if few else None])
@@ -201,8 +201,8 @@ def policy_loss_from_logits(few: bool, capability: int) -> Iterator[Variant]:
             constant = given | loss | constants
             yield Variant(kernel, "fp32", constant, options, tensors, ("logits", "out") * row[2])
     for dtype in ("fp64",) if few else ("fp64", "fp32", "bf16"):
-        by = {"by": "fp64" if dtype == "fp64" else "fp32"}
-        yield Variant(page.scale_kernel, dtype, {}, pointers=by)
+        factor = {"factor": "fp64" if dtype == "fp64" else "fp32"}
+        yield Variant(page.scale_kernel, dtype, {}, pointers=factor)
 
 
 OPS = (

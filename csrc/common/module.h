@@ -25,10 +25,4 @@ inline void add_ops(pybind11::module_& m) {
   m.attr("statistics") = statistics;
 }
 
-using Address = uintptr_t;
-template <typename T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 }  // namespace fpg

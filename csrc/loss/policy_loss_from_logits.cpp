@@ -1,34 +1,69 @@
 // The policy loss of rows of logits and its gradient by them: each row comes from memory once.
 #include "loss/policy_loss_from_logits.h"
 
+#include <memory>
+
+#include "common/bind.h"
+#include "common/dtype.h"
 #include "simd/select.h"
 
 namespace fpg {
+namespace {
 
 template <typename T>
-void policy_loss_from_logits(const TokenLogprobsInputs& rows, const PolicyTokens<T>& tokens,
-                             const PolicyTerms& terms, const RowsOut<T>& rows_out,
-                             const PolicyOut<T>& out) {
-  const auto& kernel = kernels<PolicyLossKernels<T>>();
-  const T entropy_coef = T(options_of(terms).entropy_coef);
-  const auto row_loss = [&](int64_t i) {  // a block of one token
-    PolicyStats part;
-    kernel.policy_block(tokens_from(tokens, i), 1, terms, out.coefficient + i, part.x);
-    if (rows_out.grad_entropy) rows_out.grad_entropy[i] = -entropy_coef * tokens.weight[i];
-  };
-  token_logprobs_and_backward(
-      rows, {rows_out.logp, rows_out.entropy, rows_out.row_stats}, row_loss,
-      {out.coefficient, rows_out.grad_entropy, rows_out.entropy, rows_out.row_stats},
-      rows_out.grad_logits);
-  policy_loss_in_blocks(tokens, rows.count, terms,
-                        out);  // the same coefficients again, and the sums
+std::unique_ptr<T[]> array_of(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
 }
 
-template void policy_loss_from_logits(const TokenLogprobsInputs&, const PolicyTokens<float>&,
-                                      const PolicyTerms&, const RowsOut<float>&,
-                                      const PolicyOut<float>&);
-template void policy_loss_from_logits(const TokenLogprobsInputs&, const PolicyTokens<double>&,
-                                      const PolicyTerms&, const RowsOut<double>&,
-                                      const PolicyOut<double>&);
+template <typename T>
+void policy_loss_of_rows(const PolicyLossFromLogitsArguments& in) {
+  const auto& kernel = kernels<PolicyLossKernels<T>>();
+  const int64_t count = in.rows.count;
+  const T entropy_coef = T(options_of(in.terms).entropy_coef);
 
+  // Either the weight or the label masks a token: here both do.
+  const auto labels = array_of<int64_t>(count);
+  const auto weight = array_of<T>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const T w = static_cast<const T*>(in.weight)[i];
+    const bool kept = w != T(0) && in.rows.labels[i] != in.rows.ignore_index;
+    labels[i] = kept ? in.rows.labels[i] : in.rows.ignore_index;
+    weight[i] = kept ? w : T(0);
+  }
+  TokenLogprobsInputs rows = in.rows;
+  rows.labels = labels.get();
+
+  const bool with_entropy = rows.with_entropy;
+  const auto logp = array_of<T>(count), row_stats = array_of<T>(2 * count);
+  const auto coefficient = array_of<T>(count);
+  const auto entropy = array_of<T>(count), grad_entropy = array_of<T>(count);
+  const PolicyTokens<T> tokens = {logp.get(),
+                                  static_cast<const T*>(in.advantages),
+                                  weight.get(),
+                                  static_cast<const T*>(in.old_logp),
+                                  nullptr,
+                                  static_cast<const T*>(in.ref_logp),
+                                  with_entropy ? entropy.get() : nullptr};
+  const LogprobsOut made = {logp.get(), with_entropy ? entropy.get() : nullptr, row_stats.get()};
+  const LogprobsGradient gradient = {coefficient.get(), with_entropy ? grad_entropy.get() : nullptr,
+                                     made.entropy, row_stats.get()};
+  const auto row_loss = [&](int64_t i) {  // a block of one token
+    PolicyStats part;
+    kernel.policy_block(tokens_from(tokens, i), 1, in.terms, coefficient.get() + i, part.x);
+    grad_entropy[i] = -entropy_coef * weight[i];
+  };
+  token_logprobs_and_backward(rows, made, row_loss, gradient, in.out);
+  // The same coefficients again, and the sums.
+  policy_loss_in_blocks<T>(tokens, count, in.terms,
+                           {static_cast<T*>(in.loss), coefficient.get(), in.stats});
+}
+
+void policy_loss_from_logits(const PolicyLossFromLogitsArguments& in) {
+  with_float_dtype(in.rows.dtype,
+                   [&](auto logit) { policy_loss_of_rows<compute_t<decltype(logit)>>(in); });
+}
+
+FPG_BIND(policy_loss_from_logits, policy_loss_from_logits)
+
+}  // namespace
 }  // namespace fpg

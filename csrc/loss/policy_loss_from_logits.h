@@ -1,4 +1,4 @@
-// What the page fastpg/ops/policy_loss_from_logits.py hands to the C++ kernel.
+// The arguments of fastpg/ops/loss/policy_loss_from_logits.py.
 #pragma once
 
 #include "loss/policy_loss.h"
@@ -6,17 +6,17 @@
 
 namespace fpg {
 
-// [count] in the compute type, row_stats [2, count]; entropy and grad_entropy null: not wanted.
-template <typename T>
-struct RowsOut {
-  T *logp, *entropy, *row_stats, *grad_entropy;
-  void* grad_logits;  // may be the logits
-};
+struct PolicyLossFromLogitsArguments {
+  TokenLogprobsInputs rows;
+  void* out;                        // [count, vocab]: dL/dlogits. It may be the logits.
+  const void *advantages, *weight;  // [count] in the compute type, as the next two
+  const void *old_logp, *ref_logp;  // may be null
+  PolicyTerms terms;
+  void* loss;  // one number
+  PolicyStats* stats;
+  Stream stream;
 
-// tokens.logp and tokens.entropy are what rows_out receives.
-template <typename T>
-void policy_loss_from_logits(const TokenLogprobsInputs& rows, const PolicyTokens<T>& tokens,
-                             const PolicyTerms& terms, const RowsOut<T>& rows_out,
-                             const PolicyOut<T>& out);
+  FPG_FIELDS(rows, out, advantages, weight, old_logp, ref_logp, terms, loss, stats, stream)
+};
 
 }  // namespace fpg

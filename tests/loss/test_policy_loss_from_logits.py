@@ -1,14 +1,20 @@
+"""policy_loss_from_logits against the two ops that it is made of."""
+
 import math
 
 import pytest
 import torch
 from accuracy import GRADIENT_TOLERANCE, TOLERANCE, assert_no_worse, leaves
+from registration import check_registration
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bench.inputs import DEVICE, logits_and_labels
 from fastpg import policy_loss, policy_loss_from_logits, token_logprobs
 from fastpg.ops.loss import policy_loss_from_logits as page
+from fastpg.ops.loss.surrogates import LossOptions
+from fastpg.ops.vocabulary import token_logprobs as rows_page
 
+OP = "policy_loss_from_logits"
 ROWS = {"temperature": 0.7, "softcap": 30.0, "ignore_index": -7}  # options of token_logprobs
 CASES = {  # the options of the loss, and which optional tensors are given
     "on_policy": ({}, ""),
@@ -59,7 +65,7 @@ def run(function, inputs, case, scale=1, **options):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_matches_reference(kernel, case, dtype):
+def test_matches_the_two_ops_in_fp64(kernel, case, dtype):
     for rows, vocab in [((1,), 1), ((2, 3), 129)] + [((35,), 8195)] * (kernel != "triton"):
         inputs = sample(rows, vocab, dtype)
         logits, labels, tokens = inputs
@@ -129,14 +135,20 @@ def test_registration(layout):
         tokens = {name: x.t() for name, x in tokens.items()}
     if layout == "expanded":
         logits = logits[:1].expand(4, 3, 7)
-    numbers = [0.8, 1.27, 3.0, 1.0, 1.05, 0.13, 0.07]
-    rows = torch.empty(logits.shape), logits, labels, torch.tensor(0.7), 0.0, -7
-    for options in (("ppo", "k3", numbers, None, True), ("sapo", "k2", numbers, None, False)):
-        torch.library.opcheck(page._loss, (*rows, *tokens.values(), *options))
-    torch.library.opcheck(page._scale, (torch.ones(3), torch.tensor(2.0)))
+    options = LossOptions(0.8, 1.27, 3.0, 1.0, 1.05, 0.13, 0.07)
+    traced = torch.tensor(options, dtype=torch.float64)
+    for with_entropy in (True, False):
+        rows = rows_page.Inputs(logits, labels, torch.tensor(0.7), 0.0, -7, with_entropy)
+        out = torch.empty(logits.shape)
+        x = page.Inputs(rows, out, page.Tokens(**tokens), "ppo", "k3", options, None)
+        check_registration(page.policy_loss_from_logits_op, x)
+        x = x._replace(surrogate="sapo", kl="k2", traced_options=traced)
+        check_registration(page.policy_loss_from_logits_op, x)
+    factor = torch.tensor(2.0)
+    check_registration(page.scale_op, page.ScaleInputs(torch.ones(3), factor))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch compiles by its own old parts
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
 def test_compile():
     """One graph for all numbers; whether anything is in place is for the compiler to say."""
 
@@ -188,7 +200,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("change, error, message", BAD, ids=lambda x: str(x)[:30])
-def test_edges(change, error, message):
+def test_bad_arguments_raise(change, error, message):
     with pytest.raises(error, match=message):
         policy_loss_from_logits(
             **{"logits": LOGITS, "labels": LABELS, "advantages": X, "weight": X, **change}

@@ -9,156 +9,233 @@ once, where the two ops read it twice and write it once. Backward only hands the
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..._library import (
-    _C,
-    DTYPE_CODE,
-    address,
-    contiguous,
-    cpu_kernel,
-    define,
-    triton_kernels,
-)
-from ..common.autograd import once_differentiable
-from ..common.checks import alike, cast, check_shape, check_tensors, constant
+from ..._autograd import Differentiable, needs_no_gradient
+from ..._library import empty_like
+from ..._op import Op
+from ..common.checks import alike, cast, check_shape, check_tensors
 from ..common.stats import PolicyStats
 from ..vocabulary import token_logprobs as rows_page
-from ..vocabulary.logit_rows import addressable
-from ..vocabulary.token_logprobs import token_logprobs
+from ..vocabulary.logit_rows import RowSizes, RowsOp
 from . import policy_loss as tokens_page
-from .policy_loss import policy_loss
-from .surrogates import CODES, LossOptions, check_options, check_terms
+from .policy_loss import as_traced, policy_loss
+from .surrogates import (
+    CODES,
+    Clip,
+    KlName,
+    LossOptions,
+    SurrogateName,
+    check_options,
+    check_terms,
+)
 
 OP = "policy_loss_from_logits"
 
 
-def masked(labels, weight, ignore_index):
-    """Labels and weights of which either masks what one of them does."""
+class Tokens(NamedTuple):
+    """What is known of the token of each row beforehand, in the compute dtype of the rows."""
+
+    advantages: Tensor  # like labels
+    weight: Tensor  # like labels; 0 masks a token
+    old_logp: Tensor | None  # like labels; None: the log-prob itself, as a constant
+    ref_logp: Tensor | None  # like labels; None: there is no KL term
+
+
+class Inputs(NamedTuple):
+    rows: rows_page.Inputs  # with an entropy, if the loss has an entropy term
+    out: Tensor  # for dL/dlogits: like logits, contiguous. It may be the logits themselves.
+    tokens: Tokens
+    surrogate: str  # a key of SURROGATES
+    kl: str  # a key of KLS
+    options: LossOptions
+    traced_options: Tensor | None  # fp64 [7]: the options in a compiled graph; None: they are above
+
+
+class Outputs(NamedTuple):
+    loss: Tensor  # [], in the compute dtype
+    stats: Tensor  # fp64, in the order of PolicyStats.FIELDS
+
+
+class ScaleInputs(NamedTuple):
+    gradient: Tensor  # any shape, contiguous; written to
+    factor: Tensor  # []
+
+
+class NoOutputs(NamedTuple):
+    """An op that only writes to one of its inputs has no outputs."""
+
+
+def masked(labels: Tensor, weight: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Labels and weights that both mask what one of them masks."""
     kept = (weight != 0) & (labels != ignore_index)
     return torch.where(kept, labels, ignore_index), torch.where(kept, weight, 0.0)
 
 
-def reference(
-    out, logits, labels, temperature, softcap, ignore_index, advantages, weight, old_logp, ref_logp,
-    surrogate, kl, options, device_options, with_entropy,
-):  # fmt: skip
-    """-> loss [], stats [16]; dL/dlogits goes to out."""
-    labels, weight = masked(labels, weight, ignore_index)
-    rows = rows_page.Inputs(logits, labels, temperature, softcap, ignore_index, with_entropy)
-    logp, entropy, of_rows = rows_page.reference(rows)
-    entropy = entropy if with_entropy else None
-    loss, by_logp, stats = tokens_page.reference(
+def reference(x: Inputs) -> Outputs:
+    """The specification: the two ops, forward and backward. It writes dL/dlogits to `out`."""
+    labels, weight = masked(x.rows.labels, x.tokens.weight, x.rows.ignore_index)
+    rows = x.rows._replace(labels=labels)
+    logp, entropy, row_stats = rows_page.reference(rows)
+    loss = tokens_page.reference(
         tokens_page.Inputs(
-            logp, advantages, weight, old_logp, None, ref_logp, entropy,
-            surrogate, kl, LossOptions(*options), device_options,
+            logp=logp,
+            advantages=x.tokens.advantages,
+            weight=weight,
+            old_logp=x.tokens.old_logp,
+            ratio=None,
+            ref_logp=x.tokens.ref_logp,
+            entropy=entropy if rows.with_entropy else None,
+            surrogate=x.surrogate,
+            kl=x.kl,
+            options=x.options,
+            traced_options=x.traced_options,
         )
-    )  # fmt: skip
-    entropy_coef = options[-1] if device_options is None else device_options[-1].to(logp.dtype)
-    by_entropy = -entropy_coef * weight if with_entropy else None
-    gradient = rows_page.BackwardInputs(rows, by_logp, by_entropy, entropy, of_rows)
-    out.copy_(rows_page.reference_backward(gradient).grad_logits)
-    return loss, stats
+    )
+    grad_entropy = None
+    if rows.with_entropy:
+        entropy_coef: float | Tensor = x.options.entropy_coef
+        if x.traced_options is not None:
+            entropy_coef = x.traced_options[tokens_page.ENTROPY_COEF].to(logp.dtype)
+        grad_entropy = -entropy_coef * weight
+    gradient = rows_page.BackwardInputs(
+        inputs=rows,
+        grad_logp=loss.coefficient,
+        grad_entropy=grad_entropy,
+        entropy=entropy if rows.with_entropy else None,
+        stats=row_stats,
+    )
+    x.out.copy_(rows_page.reference_backward(gradient).grad_logits)
+    return Outputs(loss.loss, loss.stats)
 
 
-def _fake(out, logits, labels, temperature, *_):
-    stats = temperature.new_empty(16, dtype=torch.float64)
-    return temperature.new_empty(()), stats
+def allocate(x: Inputs) -> Outputs:
+    """Makes an empty loss and empty statistics."""
+    stats = x.rows.temperature.new_empty(len(PolicyStats.FIELDS), dtype=torch.float64)
+    return Outputs(x.rows.temperature.new_empty(()), stats)
 
 
-# out: contiguous, of the shape and dtype of logits. It may be the logits themselves.
-_loss = define(
-    "policy_loss_from_logits(Tensor(a!) out, Tensor logits, Tensor labels, Tensor temperature, "
-    "float softcap, int ignore_index, Tensor advantages, Tensor weight, Tensor? old_logp, "
-    "Tensor? ref_logp, str surrogate, str kl, float[] options, Tensor? device_options, "
-    "bool with_entropy) -> (Tensor loss, Tensor stats)",
-    fake=_fake,
+def sizes(x: Inputs) -> RowSizes:
+    """Tells C++ where each row of addressable logits begins."""
+    return rows_page.sizes(x.rows)
+
+
+def reference_scale(x: ScaleInputs) -> NoOutputs:
+    """Multiplies the gradient by the factor, in place; a factor of 1 is not, where it is seen."""
+    if x.factor.device.type != "cpu" or x.factor != 1:  # elsewhere to look would be to wait
+        x.gradient.mul_(x.factor)
+    return NoOutputs()
+
+
+def allocate_nothing(x: ScaleInputs) -> NoOutputs:
+    """Makes nothing: the gradient is there."""
+    return NoOutputs()
+
+
+policy_loss_from_logits_op = RowsOp(
+    OP,
+    Inputs,
+    Outputs,
+    page=__name__,
     reference=reference,
+    allocate=allocate,
+    sizes=sizes,
+    codes=CODES,
+    mutates="out",
 )
-
-
-@cpu_kernel(_loss)
-def _loss_cpu(out, *args):
-    if out.numel() == 0:  # an empty tensor has no address
-        return reference(out, *args)
-    logits, labels, temperature, softcap, ignore_index, advantages, weight, *rest = args[:9]
-    labels, weight = masked(labels, weight, ignore_index)
-    surrogate, kl, options, device_options, with_entropy = args[9:]
-    logits = addressable(logits)
-    labels, temperature = labels.contiguous(), temperature.contiguous()
-    sizes = rows_page.sizes(
-        rows_page.Inputs(logits, labels, temperature, softcap, ignore_index, with_entropy)
-    )
-    rows = (
-        logits.data_ptr(), sizes.dtype, sizes.count, sizes.inner, sizes.outer_stride,
-        sizes.inner_stride, sizes.vocab, labels.data_ptr(), temperature.data_ptr(),
-        sizes.temperature_per_row, softcap, ignore_index, with_entropy,
-    )  # fmt: skip
-    tokens = contiguous(advantages, weight, *rest)
-    logp, coefficient, *for_entropy = torch.empty(
-        4 if with_entropy else 2, *labels.shape, dtype=temperature.dtype
-    )
-    entropy, grad_entropy = for_entropy or (None, None)
-    of_rows = logp.new_empty(2, *labels.shape)
-    loss, stats = _fake(out, logits, labels, temperature)
-    made = logp, entropy, of_rows, coefficient, grad_entropy, out, loss, stats
-    _C.policy_loss_from_logits(
-        rows, DTYPE_CODE[logp.dtype], *map(address, tokens), CODES["surrogate"][surrogate],
-        CODES["kl"][kl], options, address(device_options), *map(address, made),
-    )  # fmt: skip
-    return loss, stats
-
-
-def reference_scale(gradient, by):
-    if by.device.type != "cpu" or by != 1:  # elsewhere to look would be to wait
-        gradient.mul_(by)
-
-
-_scale = define(
-    "policy_loss_from_logits_scale(Tensor(a!) gradient, Tensor by) -> ()",
-    fake=lambda *_: None,
+scale_op = Op(
+    "policy_loss_from_logits_scale",
+    ScaleInputs,
+    NoOutputs,
+    page=__name__,
     reference=reference_scale,
+    allocate=allocate_nothing,
+    mutates="gradient",
 )
 
 
-triton_kernels(__name__, _loss, _scale)
+class Once:
+    """Whether a gradient has been handed over, which can be done once."""
+
+    def __init__(self) -> None:
+        self.done = False
 
 
-class _PolicyLossFromLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, inplace, *args):
-        logits = logits.detach()
-        contiguous_format = torch.contiguous_format
-        out = logits if inplace else torch.empty_like(logits, memory_format=contiguous_format)
-        loss, stats = _loss(out, logits, *args)
-        if inplace:
-            torch.autograd.graph.increment_version(logits)  # whoever saved them raises
-        ctx.save_for_backward(out)
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return loss, stats
+class Call(NamedTuple):
+    """What the autograd function takes."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, _):
-        if grad_loss is None:
-            return (None,) * 15
-        if torch.compiler.is_compiling():
-            return ctx.saved_tensors[0] * grad_loss, *[None] * 14
-        if hasattr(ctx, "handed_over"):
-            raise RuntimeError(f"{OP}: one backward a forward; this is the second")
-        (gradient,), ctx.handed_over = ctx.saved_tensors, True
-        _scale(gradient, grad_loss)
-        return gradient, *[None] * 14
+    logits: Tensor
+    inplace: bool  # the gradient goes over the logits
+    inputs: Inputs  # with the logits for `out`
 
 
-def _tokens(labels, dtype, **tokens):
-    """advantages, weight, old_logp and ref_logp, as the op takes them."""
-    check_tensors(OP, advantages=tokens["advantages"])
-    check_shape(OP, "advantages", tokens["advantages"], labels, labels.shape)
-    tokens = alike(OP, ("old_logp", "ref_logp"), **tokens)
-    return [x if x is None else cast(x.detach(), dtype) for x in tokens]
+class Saved(NamedTuple):
+    """What backward needs."""
+
+    gradient: Tensor
+    handed_over: Once | None  # None in a compiled graph, which may run as often as it likes
+
+
+class Gradients(NamedTuple):
+    grad_logits: Tensor
+
+
+def _forward(x: Call) -> tuple[tuple[Tensor, Tensor], Saved]:
+    logits = x.logits.detach()
+    out = logits if x.inplace else empty_like(logits)
+    rows = x.inputs.rows._replace(logits=logits)
+    outputs = policy_loss_from_logits_op(x.inputs._replace(rows=rows, out=out))
+    if x.inplace:
+        torch.autograd.graph.increment_version(logits)  # whoever saved them raises
+    once = None if torch.compiler.is_compiling() else Once()
+    return (outputs.loss, outputs.stats), Saved(out, once)
+
+
+def _backward(saved: Saved, grad_loss: Tensor, _grad_stats: None) -> Gradients:
+    if saved.handed_over is None:
+        return Gradients(saved.gradient * grad_loss)
+    if saved.handed_over.done:
+        raise RuntimeError(f"{OP}: one backward a forward; this is the second")
+    saved.handed_over.done = True
+    scale_op(ScaleInputs(saved.gradient, grad_loss))
+    return Gradients(saved.gradient)
+
+
+_policy_loss_from_logits = Differentiable(
+    OP,
+    inputs=Call,
+    saved=Saved,
+    differentiable=("logits",),
+    forward=_forward,
+    backward=_backward,
+    constants=(1,),
+)
+
+
+def _checked_tokens(
+    labels: Tensor,
+    dtype: torch.dtype,
+    *,
+    advantages: Tensor,
+    weight: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+) -> Tokens:
+    check_tensors(OP, advantages=advantages)
+    check_shape(OP, "advantages", advantages, labels, labels.shape)
+    tokens = alike(
+        OP,
+        ("old_logp", "ref_logp"),
+        advantages=advantages,
+        weight=weight,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+    )
+    return Tokens(*[x if x is None else cast(x.detach(), dtype) for x in tokens])
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -170,19 +247,30 @@ def _check_inplace(logits: Tensor) -> None:
         raise ValueError(f"{OP}: inplace=True needs contiguous logits, got {shape} by {strides}")
 
 
-def _by_two_ops(rows, tokens, entropy_coef, **options):
-    logits, labels, temperature, softcap, ignore_index = rows
-    advantages, weight, old_logp, ref_logp = tokens
-    labels, weight = masked(labels, weight, ignore_index)
-    logp = token_logprobs(
-        logits, labels, temperature=temperature, softcap=softcap or None, ignore_index=ignore_index,
-        return_entropy=entropy_coef != 0,
-    )  # fmt: skip
-    logp, entropy = logp if entropy_coef != 0 else (logp, None)
+def _two_ops(rows: rows_page.Inputs, tokens: Tokens, **terms: Any) -> tuple[Tensor, PolicyStats]:
+    """The loss by token_logprobs and policy_loss, whose gradient is made in backward."""
+    labels, weight = masked(rows.labels, tokens.weight, rows.ignore_index)
+    logprobs = partial(
+        rows_page.token_logprobs,
+        rows.logits,
+        labels,
+        temperature=rows.temperature,
+        softcap=rows.softcap or None,
+        ignore_index=rows.ignore_index,
+    )
+    if rows.with_entropy:
+        logp, entropy = logprobs(return_entropy=True)
+    else:
+        logp, entropy = logprobs(), None
     return policy_loss(
-        logp, advantages, weight, old_logp=old_logp, ref_logp=ref_logp, entropy=entropy,
-        entropy_coef=entropy_coef, **options,
-    )  # fmt: skip
+        logp,
+        tokens.advantages,
+        weight,
+        old_logp=tokens.old_logp,
+        ref_logp=tokens.ref_logp,
+        entropy=entropy,
+        **terms,
+    )
 
 
 def policy_loss_from_logits(
@@ -195,53 +283,106 @@ def policy_loss_from_logits(
     softcap: float | None = None,
     ignore_index: int = -100,
     old_logp: Tensor | None = None,
-    clip: tuple[float | None, float | None] = (0.2, 0.2),
+    clip: Clip = (0.2, 0.2),
     dual_clip: float | None = None,
     tau: tuple[float, float] = (1.0, 1.05),
-    surrogate: str = "ppo",
+    surrogate: SurrogateName = "ppo",
     ref_logp: Tensor | None = None,
     kl_coef: float = 0.0,
-    kl: str = "k3",
+    kl: KlName = "k3",
     entropy_coef: float = 0.0,
     inplace: bool = False,
 ) -> tuple[Tensor, PolicyStats]:
-    """policy_loss(token_logprobs(logits, labels), advantages, weight), its gradient made with it.
+    """The policy loss of logits, whose gradient is made in the same pass over them.
 
-    logits: [..., V], as in token_logprobs; differentiable. The others are constants: labels [...],
-        and advantages, weight, old_logp and ref_logp, each of the shape of labels and any float
-        dtype. Options mean what they mean in token_logprobs and policy_loss, and raise what they
-        raise there; entropy_coef takes the entropy of the rows.
-    Weight 0 masks a token, and so does ignore_index: its row is not read and gets gradient 0.
-    inplace: the gradient may overwrite the logits, which must be contiguous and no leaf of the
-        graph; nothing else may use them then. In torch.compile, whose own matter this is, and
-        where no gradient is wanted, they stay.
-    Returns (loss, stats) as policy_loss does, fp32 (fp64 for fp64 logits).
+    L = policy_loss(token_logprobs(logits, labels), advantages, weight, ...), and the entropy of the
+    rows, if entropy_coef is not 0. Memory is read once and written once.
 
     The gradient is that of the loss times 1. A backward that brings another factor costs a pass
     over the gradient: put it into weight. Only one backward is allowed, and no second derivative.
     The ratio of a whole sequence (level="sequence") needs all its log-probs first: the two ops do
     that. They also serve fp16, whose gradient would underflow before a GradScaler could scale it.
+
+    Args:
+        logits: [..., V], as in token_logprobs; differentiable.
+        labels: [...], integers in [0, V), or ignore_index.
+        advantages: A, like labels, of any float dtype; a constant, as are the other tensors.
+        weight: w, like labels. Weight 0 masks a token, and so does ignore_index: its row is not
+            read and gets gradient 0.
+        temperature: A number > 0, or a tensor that broadcasts to labels.
+        softcap: A number > 0: a logit x becomes softcap · tanh(x / softcap). None: x.
+        ignore_index: The label that masks a row.
+        old_logp: The log-probs when the tokens were sampled, like labels. None: those of logits.
+        clip: (low, high), as in policy_loss.
+        dual_clip: > 1, as in policy_loss.
+        tau: A pair > 0, as in policy_loss.
+        surrogate: "ppo", "reinforce", "cispo" or "sapo", as in policy_loss.
+        ref_logp: The log-probs under the reference policy, like labels.
+        kl_coef: >= 0; needs ref_logp.
+        kl: "k3", "k3_naive" or "k2", as in policy_loss.
+        entropy_coef: Any finite number, which multiplies the entropy of the rows.
+        inplace: Whether the gradient may overwrite the logits, which must be contiguous and no leaf
+            of the graph; nothing else may use them then. In torch.compile, whose own matter this
+            is, and where no gradient is wanted, they stay.
+
+    Returns:
+        (loss, stats): a scalar, fp32, or fp64 for fp64 logits; and `PolicyStats`.
+
+    Raises:
+        TypeError: An argument is no tensor or number, or has a dtype that it cannot have.
+        ValueError: A shape, a device or a value does not fit, or logits cannot be overwritten; the
+            message names it.
+        IndexError: A label is outside [0, V) and not ignore_index; as in token_logprobs.
+        RuntimeError: The loss is differentiated for the second time.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> labels, advantages = torch.tensor([0, 2]), torch.tensor([1.0, -1.0])
+        >>> weight = torch.tensor([0.5, 0.5])
+        >>> loss, stats = fastpg.policy_loss_from_logits(logits, labels, advantages, weight)
+        >>> loss.backward()
+        >>> logits.grad
+        tensor([[-0.1674,  0.1224,  0.0450],
+                [-0.1667, -0.1667,  0.3333]])
+
+    Reference:
+        The gradient by logits made in forward: Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989.
     """
     rows = rows_page.checked_inputs(
-        logits, labels, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
-        with_entropy=False,
-    )[:-1]  # fmt: skip
-    numbers = check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef)
+        logits,
+        labels,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        with_entropy=entropy_coef != 0,
+    )
+    options = check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef)
     check_terms(kl, kl_coef, ref_logp)
-    tokens = _tokens(
-        labels, rows[2].dtype, advantages=advantages, weight=weight, old_logp=old_logp,
+    tokens = _checked_tokens(
+        labels,
+        rows.temperature.dtype,
+        advantages=advantages,
+        weight=weight,
+        old_logp=old_logp,
         ref_logp=ref_logp,
-    )  # fmt: skip
-    wanted = torch.is_grad_enabled() and not constant(logits)
+    )
+    wanted = torch.is_grad_enabled() and not needs_no_gradient(logits)
     if not wanted or logits.dtype is torch.float16:
-        return _by_two_ops(
-            rows, tokens, entropy_coef, clip=clip, dual_clip=dual_clip, tau=tau,
-            surrogate=surrogate, kl_coef=kl_coef, kl=kl,
-        )  # fmt: skip
+        return _two_ops(
+            rows,
+            tokens,
+            clip=clip,
+            dual_clip=dual_clip,
+            tau=tau,
+            surrogate=surrogate,
+            kl_coef=kl_coef,
+            kl=kl,
+            entropy_coef=entropy_coef,
+        )
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
         _check_inplace(logits)
-    numbers = tokens_page.as_traced(numbers, logits.device)
-    args = *rows[1:], *tokens, surrogate, kl, *numbers, entropy_coef != 0
-    loss, stats = _PolicyLossFromLogits.apply(logits, inplace, *args)
+    options, traced = as_traced(options, logits.device)
+    inputs = Inputs(rows, rows.logits, tokens, surrogate, kl, options, traced)
+    loss, stats = _policy_loss_from_logits(Call(logits, inplace, inputs))
     return loss, PolicyStats(stats)

@@ -7,15 +7,16 @@ as have their rows in it, each with several tiles under way; each goes through i
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ..._flags import label_flag
-from ..._library import REFERENCES, contiguous
+from ..._record import contiguous
 from ..common.triton import BLOCK as TOKENS
-from ..common.triton import OPTIONS, blocks_of, jit, on_device
+from ..common.triton import OPTIONS, blocks_of, jit, load_kept
 from ..vocabulary import token_logprobs_triton
 from ..vocabulary.rows_triton import (
     inverse_temperature,
@@ -24,10 +25,9 @@ from ..vocabulary.rows_triton import (
     row_offset,
     write_gradient,
 )
-from ..vocabulary.token_logprobs import Inputs
-from . import policy_loss as policy_page
+from . import policy_loss as tokens_page
+from .policy_loss_from_logits import OP, Inputs, NoOutputs, Outputs, ScaleInputs, reference
 from .policy_loss_triton import policy_loss
-from .surrogates import LossOptions
 from .surrogates_triton import options_of, token_loss
 
 # Tiles of 8 KB under way in a program, as bandwidth times latency asks for where it is alone on its
@@ -37,33 +37,85 @@ STAGES = tl.constexpr(4)
 
 @triton.jit
 def derivatives(
-    logp, w, row, kept, advantages, old_logp, ref_logp, device_options, low, high, dual_clip,
-    tau_positive, tau_negative, kl_coef, entropy_coef, SURROGATE: tl.constexpr, KL: tl.constexpr,
-):  # fmt: skip
+    logp,
+    w,
+    row,
+    kept,
+    advantages,
+    old_logp,
+    ref_logp,
+    traced_options,
+    low,
+    high,
+    dual_clip,
+    tau_positive,
+    tau_negative,
+    kl_coef,
+    entropy_coef,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+):
     """dL/dlogp and dL/dentropy of the token of a row."""
     bounds, taus, kl_coef, entropy_coef = options_of(
-        logp, device_options, low, high, dual_clip, tau_positive, tau_negative, kl_coef,
+        logp,
+        traced_options,
+        low,
+        high,
+        dual_clip,
+        tau_positive,
+        tau_negative,
+        kl_coef,
         entropy_coef,
-    )  # fmt: skip
-    advantage = tl.load(advantages + row, mask=kept, other=0.0)
-    old = None if old_logp is None else tl.load(old_logp + row, mask=kept, other=0.0)
-    ref = None if ref_logp is None else tl.load(ref_logp + row, mask=kept, other=0.0)
-    of_token = token_loss(logp, advantage, old, None, ref, bounds, taus, kl_coef, SURROGATE, KL)
-    return w * of_token[3], -entropy_coef * w
+    )
+    advantage = load_kept(advantages, row, kept)
+    old = None if old_logp is None else load_kept(old_logp, row, kept)
+    ref = None if ref_logp is None else load_kept(ref_logp, row, kept)
+    _, _, _, slope = token_loss(
+        logp, advantage, old, None, ref, bounds, taus, kl_coef, SURROGATE, KL
+    )
+    return w * slope, -entropy_coef * w
 
 
 @partial(jit, specialised=("logits", "out"))
 def rows_kernel(
-    logits, labels, temperature, advantages, weight, old_logp, ref_logp, device_options,
-    logp, entropy, kept_weight, flag, out,
-    rows: tl.int32, inner: tl.int32, outer_stride: tl.int64, inner_stride: tl.int64,
-    vocab: tl.int64, temperature_stride: tl.int32, softcap: tl.float32, ignore_index: tl.int64,
-    low: tl.float64, high: tl.float64, dual_clip: tl.float64, tau_positive: tl.float64,
-    tau_negative: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64,
-    SURROGATE: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIGNED: tl.constexpr, VECTORS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    logits,
+    labels,
+    temperature,
+    advantages,
+    weight,
+    old_logp,
+    ref_logp,
+    traced_options,
+    logp,
+    entropy,
+    kept_weight,
+    flag,
+    out,
+    rows: tl.int32,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    vocab: tl.int64,
+    temperature_stride: tl.int32,
+    softcap: tl.float32,
+    ignore_index: tl.int64,
+    low: tl.float64,
+    high: tl.float64,
+    dual_clip: tl.float64,
+    tau_positive: tl.float64,
+    tau_negative: tl.float64,
+    kl_coef: tl.float64,
+    entropy_coef: tl.float64,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Log-prob, entropy, weight (0 at what is masked) and dL/dlogits of every row.
 
     out may be logits: all of a row is read, up to a barrier, before its gradient is begun.
@@ -81,27 +133,69 @@ def rows_kernel(
             vocab, length = tl.multiple_of(vocab, VECTOR), tl.multiple_of(length, VECTOR)
             written = tl.multiple_of(written, VECTOR)
         y, value, top, log_sum, h = read_row(
-            x, label, kept & legal, legal, length, softcap, inv_temperature,
-            ENTROPY, SOFTCAP, VECTORS, LANES, VECTOR, STAGES, "evict_last",
-        )  # fmt: skip
+            x,
+            label,
+            kept & legal,
+            legal,
+            length,
+            softcap,
+            inv_temperature,
+            ENTROPY=ENTROPY,
+            SOFTCAP=SOFTCAP,
+            VECTORS=VECTORS,
+            LANES=LANES,
+            VECTOR=VECTOR,
+            STAGES=STAGES,
+            EVICTION="evict_last",
+        )
         w, value, h = tl.where(kept, w, 0.0), tl.where(kept, value, 0.0), tl.where(kept, h, 0.0)
         tl.store(kept_weight + row, w)
         tl.store(logp + row, value)
         if ENTROPY:
             tl.store(entropy + row, h)
         g_logp, g_entropy = derivatives(
-            value, w, row, kept, advantages, old_logp, ref_logp, device_options, low, high,
-            dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef, SURROGATE, KL,
-        )  # fmt: skip
+            value,
+            w,
+            row,
+            kept,
+            advantages,
+            old_logp,
+            ref_logp,
+            traced_options,
+            low,
+            high,
+            dual_clip,
+            tau_positive,
+            tau_negative,
+            kl_coef,
+            entropy_coef,
+            SURROGATE,
+            KL,
+        )
         g_entropy = g_entropy if ENTROPY else 0.0
         live = (g_logp != 0) | (g_entropy != 0)  # else, what the row holds is no one's matter
         readable = tl.where(live, length, 0)
         readable = tl.multiple_of(readable, VECTOR) if ALIGNED else readable
         write_gradient(
-            x, out + written, label, tl.where(live, y, 0.0), vocab, readable,
-            tl.where(live, top, 0.0), tl.where(live, log_sum, 0.0), inv_temperature, g_logp,
-            g_entropy, h, softcap, ENTROPY, SOFTCAP, BLOCK, STAGES, "evict_first",
-        )  # fmt: skip
+            x,
+            out + written,
+            label,
+            tl.where(live, y, 0.0),
+            vocab,
+            readable,
+            tl.where(live, top, 0.0),
+            tl.where(live, log_sum, 0.0),
+            inv_temperature,
+            g_logp,
+            g_entropy,
+            h,
+            softcap,
+            ENTROPY=ENTROPY,
+            SOFTCAP=SOFTCAP,
+            BLOCK=BLOCK,
+            STAGES=STAGES,
+            EVICTION="evict_first",
+        )
 
 
 def programs(x: torch.Tensor, rows: int, row_bytes: int) -> int:
@@ -113,65 +207,74 @@ def programs(x: torch.Tensor, rows: int, row_bytes: int) -> int:
     return min(rows, count * min(max(device.L2_cache_size // (row_bytes * count), 1), 4))
 
 
-def constants(**features) -> dict[str, int | bool]:
+def constants(**features: Any) -> dict[str, int | bool]:
     """The compile-time arguments: those of the two kernels of token_logprobs."""
     backward = token_logprobs_triton.constants(forward=False, **features)
     del backward["BLOCKS"]
     return backward | token_logprobs_triton.constants(forward=True, **features)
 
 
-@on_device
-def policy_loss_from_logits(out, *args):
-    if out.dtype is torch.float64 or out.numel() == 0:
-        return REFERENCES[torch.ops.fastpg.policy_loss_from_logits.default](out, *args)
-    rows = token_logprobs_triton.LogitRows(Inputs(*args[:5], with_entropy=args[-1]))
-    advantages, weight, old_logp, ref_logp = contiguous(*args[5:9])
-    surrogate, kl, numbers, device_options, with_entropy = args[9:]
+def policy_loss_from_logits(x: Inputs) -> Outputs:
+    """Launches programs that go through the rows; then policy_loss, for the loss of its tokens."""
+    if x.out.dtype is torch.float64 or x.out.numel() == 0:
+        return reference(x)
+    rows, tokens = token_logprobs_triton.LogitRows(x.rows), contiguous(x.tokens)
+    weight, with_entropy = tokens.weight, x.rows.with_entropy
     logp, kept_weight = torch.empty_like(weight), torch.empty_like(weight)
     entropy = torch.empty_like(weight) if with_entropy else None
-    count = weight.numel()
-    rows_kernel[(programs(out, count, rows.vocab * out.itemsize),)](
+    rows_kernel[(programs(x.out, rows.count, rows.vocab * x.out.itemsize),)](
         **rows.arguments,
-        advantages=advantages,
+        advantages=tokens.advantages,
         weight=weight,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        device_options=device_options,
+        old_logp=tokens.old_logp,
+        ref_logp=tokens.ref_logp,
+        traced_options=x.traced_options,
         logp=logp,
         entropy=entropy,
         kept_weight=kept_weight,
-        flag=label_flag("policy_loss_from_logits", out.device),
-        out=out,
-        **LossOptions(*numbers)._asdict(),
-        SURROGATE=surrogate,
-        KL=kl,
+        flag=label_flag(OP, x.out.device),
+        out=x.out,
+        **x.options._asdict(),
+        SURROGATE=x.surrogate,
+        KL=x.kl,
         **constants(**rows.features(entropy=with_entropy)),
     )
-    loss, _, stats = policy_loss(
-        policy_page.Inputs(
-            logp, advantages, kept_weight, old_logp, None, ref_logp, entropy, surrogate, kl,
-            LossOptions(*numbers), device_options,
+    outputs = policy_loss(
+        tokens_page.Inputs(
+            logp=logp,
+            advantages=tokens.advantages,
+            weight=kept_weight,
+            old_logp=tokens.old_logp,
+            ratio=None,
+            ref_logp=tokens.ref_logp,
+            entropy=entropy,
+            surrogate=x.surrogate,
+            kl=x.kl,
+            options=x.options,
+            traced_options=x.traced_options,
         )
-    )  # fmt: skip
-    return loss, stats
+    )
+    return Outputs(outputs.loss, outputs.stats)
 
 
 PROGRAMS = 1024  # a few on each multiprocessor: most often all that they do is look at the factor
 
 
 @jit
-def scale_kernel(gradient, by, count: tl.int64):
-    """gradient *= by, with nothing read or written where by is 1."""
-    factor = tl.load(by)
-    length = tl.where(factor == 1.0, 0, count)
+def scale_kernel(gradient, factor, count: tl.int64):
+    """Multiplies the gradient, with nothing read or written where the factor is 1."""
+    by_factor = tl.load(factor)
+    length = tl.where(by_factor == 1.0, 0, count)
     for start in range(tl.program_id(0) * TOKENS, length, tl.num_programs(0) * TOKENS):
-        at = start + tl.arange(0, TOKENS)
-        x = tl.load(gradient + at, mask=at < length)
-        tl.store(gradient + at, (x * factor).to(gradient.dtype.element_ty), mask=at < length)
+        offset = start + tl.arange(0, TOKENS)
+        x = tl.load(gradient + offset, mask=offset < length)
+        scaled = (x * by_factor).to(gradient.dtype.element_ty)
+        tl.store(gradient + offset, scaled, mask=offset < length)
 
 
-@on_device
-def policy_loss_from_logits_scale(gradient, by):
-    count = min(PROGRAMS, blocks_of(gradient))
+def policy_loss_from_logits_scale(x: ScaleInputs) -> NoOutputs:
+    """Launches a limited number of programs, which share the elements."""
+    count = min(PROGRAMS, blocks_of(x.gradient))
     if count:
-        scale_kernel[(count,)](gradient, by, gradient.numel(), **OPTIONS)
+        scale_kernel[(count,)](x.gradient, x.factor, x.gradient.numel(), **OPTIONS)
+    return NoOutputs()

@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fastpg import PolicyStats, ValueStats, merge_stats, policy_loss, value_loss
+from fastpg._library import _C
+from fastpg.ops.common.stats import check_names
 
 
 def stats_of(seed, **options):
@@ -45,7 +49,23 @@ def test_the_fields_have_names():
     assert len(ValueStats.FIELDS) == value.values.numel()
 
 
-def test_edges():
+def test_an_extension_with_other_statistics_is_refused():
+    names = list(ValueStats.FIELDS)
+    module = SimpleNamespace(__name__="fastpg._C", statistics={"ValueStats": names})
+    check_names(module)
+    names[0], names[1] = names[1], names[0]
+    with pytest.raises(ImportError, match="statistics than those of ValueStats") as raised:
+        check_names(module)
+    assert "Python: count, weight, loss" in str(raised.value)
+    assert "C++:    weight, count, loss" in str(raised.value)
+
+
+@pytest.mark.skipif(_C is None, reason="needs the extension")
+def test_the_extension_names_the_statistics_of_its_ops():
+    assert set(_C.statistics) == {"PolicyStats", "ValueStats", "ImportanceStats"}
+
+
+def test_bad_arguments_raise():
     policy, value = stats_of(0)
     with pytest.raises(ValueError, match="stats is empty"):
         merge_stats([])

@@ -26,7 +26,7 @@ def run(chosen, rejected, weight=None):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_matches_reference(dtype, weighted):
+def test_matches_the_formula(dtype, weighted):
     chosen, rejected, weight = sample(dtype)
     weight = weight if weighted else None
     w = torch.full((9,), 1 / 9, dtype=torch.float64) if weight is None else weight.double()
@@ -68,7 +68,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("change, error, message", BAD, ids=lambda x: str(x)[:30])
-def test_edges(change, error, message):
+def test_bad_arguments_raise(change, error, message):
     with pytest.raises(error, match=message):
         preference_loss(**{"chosen_scores": X, "rejected_scores": X, **change})
     loss, stats = preference_loss(X[:0], X[:0])

@@ -16,37 +16,62 @@ def merge_stats(
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """Merges what the losses counted, in the order given and then over ranks, into plain floats.
+    """The means of an optimiser step, from the statistics of its micro-batches and ranks.
 
-    stats: what an op returned, or a non-empty list of one kind.
-    process_group: every rank of it must call, and gets the same numbers.
+    The parts are merged in the order given, and then over ranks; no mean is taken before. With no
+    unmasked token there are zeros, and ratio_min and ratio_max are 1.
 
-    From PolicyStats, d = logp − old_logp and r = e^d:
-      loss                    sum of the losses, KL and entropy terms included
-      clip_frac_low, _high    fraction of tokens whose ratio is held at a lower, an upper bound
-      approx_kl, kl           KL(old ‖ new): mean of k3 = r − 1 − d, and of k1 = −d
-      ratio_mean, _min, _max  of r, or of the ratio of each token's sequence
-      ess                     effective sample size (Σ r)² / (n Σ r²), a fraction
-      ref_kl, entropy         means; absent unless every part had ref_logp, entropy
-      count                   unmasked tokens
-    From ValueStats:
-      loss, count             as above
-      clip_frac               fraction of tokens whose clipped error is the larger one
-      mean, return_mean       of V and of R
-      explained_variance      1 − Var(R − V) / Var(R); 0 where R does not vary
-    From ImportanceStats, of tokens or sequences as the level says:
-      outside_low, _high      fraction of ratios below low, above high
-      weight_mean, ess        mean and effective sample size of the weights, within the bounds
-      ratio_mean, _min, _max  before the bounds
-      approx_kl, kl           KL(behavior ‖ policy) per token: mean of k3 and of k1
-      count                   unmasked tokens, or sequences that have one
-    From PreferenceStats:
-      loss                    as above
-      accuracy                fraction of pairs with chosen > rejected
-      margin                  mean of chosen − rejected
-      chosen_mean, rejected_mean   of the scores
-      count                   pairs of weight other than 0
-    With no unmasked token: zeros, ratio_min and ratio_max 1. Synchronises the device once.
+    Args:
+        stats: What an op returned beside its loss, or a non-empty list of one kind.
+        process_group: Every rank of it must call, and gets the same numbers. None: this process
+            alone.
+
+    Returns:
+        Plain floats by name; reading them synchronises the device once.
+
+        From PolicyStats, with d = logp − old_logp and r = e^d:
+
+            loss: the sum of the losses, KL and entropy terms included
+            clip_frac_low, clip_frac_high: the fraction of tokens whose ratio is held at a lower,
+                and at an upper bound
+            approx_kl, kl: KL(old ‖ new), as the mean of k3 = r − 1 − d and of k1 = −d
+            ratio_mean, ratio_min, ratio_max: r, or the ratio of each token's sequence
+            ess: the effective sample size (Σ r)² / (n Σ r²), a fraction
+            ref_kl, entropy: means; absent unless every part had ref_logp, or entropy
+            count: the unmasked tokens
+
+        From ValueStats:
+
+            loss, count: as above
+            clip_frac: the fraction of tokens whose clipped error is the larger one
+            mean, return_mean: means of V and of R
+            explained_variance: 1 − Var(R − V) / Var(R); 0 where R does not vary
+
+        From ImportanceStats, of tokens or sequences as the level says:
+
+            outside_low, outside_high: the fraction of ratios below low, and above high
+            weight_mean, ess: mean and effective sample size of the weights, within the bounds
+            ratio_mean, ratio_min, ratio_max: the ratios, before the bounds
+            approx_kl, kl: KL(behavior ‖ policy) per token, as the mean of k3 and of k1
+            count: the unmasked tokens, or the sequences that have one
+
+        From PreferenceStats:
+
+            loss: as above
+            accuracy: the fraction of pairs with chosen > rejected
+            margin: the mean of chosen − rejected
+            chosen_mean, rejected_mean: means of the scores
+            count: the pairs of weight other than 0
+
+    Raises:
+        TypeError: stats holds something else, or different kinds.
+        ValueError: stats is empty.
+
+    Example:
+        >>> logp, weight = torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 0.5])
+        >>> parts = [fastpg.policy_loss(logp, logp, weight)[1] for _ in range(2)]
+        >>> fastpg.merge_stats(parts)["count"]
+        4.0
     """
     parts = [stats] if isinstance(stats, Stats) else list(stats)
     kind = _kind(parts)
@@ -58,7 +83,8 @@ def merge_stats(
     return kind.summary(row.tolist())
 
 
-def _kind(parts: list) -> type[Stats]:
+def _kind(parts: list[Stats]) -> type[Stats]:
+    """The class that all parts have."""
     if not parts:
         raise ValueError("merge_stats: stats is empty, nothing to merge")
     kind = type(parts[0])

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
+MAX_ERROR = 0.2  # the most that a relative error counts, on either side
+
 
 def _positive(name: str, value: float) -> float:
     if not 0 < value < math.inf:
@@ -18,11 +22,31 @@ def _positive(name: str, value: float) -> float:
 
 
 class AdaptiveKL:
-    """A coefficient, `value`, that rises while the KL is above its target, and sinks below it.
+    """A coefficient that rises while the KL is above its target, and sinks while it is below.
 
-    init: the first value.
-    target: the wanted KL per sequence.
-    horizon: sequences; in that many the value changes by a fifth at most.
+    With error = clip(KL / target − 1, −0.2, 0.2), n sequences multiply the coefficient by
+    1 + error · n / horizon. KL is that of whole sequences: summed over tokens, averaged over
+    sequences.
+
+    Args:
+        init: The first value, > 0.
+        target: The wanted KL per sequence, > 0, in nats.
+        horizon: A number of sequences, > 0: in so many the value changes by a fifth at most.
+
+    Attributes:
+        value: The coefficient.
+
+    Raises:
+        ValueError: An argument is not finite and > 0.
+
+    Example:
+        >>> coefficient = fastpg.AdaptiveKL(init=0.1, target=6.0, horizon=1000)
+        >>> coefficient.update(kl_per_sequence=12.0, n=100)
+        0.10200000000000001
+
+    Reference:
+        Ziegler et al. 2019, "Fine-tuning language models from human preferences",
+        arXiv:1909.08593.
     """
 
     def __init__(self, init: float, target: float, horizon: float) -> None:
@@ -30,23 +54,33 @@ class AdaptiveKL:
         self.target = _positive("target", target)
         self.horizon = _positive("horizon", horizon)
 
-    def update(self, kl_per_sequence: float, n: int) -> float:
-        """Moves the value after n sequences of this mean KL, and returns it.
+    def update(self, kl_per_sequence: float | Tensor, n: int) -> float:
+        """Moves the value after n sequences of this mean KL.
 
-        kl_per_sequence may be a 0-d tensor; it is read on the host, which waits for its device.
+        Args:
+            kl_per_sequence: The mean KL of the sequences, in nats: a float, or a 0-d tensor, which
+                is read on the host, and that waits for its device.
+            n: How many sequences there were, at most the horizon.
+
+        Returns:
+            The new value.
+
+        Raises:
+            ValueError: kl_per_sequence is not finite, or n is not in [0, horizon].
         """
         kl_per_sequence = float(kl_per_sequence)
         if not math.isfinite(kl_per_sequence):
             raise ValueError(f"AdaptiveKL: kl_per_sequence must be finite, got {kl_per_sequence}")
         if not 0 <= n <= self.horizon:  # many more would turn the sign of the value
             raise ValueError(f"AdaptiveKL: n must be in [0, horizon={self.horizon:g}], got {n}")
-        error = min(max(kl_per_sequence / self.target - 1, -0.2), 0.2)
+        error = min(max(kl_per_sequence / self.target - 1, -MAX_ERROR), MAX_ERROR)
         self.value *= 1 + error * n / self.horizon
         return self.value
 
     def state_dict(self) -> dict[str, float]:
-        """What training changes: the value. Target and horizon are settings."""
+        """The value, which training changes. Target and horizon are settings."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes the value from what `state_dict` returned."""
         self.value = _positive("value", state["value"])

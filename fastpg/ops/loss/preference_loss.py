@@ -18,13 +18,35 @@ from ..common.stats import PreferenceStats
 def preference_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, *, weight: Tensor | None = None
 ) -> tuple[Tensor, PreferenceStats]:
-    """Σ weight · −log σ(chosen − rejected), and what was counted.
+    """The loss of a reward model over pairs of scores, weighted and summed.
 
-    chosen_scores, rejected_scores: of one shape, usually [B]; any float dtype; differentiable.
-    weight: of the same shape, a constant. Weight 0 masks a pair: not read, no gradient, not
-    counted. None: 1/B for each of the B pairs, so that the sum is their mean; pass 1 over the pairs
-    of the whole optimiser step where micro-batches or ranks share one.
-    Returns (loss, stats): a scalar, fp32 (fp64 if an input is fp64), and PreferenceStats.
+    L = Σ weight · −log σ(chosen − rejected).
+
+    Args:
+        chosen_scores: Scores of the preferred answers, of any shape, usually [B], and any float
+            dtype; differentiable.
+        rejected_scores: Scores of the others, of the same shape; differentiable.
+        weight: How much each pair counts, of the same shape; a constant. Weight 0 masks a pair: it
+            is not read, gets no gradient and is not counted. None: 1/B for each of the B pairs, so
+            that the sum is their mean; pass 1 over the pairs of the whole optimiser step where
+            micro-batches or ranks share one.
+
+    Returns:
+        (loss, stats): a scalar, fp32, or fp64 if an input is fp64; and `PreferenceStats`.
+
+    Raises:
+        TypeError: An argument is no tensor, or not of a floating dtype.
+        ValueError: A shape or device differs from that of chosen_scores.
+
+    Example:
+        >>> chosen, rejected = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+        >>> loss, stats = fastpg.preference_loss(chosen, rejected)
+        >>> loss
+        tensor(0.5032)
+
+    Reference:
+        Bradley and Terry 1952; Christiano et al. 2017, "Deep reinforcement learning from human
+        preferences", arXiv:1706.03741.
     """
     chosen, rejected, weight = alike(
         "preference_loss",
@@ -37,9 +59,17 @@ def preference_loss(
         weight = torch.full_like(chosen, 1 / max(chosen.numel(), 1))
     weight = weight.detach()
     kept = weight != 0
-    chosen, rejected = (torch.where(kept, x, 0.0) for x in (chosen, rejected))
+    chosen, rejected = torch.where(kept, chosen, 0.0), torch.where(kept, rejected, 0.0)
     margin = chosen - rejected
     loss = (weight * softplus(-margin)).sum(dtype=torch.float64)
-    counted = kept, weight, loss, kept & (margin > 0), margin, chosen, rejected
-    values = torch.stack([x.detach().sum(dtype=torch.float64) for x in counted])
-    return loss.to(chosen.dtype), PreferenceStats(values)
+    fields = {
+        "count": kept,
+        "weight": weight,
+        "loss": loss,
+        "correct": kept & (margin > 0),
+        "margin": margin,
+        "chosen": chosen,
+        "rejected": rejected,
+    }
+    values = [fields[name].detach().sum(dtype=torch.float64) for name in PreferenceStats.FIELDS]
+    return loss.to(chosen.dtype), PreferenceStats(torch.stack(values))

@@ -3,13 +3,15 @@
 
 #include "common/bind.h"
 #include "common/dtype.h"
+#include "common/parallel.h"
 
 namespace fpg {
 namespace {
 
-constexpr int kLanes = 4;          // sequences in flight: each hides the latency of the others
-constexpr int64_t kGrain = 16384;  // tokens a thread should have at least
+constexpr int kLanes = 4;  // So many sequences are in flight: each hides the others' latency.
+constexpr int64_t kGrain = 16384;  // A thread should have at least so many tokens.
 
+// Reads what is known of each token; what is not given has its default.
 template <typename X, Look kLook>
 struct Tokens {
   const GaeInputs in;
@@ -33,6 +35,7 @@ struct Tokens {
   }
 };
 
+// Where the walk along one sequence stands.
 struct Lane {
   int64_t sequence, token, left;
   GaeNext<double> carry;
@@ -138,10 +141,10 @@ struct Backward : Tokens<X, kLook> {
     const int64_t i = lane.token++;
     if (!this->kept(i)) return write(i, 0.0, 0.0, 0.0);
     const double grad = double(grad_advantages[i]) + grad_returns[i] + lane.carry.advantage;
-    const GaeFactors<double> by = this->factors(lane.sequence, i);
-    const double grad_reward = by.rho * grad;
+    const GaeFactors<double> factors = this->factors(lane.sequence, i);
+    const double grad_reward = factors.rho * grad;
     const double grad_value = grad_returns[i] - grad_reward + lane.carry.value;
-    lane.carry = gae_adjoint(grad, by);
+    lane.carry = gae_adjoint(grad, factors);
     const bool reads = this->truncated(i) && !this->terminated(i);
     write(i, grad_reward, grad_value, reads ? lane.carry.value : 0.0);
     if (this->cut(i)) lane.carry = {0.0, 0.0};

@@ -1,5 +1,5 @@
-// Advantages by one reverse affine scan, and its adjoint. The element's maths, and what the page
-// fastpg/ops/gae.py hands to the C++ kernel.
+// Advantages by one reverse affine scan, and its adjoint: the maths of one token, and the arguments
+// of fastpg/ops/credit/gae.py.
 #pragma once
 
 #include "common/fields.h"
@@ -23,15 +23,15 @@ struct GaeFactors {
 };
 
 template <typename T>
-FPG_HD GaeNext<T> gae_step(GaeNext<T> next, T reward, T value, GaeFactors<T> by) {
-  const T delta = by.rho * (reward + by.gamma * next.value - value);
-  return {delta + by.trace * next.advantage, value};
+FPG_HD GaeNext<T> gae_step(GaeNext<T> next, T reward, T value, GaeFactors<T> factors) {
+  const T delta = factors.rho * (reward + factors.gamma * next.value - value);
+  return {delta + factors.trace * next.advantage, value};
 }
 
 // The gradient that a token with dL/dA = grad sends to the advantage and the value after it.
 template <typename T>
-FPG_HD GaeNext<T> gae_adjoint(T grad, GaeFactors<T> by) {
-  return {by.trace * grad, by.gamma * (by.rho * grad)};
+FPG_HD GaeNext<T> gae_adjoint(T grad, GaeFactors<T> factors) {
+  return {factors.trace * grad, factors.gamma * (factors.rho * grad)};
 }
 
 struct GaeInputs {

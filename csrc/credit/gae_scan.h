@@ -1,4 +1,4 @@
-// Floor 1 of CUDA: a scan of affine maps along a sequence, four tokens to a lane.
+// A scan of affine maps along a sequence on a GPU, four tokens to a lane.
 #pragma once
 
 #include "common/cuda.h"
@@ -19,31 +19,36 @@ struct Affine {
   }
 };
 
-__device__ inline double up(double x, int by) { return __shfl_up_sync(kAllLanes, x, by); }
+// The x of the lane that is this far before.
+__device__ inline double from_before(double x, int distance) {
+  return __shfl_up_sync(kAllLanes, x, distance);
+}
 __device__ inline float from_lane(float x, int lane) { return __shfl_sync(kAllLanes, x, lane); }
 __device__ inline double from_lane(double x, int lane) { return __shfl_sync(kAllLanes, x, lane); }
 __device__ inline GaeNext<double> from_lane(GaeNext<double> x, int lane) {
   return {from_lane(x.advantage, lane), from_lane(x.value, lane)};
 }
 
-// The last offer among some tokens, if one of them is unmasked.
-template <typename Offer>
-struct Latest {
-  Offer offer;
+// The message of the last unmasked token among some, if there is one.
+template <typename Message>
+struct LastMessage {
+  Message message;
   bool given;
 };
 
-// Of the whole warp; `before` becomes that of the lanes before this one.
-template <bool kFull, typename Offer>
-__device__ inline Latest<Offer> latest_of_warp(const Latest<Offer>& own, Latest<Offer>& before) {
+// That of the whole warp; `before` becomes that of the lanes before this one. kFull: every lane has
+// an unmasked token.
+template <bool kFull, typename Message>
+__device__ inline LastMessage<Message> last_message_of_warp(const LastMessage<Message>& own,
+                                                            LastMessage<Message>& before) {
   const unsigned lane = threadIdx.x % kWarp;
   if (kFull) {
-    before = {from_lane(own.offer, (lane + kWarp - 1) % kWarp), lane > 0};
-    return own;  // the last lane's is the warp's
+    before = {from_lane(own.message, (lane + kWarp - 1) % kWarp), lane > 0};
+    return own;  // The last lane's is the warp's.
   }
   const unsigned all = __ballot_sync(kAllLanes, own.given), lower = all & ((1u << lane) - 1);
-  before = {from_lane(own.offer, lower ? 31 - __clz(lower) : 0), lower != 0};
-  return {from_lane(own.offer, all ? 31 - __clz(all) : 0), all != 0};
+  before = {from_lane(own.message, lower ? 31 - __clz(lower) : 0), lower != 0};
+  return {from_lane(own.message, all ? 31 - __clz(all) : 0), all != 0};
 }
 
 // The maps of the lanes up to this one, composed; `before` becomes that without this one.
@@ -51,28 +56,31 @@ template <typename Map>
 __device__ inline Map scan_warp(Map f, Map& before) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int by = 1; by < kWarp; by *= 2) {
-    const Map other = {up(f.a, by), up(f.b, by)};
-    if (lane >= by) f = f.after(other);
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const Map other = {from_before(f.a, distance), from_before(f.b, distance)};
+    if (lane >= distance) f = f.after(other);
   }
-  before = {up(f.a, 1), up(f.b, 1)};
+  before = {from_before(f.a, 1), from_before(f.b, 1)};
   if (lane == 0) before = {1.0, 0.0};
   return f;
 }
 
-// Which tokens of its sequence a lane has in a tile of its warp; tiles are counted as scanned.
+// How a sequence is cut into tiles, counted in the order of the scan, and which tokens of a tile a
+// lane has.
 template <bool kReverse>
-struct Place {
+struct Tiling {
   int length, tiles;
 
-  __device__ explicit Place(int64_t length)
+  __device__ explicit Tiling(int64_t length)
       : length(int(length)), tiles(int(ceil_div(length, kWarpTokens))) {}
 
+  // This lane's first token in a tile.
   __device__ int first(int tile) const {
     const int lane = threadIdx.x % kWarp;
     return kReverse ? (tiles - 1 - tile) * kWarpTokens + 4 * (kWarp - 1 - lane)
                     : tile * kWarpTokens + 4 * lane;
   }
+  // How many tokens, of four, the lane has there.
   __device__ int count(int tile) const {
     return tile < tiles ? clamp(length - first(tile), 0, 4) : 0;
   }

@@ -1,10 +1,11 @@
-"""gae against its reference, and the laws of advantages."""
+"""gae against its reference, and both against a plain loop."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
 from accuracy import TOLERANCE, assert_no_worse, leaves
+from gae_inputs import CU, by_loop, flags, inputs, loop, record, sequences, shorten_blocks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from registration import check_registration
@@ -15,65 +16,11 @@ from fastpg.ops.credit import gae as page
 
 OP = "gae"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-POISON = [float("nan"), float("inf"), -float("inf"), 1e30]
-CU = torch.tensor([0, 3, 3, 8, 12, 13, 20], dtype=torch.int32)
-
-
-def inputs(shape=(3, 7), dtype=torch.float64, seed=0):
-    """Rewards, values and a mask that hides tokens at the start, inside and at the end."""
-    g = torch.Generator().manual_seed(seed)
-    rewards, values = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for _ in "rv")
-    return rewards, values, torch.rand(shape, generator=g) < 0.7
-
-
-def flags(shape, seed=1):
-    """terminated, truncated and bootstrap of one shape."""
-    g = torch.Generator().manual_seed(seed)
-    terminated, truncated = (torch.rand(shape, generator=g) < 0.3 for _ in range(2))
-    return terminated, truncated, torch.randn(shape, generator=g, dtype=torch.float64)
-
-
-def record(rewards, values=None, *, gamma=1.0, lam=1.0, **given):
-    """The inputs of the op; what is not given is None."""
-    options = dict.fromkeys(page.Inputs._fields) | given
-    options |= {"rewards": rewards, "values": values, "gamma": gamma, "lam": lam}
-    return page.Inputs(**options)
-
-
-def sequences(x, cu_seqlens):
-    """The sequences of a padded or packed tensor, one by one."""
-    return list(x) if cu_seqlens is None else list(x.split(cu_seqlens.diff().tolist()))
-
-
-def loop(r, v, mask, gamma, lam, rho, c, terminated, truncated, bootstrap):
-    """One sequence, by the words of the docstring; flags and bootstrap are [T], [] or None."""
-    kept, out = mask.nonzero()[:, 0].tolist(), r.new_zeros(2, len(r))
-    carry = value = r.new_zeros(())
-    for t in reversed(kept):
-        last = t == kept[-1]
-
-        def here(x, last=last, t=t):
-            return x is not None and bool(x[t] if x.dim() else last and x)
-
-        done, cut = here(terminated), here(truncated)
-        if terminated is None:
-            done = last and not cut and (truncated is not None or bootstrap is None)
-        if last or done or cut:
-            read = bootstrap is not None and not done and (cut or bootstrap.dim() == 0)
-            value = (bootstrap[t] if bootstrap.dim() else bootstrap) if read else r.new_zeros(())
-            carry = r.new_zeros(())
-        g, decay = (x[t] if x.dim() else x for x in (gamma, lam))
-        carry = rho[t] * (r[t] + g * value - v[t]) + g * decay * c[t] * carry
-        value = v[t]
-        out[:, t] = torch.stack([carry, carry + value])
-    return out
 
 
 @pytest.fixture(autouse=True)
 def short_blocks(request, monkeypatch):
-    """Of the scan in Triton, whose interpreter is slow: a sequence of these tests takes several."""
-    if "kernel" in request.fixturenames and request.getfixturevalue("kernel") == "triton":
-        monkeypatch.setattr("fastpg.ops.credit.gae_triton.BLOCK", 8)
+    shorten_blocks(request, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,9 +31,14 @@ def test_matches_reference(kernel, shape, dtype, masked):
     mask = mask if masked else None
     options = {"mask": mask, "gamma": 0.99, "lam": 0.95}
     out = gae(rewards, values, mask, gamma=0.99, lam=0.95)
-    oracle = page.reference(record(rewards.double(), values.double(), **options))
-    torchs = page.reference(record(rewards.to(out[0].dtype), values.to(out[0].dtype), **options))
     assert out[0].dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+    if kernel == "reference":  # It is compared with the loop, for it cannot be with itself.
+        oracle = by_loop(rewards, values, **options)
+        torchs = [x.to(out[0].dtype) for x in oracle]
+    else:
+        oracle = page.reference(record(rewards.double(), values.double(), **options))
+        given = rewards.to(out[0].dtype), values.to(out[0].dtype)
+        torchs = page.reference(record(*given, **options))
     for ours, theirs, exact in zip(out, torchs, oracle, strict=True):
         assert_no_worse(ours, theirs, exact, TOLERANCE[dtype])
 
@@ -182,7 +134,7 @@ def test_registration():
             check_registration(page.gae_backward_op, page.BackwardInputs(x, values, expanded))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
 def test_compile():
     @torch.compile(fullgraph=True, dynamic=True)
     def compiled(rewards, values, mask, bootstrap):
@@ -201,7 +153,7 @@ def test_compile():
             torch.testing.assert_close(ours.grad, eager.grad)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
 def test_compile_packed():
     rewards, values, mask = inputs((20,), torch.float32)
     truncated = torch.rand(20) < 0.3
@@ -216,7 +168,7 @@ def test_compile_packed():
         torch.testing.assert_close(ours, eager)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own decompositions
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses its own old parts
 @pytest.mark.parametrize("wanted", [False, True])
 def test_other_derivatives_raise(wanted):
     rewards = torch.ones(2, 3, requires_grad=wanted)
@@ -255,7 +207,7 @@ ONES, FLAGS = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
         (ValueError, "values on meta, expected cpu", {"values": ONES.to("meta")}),
     ],
 )  # fmt: skip
-def test_edges(error, message, changed):
+def test_bad_arguments_raise(error, message, changed):
     with pytest.raises(error, match=message):
         gae(**{"rewards": ONES, **changed})
 

@@ -3,9 +3,25 @@
 import pytest
 import torch
 from accuracy import leaves
-from test_gae import CU, POISON, flags, inputs, sequences, short_blocks  # noqa: F401
+from gae_inputs import (
+    CU,
+    POISON,
+    by_loop,
+    flags,
+    inputs,
+    scaled_to_blocks,
+    sequences,
+    shorten_blocks,
+)
 
 from fastpg import gae
+
+OP = "gae"
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(request, monkeypatch):
+    shorten_blocks(request, monkeypatch)
 
 
 def test_any_strides(kernel):
@@ -192,3 +208,35 @@ def test_long_sums_keep_their_digits(kernel):
     rewards = torch.rand(1, length, generator=torch.Generator().manual_seed(0))
     exact = rewards.double().cpu().flip(1).cumsum(1).flip(1)
     assert ((gae(rewards)[1].cpu() - exact).abs() <= 1e-5 * exact).all()
+
+
+@pytest.mark.parametrize("length", [128, 500, 1000, 1023, 1024, 1025, 1400])
+def test_gradient_of_a_bootstrap_at_any_length(kernel, length):
+    """In CUDA C++ a warp has tiles of 128 tokens, and up to 8 warps a block: some lack tokens."""
+    length = scaled_to_blocks(length, kernel)
+    rewards = torch.zeros(1, length, dtype=torch.float64)
+    bootstrap = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    advantages, returns = gae(rewards, gamma=0.99, lam=0.95, bootstrap=bootstrap)
+    weight = torch.randn(2, 1, length, dtype=torch.float64)
+    torch.autograd.backward((advantages, returns), (weight[0], weight[1]))
+    decay = 0.99 * (0.99 * 0.95) ** torch.arange(length - 1, -1, -1, dtype=torch.float64)
+    torch.testing.assert_close(bootstrap.grad, (weight.sum(0) * decay).sum(1))
+
+
+@pytest.mark.parametrize("length", [127, 128, 129, 1023, 1024, 1025, 1153])
+def test_edges_of_tiles(kernel, length):
+    """The values and gradients of lengths at which tiles, warps and blocks of them end."""
+    length = scaled_to_blocks(length, kernel)
+    rewards, values, _ = inputs((2, length), seed=length)
+    rewards, values = leaves(rewards, values)
+    advantages, returns = gae(rewards, values, gamma=0.9, lam=0.8)
+    expected = by_loop(rewards, values, None, 0.9, 0.8)
+    torch.testing.assert_close(torch.stack([advantages, returns]), expected)
+    weight = torch.randn(2, length, dtype=torch.float64)
+    grads = torch.autograd.grad(advantages, (rewards, values), weight)
+    sent = weight.clone()  # G_t = w_t + gamma lam G_{t-1}
+    for t in range(1, length):
+        sent[:, t] += 0.9 * 0.8 * sent[:, t - 1]
+    torch.testing.assert_close(grads[0], sent)
+    before = torch.nn.functional.pad(sent, (1, 0))[:, :length]
+    torch.testing.assert_close(grads[1], 0.9 * before - sent)

@@ -8,8 +8,15 @@ from torch import Tensor
 from ..common import checks
 
 
-def discount(name, x, rewards, mask, count, dtype):
-    """gamma or lam as (tensor or None, float)."""
+def discount(
+    name: str,
+    x: float | Tensor,
+    rewards: Tensor,
+    mask: Tensor | None,
+    count: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, float]:
+    """gamma or lam, checked: a tensor per sequence or per token, or None and a float."""
     if not isinstance(x, Tensor):
         checks.check_number("gae", name, x)
         if not 0 <= x <= 1:
@@ -29,8 +36,19 @@ def ratio(name: str, x: Tensor | None, rewards: Tensor, dtype: torch.dtype) -> T
     return checks.cast(x.detach(), dtype)
 
 
-def endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count):
-    """bootstrap, 0 where it is not read; terminated and truncated per token, or None."""
+def endings(
+    rewards: Tensor,
+    bootstrap: Tensor | None,
+    mask: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    cu_seqlens: Tensor | None,
+    count: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns bootstrap, 0 where it is not read; terminated and truncated per token, or None.
+
+    A flag per sequence is one of its last unmasked token.
+    """
     checks.check_shape("gae", "terminated", terminated, rewards, (count,), rewards.shape)
     checks.check_shape("gae", "truncated", truncated, rewards, (count,), rewards.shape)
     follows = (count,) if truncated is None else truncated.shape
@@ -39,12 +57,14 @@ def endings(rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count):
         raise ValueError("gae: truncated needs bootstrap, the value that follows")
     terminated, truncated = checks.as_bool(terminated), checks.as_bool(truncated)
     if truncated is not None and truncated.shape != rewards.shape:
-        terminated, truncated = ~truncated if terminated is None else terminated, None
+        # A bootstrap per sequence says the same: it is read unless the sequence is terminated.
+        terminated = ~truncated if terminated is None else terminated
+        truncated = None
     if terminated is None or terminated.shape == rewards.shape:
         return bootstrap, terminated, truncated
     if truncated is None:
         return None if bootstrap is None else bootstrap.masked_fill(terminated, 0.0), None, None
-    if not torch.compiler.is_compiling():  # a graph cannot branch on values; the op checks again
+    if not torch.compiler.is_compiling():  # A graph cannot branch on values; the op checks again.
         checks.check_cu_seqlens("gae", cu_seqlens, rewards)
     last = checks.is_last(torch.ones_like(truncated) if mask is None else mask, cu_seqlens)
     return bootstrap, last & checks.to_tokens(terminated, rewards, cu_seqlens), truncated

@@ -21,7 +21,7 @@ from bench._example import examples
 
 HERE = Path(__file__).parent
 ALLOWED = 1.10  # the most that a call may take, of what it took before
-ROUNDS, CALLS = 31, 300
+ROUNDS, CALLS = 21, 100
 CASES = [
     (str(example), direction)
     for example in examples()

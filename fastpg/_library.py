@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,7 +91,16 @@ def scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tens
     """A 0-d tensor of a number that changes from call to call, without compiling anew for each."""
     if torch.compiler.is_compiling():  # only arithmetic keeps a Python float symbolic there
         return torch.ones((), dtype=dtype, device=device) * value
+    if device.type == "cpu" and not torch._C._len_torch_dispatch_stack():  # no fake tensors now
+        return _cpu_scalar(float(value), dtype)
     return torch.scalar_tensor(value, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=256)
+def _cpu_scalar(value: float, dtype: torch.dtype) -> torch.Tensor:
+    """The same tensor for the same number: to make one takes a tenth of a small call."""
+    with torch.inference_mode(False):  # it may be saved for backward later
+        return torch.scalar_tensor(value, dtype=dtype, device="cpu")
 
 
 def _share_thread_pool() -> None:

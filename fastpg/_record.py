@@ -21,6 +21,7 @@ class Layout:
         tensors: The places of the flat fields that are tensors, or lists of them.
         others: The places of all other flat fields.
         has_lists: Whether a field is a list of tensors.
+        is_all_tensors: Whether every flat field is a tensor, and none a list of them.
     """
 
     def __init__(self, record: type[tuple]) -> None:
@@ -37,6 +38,7 @@ class Layout:
         self.tensors = [i for i, kind in enumerate(kinds) if Tensor in (kind, *get_args(kind))]
         self.others = [i for i in range(len(kinds)) if i not in self.tensors]
         self.has_lists = any(kind == list[Tensor] for kind in kinds)
+        self.is_all_tensors = not self.others and not self.has_lists
         if not self.nested:
             self.restore = record._make  # type: ignore[method-assign]  # a call less
 

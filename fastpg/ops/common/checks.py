@@ -60,17 +60,18 @@ def alike(op: str, optional: tuple = (), **tensors: Tensor | None) -> list[Tenso
 
     optional: the names of those that may be None.
     """
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor) and not (x is None and name in optional):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     beside, first = next(iter(tensors.items()))
+    check_tensor(op, beside, first)
     shape, device, dtype = first.shape, first.device, first.dtype
-    others = [
-        name
-        for name, x in tensors.items()
-        if x is not None and not (x.dtype is dtype and x.shape == shape and x.device == device)
-    ]
-    if not others and dtype in (torch.float32, torch.float64):
+    others = []
+    for name, x in tensors.items():
+        if x is None and name in optional:
+            continue
+        if not isinstance(x, Tensor):
+            check_tensor(op, name, x)
+        if x.dtype is not dtype or x.shape != shape or x.device != device:
+            others.append(name)
+    if not others and (dtype is torch.float32 or dtype is torch.float64):
         return list(tensors.values())
     dtype = compute_dtype(op, **tensors)
     for name in others:

@@ -1,7 +1,12 @@
-"""What several pages ask: token tensors [B, T] or packed [N] with cu_seqlens; and of labels."""
+"""What several pages check and convert: token tensors, sequences, labels, temperatures.
+
+Tokens are [B, T], or packed [N] with cu_seqlens. A check raises with the op, the argument and the
+value that it saw.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from numbers import Real
 
 import torch
@@ -13,21 +18,26 @@ from ..._library import DTYPE_CODE, scalar
 
 
 def check_tensors(op: str, **values: object) -> None:
+    """Each of the values is a tensor."""
     for name, value in values.items():
         check_tensor(op, name, value)
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
+    """The value is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
 
 
 def check_number(op: str, name: str, value: object) -> None:
-    if not isinstance(value, (float, int)) and not isinstance(value, Real):  # a scalar of NumPy
+    """The value is a real number."""
+    # NumPy's scalars are found by the slower second question.
+    if not isinstance(value, (float, int)) and not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
-def check_choice(op: str, name: str, value: object, known: object) -> None:
+def check_choice(op: str, name: str, value: object, known: Collection[str]) -> None:
+    """The value is one of the strings that are known."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}")
 
@@ -58,7 +68,13 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def alike(op: str, optional: tuple = (), **tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors in the dtype to compute in; each must match the first in shape and device.
 
-    optional: the names of those that may be None.
+    Args:
+        op: The op's name, for messages.
+        optional: The names of the tensors that may be None.
+        tensors: The tensors by their names.
+
+    Returns:
+        The tensors in their order.
     """
     beside, first = next(iter(tensors.items()))
     check_tensor(op, beside, first)
@@ -111,12 +127,13 @@ def sequence_count(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None
 
 
 def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    """The tensor is on the device of `like`."""
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name} on {tensor.device}, expected {like.device}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, like: Tensor, *shapes: tuple) -> None:
-    """One of the shapes, and the device of `like`; or no tensor at all."""
+    """The tensor has one of the shapes and the device of `like`; or there is none."""
     if tensor is None:
         return
     check_tensor(op, name, tensor)
@@ -127,13 +144,16 @@ def check_shape(op: str, name: str, tensor: Tensor | None, like: Tensor, *shapes
 
 
 def fractions(op: str, name: str, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x, a constant in [0, 1] where it is not masked. On other devices that would synchronise."""
+    """x as a constant, which must be in [0, 1] where it is not masked.
+
+    Its values are looked at on the CPU only: elsewhere that would synchronise.
+    """
     if x.is_complex():
         raise TypeError(f"{op}: {name} must be real, got {x.dtype}")
     x = cast(x.detach(), dtype)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
         return x
-    least, most = (bound.item() for bound in x.aminmax())  # a third of what a mask costs
+    least, most = (bound.item() for bound in x.aminmax())  # A mask would cost three times as much.
     if not (least >= 0 and most <= 1):
         bad = ~((x >= 0) & (x <= 1))
         bad = bad & mask if mask is not None and mask.shape == x.shape else bad
@@ -148,17 +168,20 @@ def as_bool(mask: Tensor | None) -> Tensor | None:
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, tokens: Tensor) -> None:
-    """The check of values that the C++ kernels make. On other devices it would synchronise."""
+    """cu_seqlens rises from 0 to N. The C++ kernels check the same.
+
+    Its values are looked at on the CPU only: elsewhere that would synchronise.
+    """
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     bad = torch.diff(cu_seqlens, prepend=cu_seqlens.new_zeros(1)) < 0
     bad[0] |= cu_seqlens[0] != 0
     bad[-1] |= cu_seqlens[-1] != len(tokens)
     if bad.any():
-        at = int(bad.int().argmax())
+        place = int(bad.int().argmax())
         raise ValueError(
             f"{op}: cu_seqlens must rise from 0 to N = {len(tokens)}, "
-            f"got {cu_seqlens[at].item()} at index {at}"
+            f"got {cu_seqlens[place].item()} at index {place}"
         )
 
 
@@ -184,7 +207,7 @@ def to_sequences(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def is_last(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Marks the last unmasked token of each sequence."""
-    left = mask.flip(-1).cumsum(-1).flip(-1)  # unmasked tokens from here to the end
+    left = mask.flip(-1).cumsum(-1).flip(-1)  # How many tokens are unmasked from here to the end.
     if cu_seqlens is not None:
         beyond = torch.nn.functional.pad(left, (0, 1))[cu_seqlens[1:].long()]
         left = left - to_tokens(beyond, mask, cu_seqlens)
@@ -195,16 +218,28 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_labels(op: str, labels: Tensor, rows: Tensor) -> None:
-    """labels [...] for rows [..., V] or [..., H]. Their values are checked by the kernels."""
+    """The labels are integers [...], for rows [..., V] or [..., H]. Kernels check their values."""
     if labels.dtype not in INTEGERS:
         raise TypeError(f"{op}: labels must be integers, got {labels.dtype}")
     check_shape(op, "labels", labels, rows, rows.shape[:-1])
 
 
-def check_label_values(op, labels, legal, kept, vocab, ignore_index, temperature):
-    """What the kernels check too. Elsewhere it would synchronise: there bad labels are recorded."""
+def check_label_values(
+    op: str,
+    labels: Tensor,
+    legal: Tensor,
+    kept: Tensor,
+    vocab: int,
+    ignore_index: int,
+    temperature: Tensor,
+) -> None:
+    """Every label that is kept is legal, and so is its temperature. The kernels check the same.
+
+    On other devices than the CPU that would synchronise: there bad labels are recorded.
+    """
     if labels.device.type != "cpu":
-        return record_labels(op, labels, kept & ~legal)
+        record_labels(op, labels, kept & ~legal)
+        return
     bad = labels[kept & ~legal]
     if len(bad):
         where = f"outside [0, {vocab}) and not ignore_index={ignore_index}"
@@ -213,14 +248,14 @@ def check_label_values(op, labels, legal, kept, vocab, ignore_index, temperature
 
 
 def check_temperature(op: str, temperature: Tensor, kept: Tensor) -> None:
-    """On the CPU: where rows are kept it is a number to divide by."""
+    """The temperature is a number to divide by wherever a row is kept, on the CPU."""
     bad = temperature.expand(kept.shape)[kept & ~((temperature > 0) & temperature.isfinite())]
     if len(bad):
         raise ValueError(f"{op}: temperature holds {bad[0]}, must be finite and > 0")
 
 
 def positive(op: str, name: str, value: float, dtype: torch.dtype) -> float:
-    """value, by which the kernels divide, or multiply with its inverse, in dtype."""
+    """The value, by which kernels divide, or with whose inverse they multiply, in this dtype."""
     check_number(op, name, value)
     most = torch.finfo(dtype).max
     if not 1 / most < value < most:
@@ -232,7 +267,7 @@ def positive(op: str, name: str, value: float, dtype: torch.dtype) -> float:
 def label_temperature(
     op: str, temperature: float | Tensor, dtype: torch.dtype, labels: Tensor
 ) -> Tensor:
-    """0-d, or one per label. Always a tensor, so that a new value compiles nothing anew."""
+    """The temperature as a tensor, 0-d or one per label: a new value compiles nothing anew."""
     if not isinstance(temperature, Tensor):
         return scalar(positive(op, "temperature", temperature, dtype), dtype, labels.device)
     check_device(op, "temperature", temperature, labels)

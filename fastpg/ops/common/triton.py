@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
 
 import torch
 import triton
@@ -18,8 +17,8 @@ from . import log_ratio
 from .stats import Stats
 
 MAX_LOG_RATIO = tl.constexpr(log_ratio.MAX_LOG_RATIO)
-BLOCK = tl.constexpr(1024)  # tokens that a program has at a time
-CHUNK = tl.constexpr(256)  # partial results that are merged at a time
+BLOCK = tl.constexpr(1024)  # A program has so many tokens at a time.
+CHUNK = tl.constexpr(256)  # So many partial results are merged at a time.
 
 # Without fused multiply-adds, which versions of Triton choose differently.
 OPTIONS = {"enable_fp_fusion": False}
@@ -28,23 +27,12 @@ OPTIONS = {"enable_fp_fusion": False}
 def jit(kernel: Callable, specialised: tuple[str, ...] = ()):
     """triton.jit that compiles nothing anew for other sizes, alignments or numbers.
 
-    But for the alignment of the pointers that are specialised.
+    The alignment of the pointers named in `specialised` is the exception.
     """
     arguments = inspect.signature(kernel).parameters.values()
     plain = [a.name for a in arguments if "constexpr" not in str(a.annotation)]
     plain = [name for name in plain if name not in specialised]
     return triton.jit(do_not_specialize=plain)(kernel)
-
-
-def on_device(launcher: Callable) -> Callable:
-    """Launches on the device of the first argument, which need not be the current one."""
-
-    @wraps(launcher)
-    def launch(*args):
-        with torch.cuda.device_of(args[0]):
-            return launcher(*args)
-
-    return launch
 
 
 def field_of(kind: type[Stats], name: str) -> tl.constexpr:
@@ -53,11 +41,12 @@ def field_of(kind: type[Stats], name: str) -> tl.constexpr:
 
 
 def blocks_of(x: torch.Tensor) -> int:
+    """How many programs take all elements of a tensor."""
     return triton.cdiv(x.numel(), BLOCK.value)
 
 
 @triton.jit
-def bounded(d):
+def bounded(d: tl.tensor):
     """A log-ratio within +-MAX_LOG_RATIO; NaN passes through."""
     return tl.where(
         d > MAX_LOG_RATIO, MAX_LOG_RATIO, tl.where(d < -MAX_LOG_RATIO, -MAX_LOG_RATIO, d)
@@ -65,7 +54,7 @@ def bounded(d):
 
 
 @triton.jit
-def load_kept(x, offset, kept):
+def load_kept(x: tl.tensor, offset: tl.tensor, kept: tl.tensor):
     """The values at these offsets; 0, and nothing read, where a token is not kept."""
     return tl.load(x + offset, mask=kept, other=0)
 
@@ -77,7 +66,7 @@ def load_mask(mask: tl.tensor, offset: tl.tensor, inside: tl.tensor):
 
 
 @triton.jit
-def number(x, like):
+def number(x: tl.tensor, like: tl.tensor):
     """A Python float, handed over as fp64, in the dtype of `like`. The interpreter keeps floats."""
     return (tl.full([], 0.0, tl.float64) + x).to(like.dtype)
 
@@ -103,7 +92,7 @@ def sequence_bounds(
 
 
 @triton.jit
-def exp_excess(x):
+def exp_excess(x: tl.tensor):
     """e^x, and e^x - 1 - x: near 0 the latter by its series, where the subtractions cancel."""
     TERMS: tl.constexpr = 16 if x.dtype == tl.float64 else 10
     e = tl.exp(x)
@@ -114,7 +103,7 @@ def exp_excess(x):
 
 
 @triton.jit
-def block_moments(x, kept, count):
+def block_moments(x: tl.tensor, kept: tl.tensor, count: tl.tensor):
     """Mean of the kept x, and the sum of their squared distances from it, in fp64."""
     x = tl.where(kept, x.to(tl.float64), 0.0)
     mean = tl.sum(x, 0) / tl.maximum(count, 1.0)
@@ -123,14 +112,18 @@ def block_moments(x, kept, count):
 
 
 @triton.jit
-def column(parts, field, start, rows, FIELDS: tl.constexpr):
+def column(
+    parts: tl.tensor, field: tl.tensor, start: tl.tensor, rows: tl.tensor, FIELDS: tl.constexpr
+):
     """CHUNK values of a field of parts [rows, FIELDS]."""
     row = start + tl.arange(0, CHUNK)
     return tl.load(parts + row.to(tl.int64) * FIELDS + field, mask=row < rows, other=0.0)
 
 
 @triton.jit
-def merged_moments(parts, rows, count, mean, FIELDS: tl.constexpr):
+def merged_moments(
+    parts: tl.tensor, rows: tl.tensor, count: tl.tensor, mean: tl.tensor, FIELDS: tl.constexpr
+):
     """(n, mean, M2) of all the blocks; parts holds those of each, from the fields count and mean.
 
     M2 = sum of M2_i + n_i (mean_i - mean)^2 (Chan): nothing cancels.

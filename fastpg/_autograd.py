@@ -50,6 +50,8 @@ class Differentiable:
         backward: Takes the saved record and one gradient for each result, None for a result that
             nothing was made of; returns the record of gradients.
         constants: The places of the results that have no gradient.
+        selective: Whether backward also takes `wanted`, a list of bool: for each differentiable
+            input, in one list, whether its gradient is asked for. The others may then be None.
     """
 
     def __init__(
@@ -62,8 +64,9 @@ class Differentiable:
         forward: Callable[[InputsT], tuple[tuple, SavedT]],
         backward: Callable[..., tuple],
         constants: tuple[int, ...] = (),
+        selective: bool = False,
     ) -> None:
-        self.name, self.constants = name, constants
+        self.name, self.constants, self.selective = name, constants, selective
         self.forward, self.backward = forward, backward
         self.inputs, self.saved = Layout(inputs), Layout(saved)
         self.places = [inputs._fields.index(field) for field in differentiable]
@@ -146,10 +149,14 @@ def _restore(ctx: Any, layout: Layout) -> tuple:
 
 def _gradients(op: Differentiable, ctx: Any, grads: tuple) -> list[Tensor | None]:
     """The gradients of the differentiable inputs; None for one that wants none."""
-    gradients: Sequence = op.backward(_restore(ctx, op.saved), *grads)
+    wanted = ctx.needs_input_grad[1:]
+    saved = _restore(ctx, op.saved)
+    if op.selective:
+        gradients: Sequence = op.backward(saved, *grads, wanted=list(wanted))
+    else:
+        gradients = op.backward(saved, *grads)
     if op.inputs.has_lists:
         gradients = without_lists(gradients)
-    wanted = ctx.needs_input_grad[1:]
     return [x if want else None for x, want in zip(gradients, wanted, strict=True)]
 
 

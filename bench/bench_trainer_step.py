@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from fastpg.trainer import PPOConfig
-from fastpg.trainer.head import Head
+from fastpg.trainer.head import HeadTransform
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.models import PolicyWithValue, frozen_copy
 from fastpg.trainer.rollout import Rollout
@@ -55,7 +55,7 @@ def cases(device: str) -> Iterator[Case]:
     learner = make_learner()
     batch = rollout(learner.accelerator.device)
     scores = torch.randn(EPISODES)
-    assert learner.head == Head(), "the head was not recognised"
+    assert learner.head == HeadTransform(), "the head was not recognised"
 
     def step(head):
         old = experience(head)
@@ -74,15 +74,15 @@ def cases(device: str) -> Iterator[Case]:
 
     def gate():
         torch.testing.assert_close(
-            experience(Head()).logp, experience(None).logp, rtol=0, atol=1e-4
+            experience(HeadTransform()).logp, experience(None).logp, rtol=0, atol=1e-4
         )
-        torch.testing.assert_close(gradient(Head()), gradient(None), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(gradient(HeadTransform()), gradient(None), rtol=1e-3, atol=1e-5)
 
     yield Case(
         "trainer_step",
         f"Qwen2.5-0.5B widths, {LAYERS} layers, {EPISODES} x ({PROMPT} + {COMPLETION}), fp32",
         gate,
-        {"linear head": lambda: step(Head()), "the model's logits": lambda: step(None)},
+        {"linear head": lambda: step(HeadTransform()), "the model's logits": lambda: step(None)},
         ours="linear head",
         device=device,
         least=2,

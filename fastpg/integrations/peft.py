@@ -1,54 +1,56 @@
-"""An LM head, adapted by peft's LoRA or not, as the matrix products whose sum linear ops take.
+"""An LM head, adapted by peft's LoRA or not, as what the linear ops take: a sum of products.
 
-h Wᵀ + b + Σ s (h Aᵀ) Bᵀ: of (h, s h Aᵀ, …) and (W, B, …)
+h Wᵀ + b + Σ s (h Aᵀ) Bᵀ    has    hidden = [h, s h Aᵀ, …]    and    head_weight = [W, B, …]
 """
 
 import sys
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fastpg.ops.vocabulary.head import Head
 from fastpg.ops.vocabulary.head_arguments import autocast
-
-
-class Products(NamedTuple):
-    """The factors of Σ_i hidden[i] @ weight[i].T + bias: [..., H_i], [V, H_i] and [V] or None."""
-
-    hidden: tuple[Tensor, ...]
-    weight: tuple[Tensor, ...]
-    bias: Tensor | None
 
 
 class UnknownHead(ValueError):
     """A head that computes something else than a sum of products. The message says what it is."""
 
 
-def head_products(head: nn.Module, hidden: Tensor) -> Products:
-    """What `head(hidden)` multiplies, LoRA adapters included.
+def head_products(lm_head: nn.Module, hidden: Tensor) -> Head:
+    """What `lm_head(hidden)` multiplies and adds, LoRA adapters included.
 
-    head: a `torch.nn.Linear`, or peft's LoRA or `modules_to_save` around one. Adapters that are
-        merged, disabled or not active count as in peft; gradients reach A, B and W where wanted.
-    hidden: the last hidden states [..., H].
-    Returns (hidden, weight, bias), in autocast's dtype where autocast is on, for example for
-    `linear_token_logprobs(hidden, weight, labels, bias=bias)`: hidden and weight of one tensor, and
-    of one more, [..., r] and [V, r], for each active adapter. Where W is frozen its gradient costs
-    nothing.
+    Args:
+        lm_head: A `torch.nn.Linear`, or peft's LoRA or `modules_to_save` around one. Adapters that
+            are merged, disabled or not active count as in peft; gradients reach A, B and W where
+            wanted. Where W is frozen its gradient costs nothing.
+        hidden: The last hidden states [..., H].
 
-    Raises `UnknownHead` for other layers, dropout inside the adapter, DoRA and its like, and hooks,
-    those on an adapter's A or B included.
+    Returns:
+        The head, in autocast's dtype where autocast is on: hidden and head_weight of one tensor,
+        and of one more, [..., r] and [V, r], for each active adapter. It is for
+        `linear_token_logprobs(head.hidden, head.head_weight, labels, bias=head.bias)`.
+
+    Raises:
+        UnknownHead: The layer is another one; or there is dropout inside the adapter, DoRA or its
+            like, or a hook, be it on an adapter's A or B.
+
+    Example:
+        >>> from fastpg.integrations.peft import head_products
+        >>> head = head_products(torch.nn.Linear(4, 5, bias=False), torch.zeros(2, 4))
+        >>> len(head.hidden), head.head_weight[0].shape, head.bias
+        (1, torch.Size([5, 4]), None)
     """
-    _refuse_hooks(head, "the LM head")
-    if type(head) is nn.Linear:
-        h, w, bias = autocast(hidden, head.weight, head.bias)
-        return Products((h,), (w,), bias)
-    if _is_peft(head, "utils.other", "ModulesToSaveWrapper"):
-        return head_products(_chosen(head), hidden)
-    if _is_peft(head, "tuners.lora", "Linear"):
-        return _with_adapters(head, head_products(head.base_layer, hidden))
-    raise UnknownHead(f"the LM head is a {type(head).__module__}.{type(head).__qualname__}")
+    _refuse_hooks(lm_head, "the LM head")
+    if type(lm_head) is nn.Linear:
+        return autocast(Head([hidden], [lm_head.weight], lm_head.bias))
+    if _is_peft(lm_head, "utils.other", "ModulesToSaveWrapper"):
+        return head_products(_chosen(lm_head), hidden)
+    if _is_peft(lm_head, "tuners.lora", "Linear"):
+        return _with_adapters(lm_head, head_products(lm_head.base_layer, hidden))
+    raise UnknownHead(f"the LM head is a {type(lm_head).__module__}.{type(lm_head).__qualname__}")
 
 
 def _refuse_hooks(module: nn.Module, name: str) -> None:
+    """Raises for a module that does more than its forward says."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         raise UnknownHead(f"{name} has a hook of its own")
 
@@ -66,14 +68,14 @@ def _chosen(wrapper: nn.Module) -> nn.Module:
     return wrapper.modules_to_save[active[0]]
 
 
-def _with_adapters(lora: nn.Module, base: Products) -> Products:
+def _with_adapters(lora: nn.Module, base: Head) -> Head:
     """The product of the base layer, and those of the active adapters."""
     if lora.disable_adapters and lora.merged:
         raise UnknownHead("the LM head has a merged LoRA adapter that is disabled")
     if lora.disable_adapters or lora.merged:
         return base
-    (h,), (w,), bias = base
-    hidden, weight = [h], [w]
+    h, w, bias = base.hidden[0], base.head_weight[0], base.bias
+    hidden, head_weight = [h], [w]
     for name in (name for name in lora.active_adapters if name in lora.lora_A):
         if name in lora.lora_variant:
             raise UnknownHead(f"the LM head's adapter {name!r} is not plain LoRA")
@@ -84,7 +86,7 @@ def _with_adapters(lora: nn.Module, base: Products) -> Products:
         a, b, scaling = lora.lora_A[name].weight, lora.lora_B[name], lora.scaling[name]
         low_rank = nn.functional.linear(h.to(a.dtype), a) * scaling
         hidden.append(low_rank.to(h.dtype))
-        weight.append(b.weight.to(w.dtype))
+        head_weight.append(b.weight.to(w.dtype))
         if b.bias is not None:  # lora_bias, which peft allows only where the base layer has one
             bias = bias + (b.bias * scaling).to(bias.dtype)
-    return Products((*hidden,), (*weight,), bias)
+    return Head(hidden, head_weight, bias)

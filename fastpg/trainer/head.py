@@ -10,6 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import fastpg
 from fastpg.integrations.peft import UnknownHead, head_products
+from fastpg.ops.vocabulary.head import Head
 
 _SCALES = {
     "logit_scale": lambda x: x,  # Cohere
@@ -24,15 +26,20 @@ _SCALES = {
     "lm_head_multiplier": lambda x: x,  # Falcon-H1
     "output_multiplier": lambda x: x,
 }
-"""By name in a model's config, what its logits are multiplied with."""
+"""What a model's logits are multiplied with, from the number of this name in its config."""
 
 _LARGEST_LOGIT = 50.0
-"""What the comparison blows logits up to: those of a small model would not show a softcap."""
+"""The comparison scales logits up to this: those of a small model would not show a softcap."""
 
 
 @dataclass(frozen=True)
-class Head:
-    """What a model does to the product of its last hidden states and its head's weight."""
+class HeadTransform:
+    """What a model does to the product of its last hidden states and its head's weight.
+
+    Args:
+        scale: What the product is multiplied with.
+        softcap: The bound that the result is then brought to; None for no bound.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
@@ -48,21 +55,42 @@ def completion_logprobs(
     attention_mask: Tensor,
     labels: Tensor,
     temperature: float,
-    head: Head | None,
+    head: HeadTransform | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs and entropy [B, T] of the completions, and the last hidden states [B, T, H].
+    """Log-probs of completions.
 
-    input_ids, attention_mask: [B, P + T], the completions in the last T slots. labels: [B, T].
-    Only the states that predict a completion token go through the LM head. Without a `head` it is
-    the model that computes their logits, [B, T, V].
+    Only the states that predict a completion token go through the LM head.
+
+    Args:
+        policy: The model.
+        input_ids: [B, P + T], the completions in the last T slots.
+        attention_mask: [B, P + T].
+        labels: [B, T].
+        temperature: That of the log-probs.
+        head: How the model makes its logits. None: the model computes them, [B, T, V].
+
+    Returns:
+        Log-probs and entropies [B, T], and the last hidden states [B, T, H].
     """
     inputs = _inputs(policy, input_ids, attention_mask)
-    options = {"temperature": temperature, "return_entropy": True}
     if head is None:
         logits, hidden = _logits(policy, inputs, labels.shape[1])
-        return *fastpg.token_logprobs(logits, labels, **options), hidden
-    factors, of_head, hidden = _factors(policy, inputs, labels.shape[1], head)
-    return *fastpg.linear_token_logprobs(*factors, labels, **of_head, **options), hidden
+        logp, entropy = fastpg.token_logprobs(
+            logits, labels, temperature=temperature, return_entropy=True
+        )
+        return logp, entropy, hidden
+    operands, hidden = _operands(policy, inputs, labels.shape[1])
+    logp, entropy = fastpg.linear_token_logprobs(
+        operands.hidden,
+        operands.head_weight,
+        labels,
+        bias=operands.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        logit_scale=head.scale,
+        return_entropy=True,
+    )
+    return logp, entropy, hidden
 
 
 def completion_loss(
@@ -71,36 +99,53 @@ def completion_loss(
     attention_mask: Tensor,
     labels: Tensor,
     temperature: float,
-    head: Head | None,
+    head: HeadTransform | None,
     token_loss: TokenLoss,
-    level: str,
+    level: Literal["token", "sequence"],
 ) -> tuple[Tensor, list[fastpg.PolicyStats], Tensor]:
-    """`token_loss` of the completions and its statistics, and the last hidden states [B, T, H].
+    """A loss of the log-probs of completions.
 
-    token_loss, level: as of `linear_token_loss`, which without a `head` is not called. The others
-    are those of `completion_logprobs`.
+    Args:
+        policy: As in `completion_logprobs`.
+        input_ids: As in `completion_logprobs`.
+        attention_mask: As in `completion_logprobs`.
+        labels: As in `completion_logprobs`.
+        temperature: As in `completion_logprobs`.
+        head: As in `completion_logprobs`.
+        token_loss: As in `linear_token_loss`. Without a `head` it is called once.
+        level: As in `linear_token_loss`.
+
+    Returns:
+        The loss, its statistics, and the last hidden states [B, T, H].
     """
     if head is None:
-        batch = input_ids, attention_mask, labels, temperature, head
-        logp, entropy, hidden = completion_logprobs(policy, *batch)
+        logp, entropy, hidden = completion_logprobs(
+            policy, input_ids, attention_mask, labels, temperature, head
+        )
         rows = torch.arange(labels.numel(), device=labels.device)
         loss, stats = token_loss(logp.flatten(), entropy.flatten(), rows)
         return loss, [stats], hidden
     inputs = _inputs(policy, input_ids, attention_mask)
-    (h, weight), options, hidden = _factors(policy, inputs, labels.shape[1], head)
-    options |= {"temperature": temperature, "level": level}
-    return *fastpg.linear_token_loss(h, weight, labels, token_loss, **options), hidden
+    operands, hidden = _operands(policy, inputs, labels.shape[1])
+    loss, all_stats = fastpg.linear_token_loss(
+        operands.hidden,
+        operands.head_weight,
+        labels,
+        token_loss,
+        bias=operands.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        logit_scale=head.scale,
+        level=level,
+    )
+    return loss, all_stats, hidden
 
 
-def _factors(
-    policy: PreTrainedModel, inputs: dict, length: int, head: Head
-) -> tuple[list[tuple[Tensor, ...]], dict, Tensor]:
-    """What linear ops take: hidden and weight, and options; and the hidden states [B, T, H]."""
+def _operands(policy: PreTrainedModel, inputs: dict, length: int) -> tuple[Head, Tensor]:
+    """What the LM head multiplies and adds, and the last hidden states [B, T, H]."""
     model = causal_lm(policy)
     hidden = model.get_decoder()(**inputs).last_hidden_state[:, -length - 1 : -1]
-    *factors, bias = head_products(model.get_output_embeddings(), hidden)
-    options = {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
-    return factors, options, hidden
+    return head_products(model.get_output_embeddings(), hidden), hidden
 
 
 def causal_lm(policy: nn.Module) -> PreTrainedModel:
@@ -125,10 +170,15 @@ def _logits(policy: PreTrainedModel, inputs: dict, length: int) -> tuple[Tensor,
 
 def find_head(
     policy: PreTrainedModel, autocast: Callable[[], contextlib.AbstractContextManager]
-) -> Head:
-    """The head of a causal language model, compared with its logits under `autocast`.
+) -> HeadTransform:
+    """Finds how a causal language model makes its logits.
 
-    Raises `UnknownHead`, saying why, for a model that computes its logits in another way.
+    Args:
+        policy: The model.
+        autocast: The context in which what was found is compared with the model's own logits.
+
+    Raises:
+        UnknownHead: The model computes its logits in another way; the message says why.
     """
     model = causal_lm(policy)
     if model.get_decoder() is model:
@@ -137,7 +187,7 @@ def find_head(
     if hasattr(weight, "full_tensor") or weight.dim() != 2 or weight.numel() == 0:
         raise UnknownHead("the model's weights are sharded, and whole only within its own forward")
     config = model.config.get_text_config()
-    head = Head(1.0, _positive(config, "final_logit_softcapping"))
+    head = HeadTransform(1.0, _positive(config, "final_logit_softcapping"))
     for name, factor in _SCALES.items():
         if (value := _positive(config, name)) is not None:
             head = replace(head, scale=head.scale * factor(value))
@@ -164,11 +214,11 @@ def _compare(policy: PreTrainedModel, head: Head) -> None:
     ids = torch.randint(vocab, (2, 12), generator=generator).to(model.device)
     mask = torch.ones_like(ids)
     logits, _ = _logits(policy, _inputs(policy, ids, mask), 8)
-    batch = policy, ids, mask, ids[:, -8:] % logits.shape[-1], 1.0
+    labels = ids[:, -8:] % logits.shape[-1]
     factor = _LARGEST_LOGIT / logits.abs().max().float().clamp(min=1e-3)
     with _hidden_states_times(factor, model.get_decoder()):
-        actual, _, _ = completion_logprobs(*batch, head=head)
-        expected, _, _ = completion_logprobs(*batch, head=None)
+        actual, _, _ = completion_logprobs(policy, ids, mask, labels, 1.0, head)
+        expected, _, _ = completion_logprobs(policy, ids, mask, labels, 1.0, None)
     # Two roundings, of the label's logit and of the largest; in float32 sums differ by more.
     tolerance = _LARGEST_LOGIT * max(2 * torch.finfo(logits.dtype).eps, 1e-5)
     error = (actual - expected).abs().max().item()
@@ -181,6 +231,8 @@ def _compare(policy: PreTrainedModel, head: Head) -> None:
 
 @contextlib.contextmanager
 def _hidden_states_times(factor: Tensor, decoder: nn.Module) -> Iterator[None]:
+    """Multiplies the decoder's last hidden states."""
+
     def scale(module, inputs, output):
         output.last_hidden_state = output.last_hidden_state * factor.to(
             output.last_hidden_state.dtype

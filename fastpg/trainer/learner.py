@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import fastpg
 from fastpg.integrations.peft import UnknownHead
 from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.head import Head, completion_logprobs, find_head
+from fastpg.trainer.head import HeadTransform, completion_logprobs, find_head
 from fastpg.trainer.models import (
     CompletionBatch,
     CompletionLoss,
@@ -103,7 +103,7 @@ class Learner:
         )
         self.head = self._find_head()
 
-    def _find_head(self) -> Head | None:
+    def _find_head(self) -> HeadTransform | None:
         """Return how the model makes logits; None, with a warning, if that is not understood."""
         unwrapped: PolicyWithValue = self.accelerator.unwrap_model(self.model)
         try:

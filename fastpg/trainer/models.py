@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import fastpg
-from fastpg.trainer.head import Head, completion_logprobs, completion_loss
+from fastpg.trainer.head import HeadTransform, completion_logprobs, completion_loss
 from fastpg.trainer.objective import Objective, Targets
 from fastpg.trainer.parsing import InputError
 
@@ -38,7 +38,7 @@ class CompletionBatch:
     attention_mask: Tensor
     labels: Tensor
     temperature: float
-    head: Head | None
+    head: HeadTransform | None
 
 
 class LossRequest:

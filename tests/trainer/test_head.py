@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from fastpg.integrations.peft import UnknownHead
-from fastpg.trainer.head import Head, completion_logprobs, completion_loss, find_head
+from fastpg.trainer.head import HeadTransform, completion_logprobs, completion_loss, find_head
 
 SIZES = {
     "vocab_size": 43,
@@ -38,17 +38,23 @@ SIZES = {
 }
 GPT2_SIZES = {"vocab_size": 43, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 1}
 FAMILIES = {
-    "llama": (LlamaConfig(**SIZES), Head()),
-    "llama tied": (LlamaConfig(**SIZES, tie_word_embeddings=True), Head()),
-    "qwen2": (Qwen2Config(**SIZES, tie_word_embeddings=True), Head()),
-    "qwen3": (Qwen3Config(**SIZES), Head()),
-    "gemma2": (Gemma2Config(**SIZES), Head(softcap=30.0)),
-    "gemma3": (Gemma3TextConfig(**SIZES, final_logit_softcapping=20.0), Head(softcap=20.0)),
-    "gpt2": (GPT2Config(**GPT2_SIZES, eos_token_id=1), Head()),
-    "phi": (PhiConfig(**SIZES), Head()),  # its head has a bias
-    "cohere": (CohereConfig(**SIZES, logit_scale=0.25), Head(scale=0.25)),
-    "granite": (GraniteConfig(**SIZES, logits_scaling=8.0), Head(scale=0.125)),
-    "opt": (OPTConfig(**SIZES, word_embed_proj_dim=16, ffn_dim=48), Head()),  # states are projected
+    "llama": (LlamaConfig(**SIZES), HeadTransform()),
+    "llama tied": (LlamaConfig(**SIZES, tie_word_embeddings=True), HeadTransform()),
+    "qwen2": (Qwen2Config(**SIZES, tie_word_embeddings=True), HeadTransform()),
+    "qwen3": (Qwen3Config(**SIZES), HeadTransform()),
+    "gemma2": (Gemma2Config(**SIZES), HeadTransform(softcap=30.0)),
+    "gemma3": (
+        Gemma3TextConfig(**SIZES, final_logit_softcapping=20.0),
+        HeadTransform(softcap=20.0),
+    ),
+    "gpt2": (GPT2Config(**GPT2_SIZES, eos_token_id=1), HeadTransform()),
+    "phi": (PhiConfig(**SIZES), HeadTransform()),  # its head has a bias
+    "cohere": (CohereConfig(**SIZES, logit_scale=0.25), HeadTransform(scale=0.25)),
+    "granite": (GraniteConfig(**SIZES, logits_scaling=8.0), HeadTransform(scale=0.125)),
+    "opt": (
+        OPTConfig(**SIZES, word_embed_proj_dim=16, ffn_dim=48),
+        HeadTransform(),
+    ),  # states are projected
 }
 
 
@@ -165,8 +171,8 @@ def test_verifies_under_autocast(family, dtype):
 
 @pytest.mark.parametrize("change", [{"softcap": 30.0}, {"scale": 0.9}, {"scale": 1.1}])
 def test_a_wrong_head_does_not_verify(monkeypatch, change):
-    wrong = Head(**change)
-    monkeypatch.setattr("fastpg.trainer.head.Head", lambda *_: wrong)
+    wrong = HeadTransform(**change)
+    monkeypatch.setattr("fastpg.trainer.head.HeadTransform", lambda *_: wrong)
     with pytest.raises(UnknownHead, match=r"log-probs that differ by .* \(tolerance 0.0005\)"):
         find_head(build(FAMILIES["llama"][0]), contextlib.nullcontext)
 
@@ -226,7 +232,7 @@ def test_two_scales_multiply():
     model = with_config("cohere", output_multiplier=0.5)
     with_logits(model, lambda x: 0.5 * x)
     head = find_head(model, contextlib.nullcontext)
-    assert head == Head(scale=0.125)
+    assert head == HeadTransform(scale=0.125)
     assert_gives_the_models_own(model, head)
 
 

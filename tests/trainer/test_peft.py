@@ -9,7 +9,7 @@ from test_head import FAMILIES, assert_gives_the_models_own, build, perturb
 from tiny_trainer import make_trainer, metrics_of, tiny_model
 
 from fastpg.integrations.peft import UnknownHead, head_products
-from fastpg.trainer.head import Head, find_head
+from fastpg.trainer.head import HeadTransform, find_head
 
 pytest.importorskip("peft")
 
@@ -70,7 +70,7 @@ def test_lora_with_a_bias_on_a_trained_head():
     model = get_peft_model(model, LoraConfig(**ADAPTER, lora_bias=True)).eval().double()
     perturb(model)
     model.get_output_embeddings().base_layer.requires_grad_(True)
-    assert_gives_the_models_own(model, Head())
+    assert_gives_the_models_own(model, HeadTransform())
 
 
 def test_the_adapters_that_peft_applies_count():
@@ -102,8 +102,8 @@ def test_the_adapters_that_peft_applies_count():
 
 def test_autocast_leaves_fp64_alone():
     with torch.autocast("cpu", torch.bfloat16):
-        factors = head_products(torch.nn.Linear(4, 5).double(), torch.zeros(2, 4).double())
-    assert {x.dtype for x in (*factors.hidden, *factors.weight, factors.bias)} == {torch.float64}
+        head = head_products(torch.nn.Linear(4, 5).double(), torch.zeros(2, 4).double())
+    assert {x.dtype for x in head.tensors()} == {torch.float64}
 
 
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to:UserWarning")
@@ -112,7 +112,7 @@ def test_lora_on_the_head_learns(tmp_path):
     policy = get_peft_model(tiny_model(), config)
     before = copy.deepcopy(policy.state_dict())
     trainer = make_trainer(tmp_path, model=policy)
-    assert trainer.learner.head == Head()
+    assert trainer.learner.head == HeadTransform()
     trainer.train()
     first, second = metrics_of(tmp_path)
     assert first["objective/kl"] == 0.0 != second["objective/kl"]

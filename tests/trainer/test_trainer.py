@@ -9,7 +9,7 @@ from tiny_trainer import make_trainer, metrics_of, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from fastpg.ops.vocabulary import linear_token_loss
-from fastpg.trainer.head import Head
+from fastpg.trainer.head import HeadTransform
 from fastpg.trainer.models import CompletionBatch, PolicyWithValue
 
 
@@ -235,7 +235,7 @@ def test_outputs_are_float32_under_mixed_precision():
     model = PolicyWithValue(tiny_opt())
     torch.nn.init.ones_(model.value_head.weight)
     ids = torch.arange(12).view(2, 6)
-    for head in (Head(), None):
+    for head in (HeadTransform(), None):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             batch = CompletionBatch(ids, torch.ones_like(ids), ids[:, -3:], 1.0, head)
             outputs = model.logprobs(batch)

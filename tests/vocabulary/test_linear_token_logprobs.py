@@ -4,6 +4,7 @@ import kernels
 import pytest
 import torch
 from accuracy import GRADIENT_TOLERANCE, TOLERANCE, assert_no_worse, leaves
+from registration import check_registration
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -12,6 +13,7 @@ from fastpg import check, linear_token_logprobs
 from fastpg.ops.vocabulary import head as head_module
 from fastpg.ops.vocabulary import linear_token_logprobs as page
 
+OP = "linear_token_logprobs"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TUNED = {"temperature": 0.7, "softcap": 20.0, "logit_scale": 0.5}
 
@@ -108,13 +110,22 @@ def test_only_what_requires_a_gradient_gets_one(kernel):
 def test_registration(with_bias):
     hidden, weight, bias, labels = head_and_labels((5,), 70, 8)
     labels[1] = -100
-    head = [hidden], [weight], bias if with_bias else None
-    head = *head, labels, torch.tensor(0.7), 0.0, -100, torch.float32
-    torch.library.opcheck(page._forward, head)
-    _, entropy, stats = page._forward(*head)
+    x = page.Inputs(
+        hidden=[hidden],
+        head_weight=[weight],
+        bias=bias if with_bias else None,
+        labels=labels,
+        temperature=torch.tensor(0.7),
+        softcap=0.0,
+        ignore_index=-100,
+        logits_dtype=torch.float32,
+    )
+    check_registration(page.linear_token_logprobs_op, x)
+    _, entropy, stats = page.linear_token_logprobs_op(x)
     for wanted in ([True, True, with_bias], [True, False, False], [False, True, False]):
-        upstream = torch.randn(5), None if wanted[1] else torch.randn(5)
-        torch.library.opcheck(page._backward, (*upstream, entropy, stats, *head, wanted))
+        grad_logp, grad_entropy = torch.randn(5), None if wanted[1] else torch.randn(5)
+        gradient = page.BackwardInputs(x, grad_logp, grad_entropy, entropy, stats, wanted)
+        check_registration(page.linear_token_logprobs_backward_op, gradient)
 
 
 def test_compile():
@@ -198,7 +209,7 @@ SHARDED.full_tensor, TAKEN.ds_id = lambda: WEIGHT, 7
          {"hidden": HIDDEN.double(), "weight": WEIGHT.double(), "logits_dtype": torch.float32}),
     ],
 )  # fmt: skip
-def test_edges(kernel, error, message, changes):
+def test_bad_arguments_raise(kernel, error, message, changes):
     if kernel == "cuda" and message.startswith("temperature holds"):
         pytest.skip("a GPU makes its row NaN")
     here = torch.get_default_device()

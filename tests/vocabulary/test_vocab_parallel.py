@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.library import opcheck
+from registration import check_registration
 
 import fastpg.ops.vocabulary.linear_token_logprobs as page
 from bench.inputs import head_and_labels
@@ -201,9 +201,19 @@ def check_sums(group):
 def test_a_part_of_a_head_matches_its_reference():
     hidden, weight, bias, labels = head_and_labels((5,), VOCAB, 8)
     labels[2:] = torch.tensor([-3, VOCAB, NEVER])  # on other ranks, and ignored
-    args = [hidden], [weight], bias, labels, torch.tensor(0.7), 3.0, NEVER, torch.float32
-    opcheck(page._part, args)
-    torch.testing.assert_close(page._part(*args), page.reference_part(*args))
+    x = page.Inputs(
+        hidden=[hidden],
+        head_weight=[weight],
+        bias=bias,
+        labels=labels,
+        temperature=torch.tensor(0.7),
+        softcap=3.0,
+        ignore_index=NEVER,
+        logits_dtype=torch.float32,
+    )
+    check_registration(page.linear_token_logprobs_part_op, x)
+    found = page.linear_token_logprobs_part_op(x)
+    torch.testing.assert_close(tuple(found), tuple(page.reference_part(x)))
 
 
 def rank_main(rank, folder):

@@ -1,17 +1,19 @@
-"""The LM head in tiles, some rows by a slice of the vocabulary: the products of both linear ops.
+"""The LM head in tiles: the products of both linear ops.
 
-A tile's logits are made by BLAS and stay in one buffer; its statistics are those of
-token_logprobs. Parts of a row merge, be they slices here or the shards of several processes.
+A tile is some rows by a slice of the vocabulary. BLAS makes its logits in one buffer, which the
+next tile overwrites; its statistics are those of token_logprobs. Parts of a row merge, be they
+slices here or the shards of several processes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .shards import NEVER, Statistics, label_logprob, merge, over_ranks
@@ -23,159 +25,176 @@ from .token_logprobs import (
     token_logprobs_op,
 )
 
-# A tile's tokens, about: of a thousand rows they stay in a CPU's last cache; a GPU wants large
-# products. They do not depend on the number of rows, nor do therefore the bits that this is to
-# answer for. And its rows, at most.
+# A tile has about WIDTH tokens of the vocabulary, and at most ROWS rows. On a CPU such a tile stays
+# in the last-level cache for a thousand rows; on a GPU larger products are faster. The width is
+# fixed, so that a row's bits do not depend on the number of rows.
 WIDTH = {"cpu": 4096, "cuda": 16384}
 ROWS = {"cpu": 4096, "cuda": 8192}
 
-# With fewer, a CPU's product in fp32 takes another way, and rounds otherwise.
+# A CPU's product of fewer rows in fp32 takes another code path, and rounds differently.
 LEAST_ROWS = 4
 
 ALL = slice(None)
+Part = slice | Tensor  # some rows of a tensor: a slice, or their int64 indices
+
+RecordT = TypeVar("RecordT", bound=tuple)
 
 
-class Factors(NamedTuple):
-    """Of logits Σ hidden_i @ weight_iᵀ + bias; or what these are to get, None: nothing."""
+class Head(NamedTuple):
+    """What makes the logits: Σ_i hidden[i] @ head_weight[i].T + bias."""
 
-    hidden: list[Tensor | None]  # [N, H_i]
-    weight: list[Tensor | None]  # [V, H_i]
+    hidden: list[Tensor]  # [..., H_i] each; in tiles [N, H_i]
+    head_weight: list[Tensor]  # [V, H_i] each
     bias: Tensor | None  # [V]
 
-    @classmethod
-    def of(cls, flat: list[Tensor | None]) -> Factors:
-        terms = len(flat) // 2
-        return cls([*flat[:terms]], [*flat[terms:-1]], flat[-1])
+    def tensors(self) -> list[Tensor | None]:
+        """Every hidden, every head_weight and the bias."""
+        return [*self.hidden, *self.head_weight, self.bias]
 
-    def flat(self) -> list[Tensor | None]:
-        return [*self.hidden, *self.weight, self.bias]
-
-    def tile(self, rows: slice, tokens: slice) -> Factors:
-        weight, bias = parts(tokens, *self.weight), parts(tokens, self.bias)
-        return Factors(parts(rows, *self.hidden), weight, *bias)
-
-    def memory(self, of_hidden: torch.dtype, of_weight: torch.dtype, wanted: list[bool]) -> Factors:
-        """For the gradients that are wanted, in the order of flat(); of hidden zeros."""
-        makers = [(Tensor.new_zeros, of_hidden)] * len(self.hidden)
-        makers += [(Tensor.new_empty, of_weight)] * (len(self.weight) + 1)
-        each = zip(self.flat(), makers, wanted, strict=True)
-        return Factors.of([make(x, x.shape, dtype=t) if w else None for x, (make, t), w in each])
+    def tile(self, rows: Part, tokens: slice) -> Head:
+        """The head of some rows and some tokens."""
+        return Head(
+            [x[rows] for x in self.hidden],
+            [x[tokens] for x in self.head_weight],
+            None if self.bias is None else self.bias[tokens],
+        )
 
 
-def parts(which: slice | Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Some rows of each tensor, but for None and for a 0-d one, which is the same for all rows."""
-    return [x if x is None or x.dim() == 0 else x[which] for x in tensors]
+class HeadGradients(NamedTuple):
+    """Memory for the gradients of a head; None where no gradient is wanted."""
+
+    hidden: list[Tensor | None]
+    head_weight: list[Tensor | None]
+    bias: Tensor | None
+
+    def tensors(self) -> list[Tensor | None]:
+        """The gradients in the order of Head.tensors()."""
+        return [*self.hidden, *self.head_weight, self.bias]
+
+    def tile(self, rows: Part, tokens: slice) -> HeadGradients:
+        """The gradients of some rows and some tokens."""
+        return HeadGradients(
+            [None if x is None else x[rows] for x in self.hidden],
+            [None if x is None else x[tokens] for x in self.head_weight],
+            None if self.bias is None else self.bias[tokens],
+        )
+
+
+def empty_gradients(
+    head: Head, wanted: list[bool], *, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> HeadGradients:
+    """Memory for the gradients that are wanted, in the order of Head.tensors(); hidden's is 0."""
+    terms = len(head.hidden)
+    hidden = [
+        x.new_zeros(x.shape, dtype=hidden_dtype) if want else None
+        for x, want in zip(head.hidden, wanted[:terms], strict=True)
+    ]
+    weights = [
+        x.new_empty(x.shape, dtype=weight_dtype) if x is not None and want else None
+        for x, want in zip(head.tensors()[terms:], wanted[terms:], strict=True)
+    ]
+    return HeadGradients(hidden, weights[:-1], weights[-1])
+
+
+def take(record: RecordT, part: Part) -> RecordT:
+    """Some rows of each tensor of a record. None stays, and a 0-d tensor holds for all rows."""
+    fields = [x if x is None or x.dim() == 0 else x[part] for x in record]
+    return record._make(fields)  # type: ignore[attr-defined]  # a NamedTuple
+
+
+def concatenate(records: list[RecordT]) -> RecordT:
+    """One record of all rows, from records of chunks of them."""
+    fields = [torch.cat(tensors) for tensors in zip(*records, strict=True)]
+    return records[0]._make(fields)  # type: ignore[attr-defined]  # a NamedTuple
 
 
 def length(part: slice) -> int:
+    """How many rows or tokens a slice has."""
     return part.stop - part.start
 
 
 def chunks(count: int, most: int, multiple: int = 1) -> list[slice]:
-    """0..count in parts of one size, `most` or less, but that each begins at a multiple."""
+    """Cuts 0..count into slices of about one size, `most` or less.
+
+    Each begins at a multiple of `multiple`.
+    """
     many = -(-max(count, 1) // most)
     bounds = {count * i // many // multiple * multiple for i in range(many)}
     return [slice(*ends) for ends in pairwise([*sorted(bounds), count])]
 
 
-def chunks_of(rows: Tensor) -> list[slice]:
-    """The rows of tiles."""
-    return chunks(len(rows), ROWS[rows.device.type])
+def row_chunks(x: Tensor) -> list[slice]:
+    """The rows of each tile, for rows x [N, ...]."""
+    return chunks(len(x), ROWS[x.device.type])
 
 
-def slices_of(weight: Tensor) -> list[slice]:
-    """Aligned. None is of a few tokens, whose product BLAS would round in another way."""
-    return chunks(len(weight), WIDTH[weight.device.type], multiple=16)
+def token_slices(head_weight: Tensor) -> list[slice]:
+    """The tokens of each tile. They are aligned, and never so few that BLAS rounds differently."""
+    return chunks(len(head_weight), WIDTH[head_weight.device.type], multiple=16)
 
 
-def by_chunks(function: Callable[[slice], tuple[Tensor, ...]], rows: Tensor) -> list[Tensor]:
-    """The outputs of function(a chunk of rows), put together."""
-    each = [function(chunk) for chunk in chunks_of(rows)]
-    return [torch.cat(outputs) for outputs in zip(*each, strict=True)]
+class Tile(NamedTuple):
+    """The logits of some rows and some tokens."""
+
+    rows: slice
+    tokens: slice
+    logits: Tensor
 
 
-Tile = tuple[slice, slice, Tensor]  # its rows, its tokens, their logits
+def tiles(head: Head, dtype: torch.dtype, memory: Tensor | None = None) -> Iterator[Tile]:
+    """The logits, one tile after another: all rows of a slice of the vocabulary, then the next's.
 
-
-def tiles(head: Factors, dtype: torch.dtype, memory: Tensor | None = None) -> Iterator[Tile]:
-    """The logits, one tile after another in the same place: all rows of a slice, then the next's.
-
-    memory: [max(N, LEAST_ROWS) * V] of dtype, N <= ROWS, in which each gets a place of its own.
+    Args:
+        head: What makes the logits.
+        dtype: That of the logits.
+        memory: [max(N, LEAST_ROWS) * V] of dtype, with N <= ROWS: each tile gets a place of its
+            own in it. None: each tile overwrites the one before.
     """
-    head, given, weight = padded(head), len(head.hidden[0]), head.weight[0]
-    of_rows = chunks_of(head.hidden[0])
-    of_tokens = slices_of(weight)
-    height, width = (max(map(length, ranges)) for ranges in (of_rows, of_tokens))
-    place = weight.new_empty(height * width, dtype=dtype) if memory is None else memory
-    for tokens in of_tokens:
-        at = 0 if memory is None else tokens.start * height
-        for rows in of_rows:
+    count, head = len(head.hidden[0]), padded(head)
+    all_rows, all_tokens = row_chunks(head.hidden[0]), token_slices(head.head_weight[0])
+    height, width = max(map(length, all_rows)), max(map(length, all_tokens))
+    place = memory
+    if place is None:
+        place = head.head_weight[0].new_empty(height * width, dtype=dtype)
+    for tokens in all_tokens:
+        start = 0 if memory is None else tokens.start * height
+        for rows in all_rows:
             shape = length(rows), length(tokens)
-            logits = place[at : at + math.prod(shape)].view(shape)
+            logits = place[start : start + math.prod(shape)].view(shape)
             write_logits(logits, head.tile(rows, tokens))
-            yield slice(rows.start, min(rows.stop, given)), tokens, logits[:given]
+            yield Tile(slice(rows.start, min(rows.stop, count)), tokens, logits[:count])
 
 
-def padded(head: Factors) -> Factors:
-    """With LEAST_ROWS."""
+def padded(head: Head) -> Head:
+    """The head with rows of zeros up to LEAST_ROWS, on a CPU."""
     missing = LEAST_ROWS - len(head.hidden[0])
-    if head.weight[0].is_cuda or not 0 < missing < LEAST_ROWS:
+    if head.head_weight[0].is_cuda or not 0 < missing < LEAST_ROWS:
         return head
-    rows = [torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in head.hidden]
-    return head._replace(hidden=rows)
+    hidden = [torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in head.hidden]
+    return head._replace(hidden=hidden)
 
 
-def write_logits(logits: Tensor, head: Factors) -> None:
-    hidden, weight, bias = head
+def write_logits(logits: Tensor, head: Head) -> None:
+    """Writes the logits of one tile."""
+    hidden, head_weight, bias = head
     if not logits.is_cuda:  # a CPU's BLAS has no product of bf16 to fp32
-        hidden, weight = ([x.to(logits.dtype) for x in terms] for terms in (hidden, weight))
-    if with_bias := bias is not None and hidden[0].dtype is logits.dtype:
-        torch.addmm(bias.to(logits.dtype), hidden[0], weight[0].t(), out=logits)
-    for i, (h, w) in enumerate(zip(hidden, weight, strict=True)):
+        hidden = [x.to(logits.dtype) for x in hidden]
+        head_weight = [x.to(logits.dtype) for x in head_weight]
+    with_bias = bias is not None and hidden[0].dtype is logits.dtype
+    if with_bias:
+        torch.addmm(bias.to(logits.dtype), hidden[0], head_weight[0].t(), out=logits)
+    for i, (h, w) in enumerate(zip(hidden, head_weight, strict=True)):
         if i > 0 or not with_bias:
             product(logits, h, w.t(), add=i > 0)
     if bias is not None and not with_bias:
         logits += bias
 
 
-def statistics(
-    tiles: Iterable[Tile], labels: Tensor, temperature: Tensor, softcap: float
-) -> tuple[Tensor, ...]:
-    """label_logit, top, log_sum, entropy: each [N], of the rows over this part of the vocabulary.
-
-    label_logit is capped, and that of 0 where the label is in no slice.
-    """
-    label_logit, each = torch.zeros_like(labels, dtype=temperature.dtype), []
-    anything = torch.zeros_like(labels)
-    for _, tokens, logits in tiles:
-        _, entropy, stats = token_logprobs_op(
-            Inputs(logits, anything, temperature, softcap, NEVER, True)
-        )
-        each.append(torch.stack([*stats, entropy]))
-        here = (labels >= tokens.start) & (labels < tokens.stop)
-        at = torch.where(here, labels - tokens.start, 0)[:, None]
-        label_logit = torch.where(here, logits.gather(1, at)[:, 0], label_logit)
-    if softcap:
-        label_logit = softcap * torch.tanh(label_logit / softcap)
-    top, log_sum, entropy = torch.stack(each, 1)
-    return merge(Statistics(label_logit, top, log_sum, entropy), label_logit, temperature)
-
-
-def logp_and_statistics(tiles, labels, legal, temperature, softcap, group=None):
-    """logp, entropy, top, log_sum [N]; NaN where no label is, which a device cannot raise about.
-
-    With a group tiles and labels are those of this rank's shard.
-    """
-    of_row = statistics(tiles, labels, temperature, softcap)
-    if group is not None:
-        of_row = over_ranks(of_row, group, temperature)
-    of_row = of_row._replace(log_sum=torch.where(legal, of_row.log_sum, math.nan))
-    logp = label_logprob(of_row, temperature)
-    return logp, torch.where(legal, of_row.entropy, math.nan), of_row.top, of_row.log_sum
-
-
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
-    """out = a @ b, or out += a @ b; of bf16 into fp32 too, where a CPU rounds a @ b to bf16."""
+    """Writes out = a @ b, or out += a @ b.
+
+    `out` may be fp32 and the operands bf16; a CPU then rounds a @ b to bf16.
+    """
     if out.dtype is a.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif not out.is_cuda:
@@ -186,42 +205,132 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def write_gradients(
-    logits: Tensor, upstream, rows, head: Factors, into: Factors, *, add: tuple[bool, bool]
-) -> None:
-    """Turns a tile's logits into their gradient g, in place, and that into the head's gradients.
+def statistics(
+    tiles: Iterable[Tile], labels: Tensor, temperature: Tensor, softcap: float
+) -> Statistics:
+    """The statistics of rows [N] over the tokens of the tiles, each of which has all the rows."""
+    label_logit = torch.zeros_like(labels, dtype=temperature.dtype)
+    placeholders = torch.zeros_like(labels)  # labels that every tile has; their log-prob is unused
+    each = []
+    for _, tokens, logits in tiles:
+        _, entropy, stats = token_logprobs_op(
+            Inputs(logits, placeholders, temperature, softcap, NEVER, with_entropy=True)
+        )
+        each.append(torch.stack([stats[0], stats[1], entropy]))
+        here = (labels >= tokens.start) & (labels < tokens.stop)
+        column = torch.where(here, labels - tokens.start, 0)[:, None]
+        label_logit = torch.where(here, logits.gather(1, column)[:, 0], label_logit)
+    if softcap:
+        label_logit = softcap * torch.tanh(label_logit / softcap)
+    top, log_sum, entropy = torch.stack(each, 1)
+    return merge(Statistics(label_logit, top, log_sum, entropy), label_logit, temperature)
 
-    upstream: grad_logp, grad_entropy, entropy, stats; rows: labels, temperature, softcap, with
-        labels counted from the tile's first token.
-    head, into: of the tile; into.hidden in the type that is computed in.
-    add: whether `hidden`, and `weight` and `bias`, hold the gradients of other tiles already.
+
+class RowLabels(NamedTuple):
+    """What the log-probs of rows [n] need besides the logits."""
+
+    labels: Tensor  # counted from the first token of this head
+    legal: Tensor | None  # whether the label is a token of the whole vocabulary
+    temperature: Tensor  # [n] or []
+
+
+class RowResults(NamedTuple):
+    """The results for rows [n]."""
+
+    logp: Tensor
+    entropy: Tensor
+    top: Tensor
+    log_sum: Tensor
+
+
+def row_results(
+    tiles: Iterable[Tile],
+    rows: RowLabels,
+    softcap: float,
+    group: dist.ProcessGroup | None = None,
+) -> RowResults:
+    """Log-probs, entropies and statistics; NaN where a label is illegal, as devices do.
+
+    With a group the tiles and the labels are those of this rank's shard.
     """
-    inputs = Inputs(logits, *rows, NEVER, True)
-    token_logprobs_backward_out_op(BackwardOutInputs(BackwardInputs(inputs, *upstream), logits))
-    g = logits.to(head.weight[0].dtype)
-    for dhidden, weight in zip(into.hidden, head.weight, strict=True):
-        if dhidden is not None:
-            product(dhidden, g, weight, add=add[0])
-    for dweight, hidden in zip(into.weight, head.hidden, strict=True):
-        if dweight is not None:
-            product(dweight, g.t(), hidden, add=add[1])
-    if into.bias is not None:
-        part = g.sum(0, dtype=rows[1].dtype)
-        into.bias.copy_(into.bias + part if add[1] else part)
+    found = statistics(tiles, rows.labels, rows.temperature, softcap)
+    if group is not None:
+        found = over_ranks(found, group, rows.temperature)
+    found = found._replace(log_sum=torch.where(rows.legal, found.log_sum, math.nan))
+    logp = label_logprob(found, rows.temperature)
+    entropy = torch.where(rows.legal, found.entropy, math.nan)
+    return RowResults(logp, entropy, found.top, found.log_sum)
+
+
+class Upstream(NamedTuple):
+    """What the gradient of rows [n] needs besides the logits."""
+
+    grad_logp: Tensor
+    grad_entropy: Tensor | None
+    entropy: Tensor
+    top: Tensor
+    log_sum: Tensor
+    labels: Tensor  # counted from the first token of this head
+    temperature: Tensor  # [n] or []
+
+
+def write_gradients(
+    tile: Tile,
+    upstream: Upstream,
+    softcap: float,
+    head: Head,
+    gradients: HeadGradients,
+    *,
+    add_hidden: bool,
+    add_weight: bool,
+) -> None:
+    """Turns a tile's logits into their gradient, in place, and that into the head's gradients.
+
+    Args:
+        tile: The logits.
+        upstream: What is known of the rows of the tile.
+        softcap: That of the rows; 0: none.
+        head: Of the tile.
+        gradients: Of the tile; that of hidden in the compute dtype.
+        add_hidden: Whether the gradient of hidden holds those of other tiles already.
+        add_weight: The same for the gradients of head_weight and bias.
+    """
+    logits, labels = tile.logits, upstream.labels - tile.tokens.start
+    inputs = Inputs(logits, labels, upstream.temperature, softcap, NEVER, with_entropy=True)
+    backward = BackwardInputs(
+        inputs,
+        upstream.grad_logp,
+        upstream.grad_entropy,
+        upstream.entropy,
+        torch.stack([upstream.top, upstream.log_sum]),
+    )
+    token_logprobs_backward_out_op(BackwardOutInputs(backward, logits))
+    g = logits.to(head.head_weight[0].dtype)
+    for grad_hidden, weight in zip(gradients.hidden, head.head_weight, strict=True):
+        if grad_hidden is not None:
+            product(grad_hidden, g, weight, add=add_hidden)
+    for grad_weight, hidden in zip(gradients.head_weight, head.hidden, strict=True):
+        if grad_weight is not None:
+            product(grad_weight, g.t(), hidden, add=add_weight)
+    if gradients.bias is not None:
+        part = g.sum(0, dtype=upstream.temperature.dtype)
+        gradients.bias.copy_(gradients.bias + part if add_weight else part)
 
 
 def reached(grad_logp: Tensor, grad_entropy: Tensor | None) -> Tensor:
-    """The rows that have a gradient: not those of a clipped token, or of an advantage of 0."""
+    """Marks the rows that have a gradient: a clipped token, or one of advantage 0, has none."""
     live = grad_logp != 0
     return live if grad_entropy is None else live | (grad_entropy != 0)
 
 
-def kept_rows(kept: Tensor) -> slice | Tensor:
-    """The indices of the rows that are kept (on a GPU waiting for it); ALL where that is all."""
+def kept_rows(kept: Tensor) -> Part:
+    """The indices of the rows that are kept, or ALL if all are. A GPU is waited for."""
     rows = kept.nonzero()[:, 0]
     return ALL if len(rows) == len(kept) else rows
 
 
-def filled(rows: slice | Tensor, count: int, x: Tensor) -> Tensor:
-    """[count, ...]: x at its rows, zeros elsewhere."""
-    return x if rows is ALL else x.new_zeros(count, *x.shape[1:]).index_copy_(0, rows, x)
+def filled(rows: Part, count: int, x: Tensor) -> Tensor:
+    """A tensor [count, ...] with x at its rows, and zeros elsewhere."""
+    if rows is ALL:
+        return x
+    return x.new_zeros((count, *x.shape[1:])).index_copy_(0, rows, x)

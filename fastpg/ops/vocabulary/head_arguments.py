@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.amp import is_autocast_available
 
@@ -16,12 +20,34 @@ from ..common.checks import (
     label_temperature,
     positive,
 )
-from .head import Factors
-from .shards import Shard, local_labels
+from .head import Head
+from .shards import LocalLabels, Shard, local_labels
+
+
+class HeadInputs(NamedTuple):
+    """The arguments of a linear op, checked, with the rows in one axis."""
+
+    hidden: list[Tensor]  # [N, H_i] each
+    head_weight: list[Tensor]  # [V, H_i] each, like hidden
+    bias: Tensor | None  # [V], like hidden
+    labels: Tensor  # int64 [N]
+    temperature: Tensor  # [N] or [], in the compute dtype
+    softcap: float  # 0: none
+    ignore_index: int
+    logits_dtype: torch.dtype
+    group: dist.ProcessGroup | None  # the vocabulary is in shards on its ranks; None: it is whole
+
+    @property
+    def head(self) -> Head:
+        """What makes the logits."""
+        return Head(self.hidden, self.head_weight, self.bias)
 
 
 def check_whole(op: str, name: str, x: Tensor) -> None:
-    """Not a part of a tensor of which other ranks hold the rest. Casts lose what tells it."""
+    """Raises for a tensor of which other ranks hold a part.
+
+    It must be called before any cast, since casts drop what tells such a tensor.
+    """
     if hasattr(x, "full_tensor"):
         raise TypeError(f"{op}: {name} is a DTensor: pass {name}.full_tensor()")
     if hasattr(x, "ds_id") and x.numel() == 0:
@@ -29,9 +55,15 @@ def check_whole(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} is a ZeRO-3 placeholder: {needs}")
 
 
-def factors(op: str, hidden, weight, bias) -> Factors:
+def as_head(
+    op: str,
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | None,
+) -> Head:
     """What the user passes, as many hidden as weight, in the dtype that a linear layer takes."""
-    hidden, weight = ([*x] if isinstance(x, (list, tuple)) else [x] for x in (hidden, weight))
+    hidden = list(hidden) if isinstance(hidden, (list, tuple)) else [hidden]
+    weight = list(weight) if isinstance(weight, (list, tuple)) else [weight]
     biases = [] if bias is None else [bias]
     for name, tensors in (("hidden", hidden), ("weight", weight), ("bias", biases)):
         for x in tensors:
@@ -40,21 +72,30 @@ def factors(op: str, hidden, weight, bias) -> Factors:
     if len(hidden) != len(weight) or not weight:
         counts = f"got {len(hidden)} and {len(weight)}"
         raise ValueError(f"{op}: hidden and weight must be a tensor each, or as many, {counts}")
-    return Factors.of(autocast(*hidden, *weight, bias))
+    return autocast(Head(hidden, weight, bias))
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def autocast(head: Head) -> Head:
     """What autocast would make of the operands of a linear layer."""
-    device = tensors[0].device.type
+    device = head.hidden[0].device.type
     if not is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return head
     dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype is torch.float64 else x.to(dtype) for x in tensors]
+
+    def cast(x: Tensor) -> Tensor:
+        return x if x.dtype is torch.float64 else x.to(dtype)
+
+    return Head(
+        [cast(x) for x in head.hidden],
+        [cast(x) for x in head.head_weight],
+        None if head.bias is None else cast(head.bias),
+    )
 
 
-def check_head(op: str, head: Factors, labels: Tensor, group) -> None:
-    first, tokens = head.hidden[0], head.weight[0].shape[:1]
-    for hidden, weight in zip(head.hidden, head.weight, strict=True):
+def check_head(op: str, head: Head, labels: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Raises unless shapes, dtypes and devices fit."""
+    first, tokens = head.hidden[0], head.head_weight[0].shape[:1]
+    for hidden, weight in zip(head.hidden, head.head_weight, strict=True):
         if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[-1]:
             shapes = f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
             raise ValueError(f"{op}: hidden must be [..., H] and weight [V, H], {shapes}")
@@ -65,19 +106,22 @@ def check_head(op: str, head: Factors, labels: Tensor, group) -> None:
         check_shape(op, "weight", weight, first, tokens + width)
         check_dtype(op, first.dtype, hidden=hidden, weight=weight)
     if tokens[0] == 0 and group is None:  # of an empty shard all ranks learn together
-        raise ValueError(f"{op}: weight must hold at least one token, got {tuple(weight.shape)}")
+        shape = tuple(head.head_weight[0].shape)
+        raise ValueError(f"{op}: weight must hold at least one token, got {shape}")
     check_shape(op, "bias", head.bias, first, tokens)
     check_dtype(op, first.dtype, bias=head.bias)
     check_labels(op, labels, first)
 
 
 def check_dtype(op: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    """Raises for a tensor that has not the dtype of hidden."""
     for name, x in tensors.items():
         if x is not None and x.dtype is not dtype:
             raise TypeError(f"{op}: {name} is {x.dtype}, must be of hidden's {dtype}")
 
 
 def dtype_of_logits(op: str, wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the logits, from the one that the user wants and that of hidden."""
     wider = wanted is torch.float32 and dtype is not torch.float64
     if wanted not in (None, dtype) and not wider:
         others = "" if dtype in (torch.float32, torch.float64) else " or torch.float32"
@@ -85,45 +129,77 @@ def dtype_of_logits(op: str, wanted: torch.dtype | None, dtype: torch.dtype) -> 
     return wanted or dtype
 
 
-def head_arguments(
-    op: str, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,
-    logits_dtype, group=None,
-):  # fmt: skip
-    """What the user passes, checked and as the ops take it, rows in one axis.
+def scaled_temperature(
+    op: str,
+    temperature: float | Tensor,
+    scale: float,
+    labels: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """temperature / scale, [...] or []."""
+    t = label_temperature(op, temperature, dtype, labels)
+    if scale != 1 and t.dim() and t.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_temperature(op, t, labels != ignore_index)  # while it is what the user passed
+    return t / scale
 
-    The logit scale is part of temperature and softcap: that costs nothing and rounds nothing.
+
+def head_inputs(
+    op: str,
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    logits_dtype: torch.dtype | None,
+    group: dist.ProcessGroup | None,
+) -> HeadInputs:
+    """Checks what the user passes, and brings the rows into one axis.
+
+    The logit scale becomes a part of temperature and softcap: that costs and rounds nothing.
     """
     check_tensor(op, "labels", labels)
-    head = factors(op, hidden, weight, bias)
+    head = as_head(op, hidden, weight, bias)
     check_head(op, head, labels, group)
     if not isinstance(ignore_index, int):
         kind = type(ignore_index).__name__
         raise TypeError(f"{op}: ignore_index must be an integer, got {kind}")
     dtype = compute_dtype(op, hidden=head.hidden[0])
     scale = positive(op, "logit_scale", logit_scale, dtype)
-    t = label_temperature(op, temperature, dtype, labels)
-    if scale != 1 and t.dim() and t.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_temperature(op, t, labels != ignore_index)  # while it is what the user passed
-    t = t / scale
+    t = scaled_temperature(op, temperature, scale, labels, ignore_index, dtype)
     cap = 0.0 if softcap is None else positive(op, "softcap", softcap, dtype) / scale
     if cap:
         positive(op, "softcap / logit_scale", cap, dtype)
-    logits_dtype = dtype_of_logits(op, logits_dtype, head.hidden[0].dtype)
-    rows = [x.reshape(-1, x.shape[-1]) for x in head.hidden]
-    labels, t = labels.long().reshape(-1), t.reshape(-1) if t.dim() else t
-    return head._replace(hidden=rows), labels, t, cap, ignore_index, logits_dtype
+    return HeadInputs(
+        hidden=[x.reshape(-1, x.shape[-1]) for x in head.hidden],
+        head_weight=head.head_weight,
+        bias=head.bias,
+        labels=labels.long().reshape(-1),
+        temperature=t.reshape(-1) if t.dim() else t,
+        softcap=cap,
+        ignore_index=ignore_index,
+        logits_dtype=dtype_of_logits(op, logits_dtype, head.hidden[0].dtype),
+        group=group,
+    )
 
 
-def legal_labels(op: str, labels, vocab: int, temperature, ignore_index) -> tuple[Tensor, Tensor]:
-    """Where rows count, and where their labels are tokens. On the CPU bad values raise."""
+def legal_labels(
+    op: str, labels: Tensor, vocab: int, temperature: Tensor, ignore_index: int
+) -> LocalLabels:
+    """Checks the labels of a whole vocabulary. On the CPU bad values raise."""
     kept = labels != ignore_index
     legal = kept & (labels >= 0) & (labels < vocab)
     check_label_values(op, labels, legal, kept, vocab, ignore_index, temperature)
-    return kept, legal
+    return LocalLabels(kept, legal, labels)
 
 
-def labels_of_shard(op, group, labels, vocab, temperature, ignore_index) -> tuple[Tensor, ...]:
-    """What legal_labels says, and with a group labels as those of this rank's shard."""
-    if group is None:
-        return *legal_labels(op, labels, vocab, temperature, ignore_index), labels
-    return local_labels(Shard(op, group, vocab, labels, temperature, ignore_index))
+def labels_of_shard(op: str, x: HeadInputs) -> LocalLabels:
+    """Checks the labels, and with a group counts them from the first token of this rank."""
+    vocab = len(x.head_weight[0])
+    if x.group is None:
+        return legal_labels(op, x.labels, vocab, x.temperature, x.ignore_index)
+    return local_labels(Shard(op, x.group, vocab, x.labels, x.temperature, x.ignore_index))

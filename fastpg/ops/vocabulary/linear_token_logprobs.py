@@ -19,160 +19,294 @@ are left out of every product. Rows beyond a few thousand go through a slice in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._library import define, kernel
-from ..common.autograd import once_differentiable
-from ..common.checks import constant
-from . import linear_token_logprobs_blas as blas
+from ..._autograd import Differentiable
+from ..._op import Op
 from . import token_logprobs as page
-from .head import Factors
-from .head_arguments import head_arguments, legal_labels
+from .head import Head
+from .head_arguments import HeadInputs, head_inputs, legal_labels
 from .shards import NEVER, Shard, Statistics, add_over_ranks, label_logit, over_all_ranks
 
 OP = "linear_token_logprobs"
 
 
-def _logits(hidden, weight, bias, logits_dtype):
-    """[N, V], as a model's own head makes them; the specification of what kernels do in tiles."""
-    hidden, weight = ([x.to(logits_dtype) for x in terms] for terms in (hidden, weight))
-    bias = bias if bias is None else bias.to(logits_dtype)
-    logits = torch.nn.functional.linear(hidden[0], weight[0], bias)
-    for h, w in zip(hidden[1:], weight[1:], strict=True):
+class Inputs(NamedTuple):
+    """Those of HeadInputs but for the group."""
+
+    hidden: list[Tensor]  # [N, H_i] each
+    head_weight: list[Tensor]  # [V, H_i] each, like hidden
+    bias: Tensor | None  # [V], like hidden
+    labels: Tensor  # int64 [N]
+    temperature: Tensor  # [N] or [], in the compute dtype
+    softcap: float  # 0: none
+    ignore_index: int
+    logits_dtype: torch.dtype
+
+    @property
+    def head(self) -> Head:
+        """What makes the logits."""
+        return Head(self.hidden, self.head_weight, self.bias)
+
+
+class Outputs(NamedTuple):
+    logp: Tensor  # [N], in the compute dtype, as all that follow
+    entropy: Tensor  # [N]
+    stats: Tensor  # [2, N], those of token_logprobs
+
+
+class PartOutputs(NamedTuple):
+    """The fields of Statistics, for a head that is a part of the vocabulary's."""
+
+    label_logit: Tensor  # [N]
+    top: Tensor  # [N]
+    log_sum: Tensor  # [N]
+    entropy: Tensor  # [N]
+
+
+class BackwardInputs(NamedTuple):
+    inputs: Inputs
+    grad_logp: Tensor  # [N]
+    grad_entropy: Tensor | None  # [N]; None: 0
+    entropy: Tensor  # [N], of the whole vocabulary
+    stats: Tensor  # [2, N], of the whole vocabulary
+    wanted: list[bool]  # whether to make the gradient of each hidden, each head_weight and bias
+
+
+class Gradients(NamedTuple):
+    gradients: list[Tensor]  # like each hidden, each head_weight and bias; empty if not wanted
+
+
+def logits_of(x: Inputs) -> Tensor:
+    """The logits [N, V] as a model's own head makes them; kernels make them in tiles."""
+    hidden = [h.to(x.logits_dtype) for h in x.hidden]
+    head_weight = [w.to(x.logits_dtype) for w in x.head_weight]
+    bias = None if x.bias is None else x.bias.to(x.logits_dtype)
+    logits = torch.nn.functional.linear(hidden[0], head_weight[0], bias)
+    for h, w in zip(hidden[1:], head_weight[1:], strict=True):
         logits = torch.addmm(logits, h, w.t())  # rounded when it is added, not before
     return logits
 
 
-def reference(hidden, weight, bias, labels, temperature, softcap, ignore_index, logits_dtype):
-    """hidden_i [N, H_i], weight_i [V, H_i], labels [N] -> logp [N], entropy [N], stats [2, N]."""
-    legal_labels(OP, labels, len(weight[0]), temperature, ignore_index)
-    logits = _logits(hidden, weight, bias, logits_dtype)
-    return page.reference(page.Inputs(logits, labels, temperature, softcap, ignore_index, True))
+def rows_of(x: Inputs, logits: Tensor, labels: Tensor) -> page.Inputs:
+    """What token_logprobs is given."""
+    return page.Inputs(logits, labels, x.temperature, x.softcap, x.ignore_index, with_entropy=True)
 
 
-def reference_part(hidden, weight, bias, labels, temperature, softcap, ignore_index, logits_dtype):
-    """label_logit, top, log_sum, entropy [4, N], weight being a part of the vocabulary's."""
-    logits = _logits(hidden, weight, bias, logits_dtype)
-    anything = torch.where(labels == ignore_index, ignore_index, 0)
-    _, entropy, stats = page.reference(
-        page.Inputs(logits, anything, temperature, softcap, ignore_index, True)
+def reference(x: Inputs) -> Outputs:
+    """The specification: token_logprobs of all the logits."""
+    legal_labels(OP, x.labels, len(x.head_weight[0]), x.temperature, x.ignore_index)
+    rows = page.reference(rows_of(x, logits_of(x), x.labels))
+    return Outputs(rows.logp, rows.entropy, rows.stats)
+
+
+def reference_part(x: Inputs) -> PartOutputs:
+    """The statistics of rows over a part of the vocabulary, where a label may be elsewhere."""
+    logits = logits_of(x)
+    placeholders = torch.where(x.labels == x.ignore_index, x.ignore_index, 0)
+    _, entropy, stats = page.reference(rows_of(x, logits, placeholders))
+    found = label_logit(logits, x.labels, stats.dtype, x.softcap)
+    return PartOutputs(found, stats[0].clone(), stats[1].clone(), entropy)
+
+
+def reference_backward(x: BackwardInputs) -> Gradients:
+    """The specification: the gradient of all the logits, and the products with it."""
+    inputs = x.inputs
+    kept = (inputs.labels != inputs.ignore_index)[:, None]
+    hidden = [torch.where(kept, h, 0.0) for h in inputs.hidden]
+    dtype = hidden[0].dtype
+    rows = rows_of(inputs, logits_of(inputs._replace(hidden=hidden)), inputs.labels)
+    upstream = page.BackwardInputs(rows, x.grad_logp, x.grad_entropy, x.entropy, x.stats)
+    g = page.reference_backward(upstream).grad_logits.to(dtype).to(inputs.temperature.dtype)
+    found = [g @ w.to(g.dtype) for w in inputs.head_weight]
+    found += [g.T @ h.to(g.dtype) for h in hidden]
+    found.append(g.sum(0))
+    return Gradients(
+        [
+            grad.to(dtype) if want else hidden[0].new_empty(0)
+            for grad, want in zip(found, x.wanted, strict=True)
+        ]
     )
-    return torch.stack([label_logit(logits, labels, stats.dtype, softcap), *stats, entropy])
 
 
-def reference_backward(
-    grad_logp, grad_entropy, entropy, stats, hidden, weight, bias, labels, temperature, softcap,
-    ignore_index, logits_dtype, wanted,
-):  # fmt: skip
-    """dL/d of each hidden, each weight and bias, in their dtype; what is not wanted is empty."""
-    kept = (labels != ignore_index)[:, None]
-    hidden = [torch.where(kept, h, 0.0) for h in hidden]
-    logits = _logits(hidden, weight, bias, logits_dtype)
-    rows = page.Inputs(logits, labels, temperature, softcap, ignore_index, True)
-    upstream = page.BackwardInputs(rows, grad_logp, grad_entropy, entropy, stats)
-    g = page.reference_backward(upstream).grad_logits
-    g = g.to(hidden[0].dtype).to(temperature.dtype)
-    dhidden, dweight = [g @ w.to(g.dtype) for w in weight], [g.T @ h.to(g.dtype) for h in hidden]
-    pairs = zip([*dhidden, *dweight, g.sum(0)], wanted, strict=True)
-    return [x.to(hidden[0].dtype) if want else hidden[0].new_empty(0) for x, want in pairs]
+def allocate(x: Inputs) -> Outputs:
+    """Makes empty log-probs, entropies and statistics."""
+    shape = x.labels.shape
+    logp, entropy = x.temperature.new_empty(shape), x.temperature.new_empty(shape)
+    return Outputs(logp, entropy, x.temperature.new_empty((2, *shape)))
 
 
-_HEAD = (
-    "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor labels, Tensor temperature, "
-    "float softcap, int ignore_index, ScalarType logits_dtype"
-)
+def allocate_part(x: Inputs) -> PartOutputs:
+    """Makes empty statistics."""
+    empty = [x.temperature.new_empty(x.labels.shape) for _ in PartOutputs._fields]
+    return PartOutputs._make(empty)
 
 
-def _fake(hidden, weight, bias, labels, temperature, *_):
-    shapes = labels.shape, labels.shape, (2, *labels.shape)
-    return tuple(labels.new_empty(shape, dtype=temperature.dtype) for shape in shapes)
+def allocate_gradients(x: BackwardInputs) -> Gradients:
+    """Makes empty gradients."""
+    weight = x.inputs.head_weight
+    shapes = [tensor.shape for tensor in [*x.inputs.hidden, *weight]]
+    shapes.append(weight[0].shape[:1])  # that of bias, which may be absent
+    return Gradients(
+        [
+            weight[0].new_empty(shape if want else 0)
+            for shape, want in zip(shapes, x.wanted, strict=True)
+        ]
+    )
 
 
-def _fake_backward(*args):
-    hidden, weight, wanted = *args[4:6], args[-1]
-    shapes = *(x.shape for x in (*hidden, *weight)), weight[0].shape[:1]
-    pairs = zip(shapes, wanted, strict=True)
-    return [weight[0].new_empty(shape if want else 0) for shape, want in pairs]
-
-
-_forward = define(
-    f"linear_token_logprobs({_HEAD}) -> (Tensor, Tensor, Tensor)",
-    fake=_fake,
+linear_token_logprobs_op = Op(
+    "linear_token_logprobs",
+    Inputs,
+    Outputs,
+    page=__name__,
     reference=reference,
+    allocate=allocate,
 )
-_part = define(
-    f"linear_token_logprobs_part({_HEAD}) -> Tensor",
-    fake=lambda *args: args[3].new_empty((4, *args[3].shape), dtype=args[4].dtype),
+linear_token_logprobs_part_op = Op(
+    "linear_token_logprobs_part",
+    Inputs,
+    PartOutputs,
+    page=__name__,
     reference=reference_part,
+    allocate=allocate_part,
 )
-# wanted: of each hidden, each weight and the bias, as the result is.
-_backward = define(
-    "linear_token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, Tensor entropy, "
-    f"Tensor stats, {_HEAD}, bool[] wanted) -> Tensor[]",
-    fake=_fake_backward,
+linear_token_logprobs_backward_op = Op(
+    "linear_token_logprobs_backward",
+    BackwardInputs,
+    Gradients,
+    page=__name__,
     reference=reference_backward,
+    allocate=allocate_gradients,
 )
 
-for device in ("CPU", "CUDA"):
-    kernel(_forward, device, "BLAS")(blas.forward)
-    kernel(_part, device, "BLAS")(blas.part)
-    kernel(_backward, device, "BLAS")(blas.backward)
+
+def attach_blas(op: Op, name: str) -> None:
+    """Attaches a function of `linear_token_logprobs_blas`, which imports this page, to an op."""
+
+    @cache
+    def function() -> Callable:
+        return getattr(import_module(f"{__name__}_blas"), name)
+
+    call = op.flat(lambda x: function()(x))
+    for device in ("CPU", "CUDA"):
+        op.attach(device, "BLAS", call)
 
 
-def _forward_of(group, head, *args):
-    """logp, entropy and stats, and what backward is of: this rank's shard, as a head of its own."""
-    if group is None:
-        return _forward(*head, *args), args
-    labels, temperature, softcap, ignore_index, dtype = args
-
-    def part(local):
-        return Statistics(*_part(*head, local, temperature, softcap, NEVER, dtype))
-
-    shard = Shard(OP, group, len(head.weight[0]), labels, temperature, ignore_index)
-    outputs, local = over_all_ranks(shard, part)
-    return outputs, (local, temperature, softcap, NEVER, dtype)
+attach_blas(linear_token_logprobs_op, "forward")
+attach_blas(linear_token_logprobs_part_op, "part")
+attach_blas(linear_token_logprobs_backward_op, "backward")
 
 
-class _LinearTokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, group, labels, temperature, softcap, ignore_index, dtype, *head):
-        args = labels, temperature, softcap, ignore_index, dtype
-        (logp, entropy, stats), args = _forward_of(group, Factors.of(head), *args)
-        ctx.group = group
-        ctx.save_for_backward(entropy, stats, *args[:2], *head)
-        ctx.options = args[2:]
-        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs nothing
-        return logp, entropy
+class Saved(NamedTuple):
+    """What backward needs."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
-        entropy, stats, labels, temperature, *head = ctx.saved_tensors
-        if grad_logp is None:
-            grad_logp = torch.zeros_like(entropy)
-        wanted = list(ctx.needs_input_grad[6:])
-        rows = grad_logp, grad_entropy, entropy, stats
-        args = labels, temperature, *ctx.options, wanted
-        grads = _backward(*rows, *Factors.of(head), *args)
-        grads = [x if want else None for x, want in zip(grads, wanted, strict=True)]
-        if ctx.group is not None:
-            dhidden = Factors.of(grads).hidden
-            sums = (
-                x if x is None else add_over_ranks(x, ctx.group, entropy.dtype) for x in dhidden
-            )
-            grads[: len(dhidden)] = sums
-        return *(None,) * 6, *grads
+    inputs: Inputs
+    entropy: Tensor
+    stats: Tensor
+    group: dist.ProcessGroup | None
 
 
-def logprobs(group, head: Factors, *args) -> tuple[Tensor, Tensor]:
-    """logp and entropy [N], of what head_arguments returns."""
-    if constant(*head.flat()):
-        return _forward_of(group, head, *args)[0][:2]
-    return _LinearTokenLogprobs.apply(group, *args, *head.flat())
+def inputs_of(x: HeadInputs, labels: Tensor, ignore_index: int) -> Inputs:
+    """The inputs of the op, with labels as those of this rank's shard."""
+    head = x.hidden, x.head_weight, x.bias
+    return Inputs(*head, labels, x.temperature, x.softcap, ignore_index, x.logits_dtype)
+
+
+def _forward(x: HeadInputs) -> tuple[tuple[Tensor, Tensor], Saved]:
+    if x.group is not None:
+        return _forward_of_shard(x)
+    inputs = inputs_of(x, x.labels, x.ignore_index)
+    logp, entropy, stats = linear_token_logprobs_op(inputs)
+    return (logp, entropy), Saved(inputs, entropy, stats, None)
+
+
+def _forward_of_shard(x: HeadInputs) -> tuple[tuple[Tensor, Tensor], Saved]:
+    """The results for whole rows. To backward this shard is a head of its own."""
+
+    def statistics(labels: Tensor) -> Statistics:
+        part = linear_token_logprobs_part_op(inputs_of(x, labels, NEVER))
+        return Statistics(part.label_logit, part.top, part.log_sum, part.entropy)
+
+    size = len(x.head_weight[0])
+    shard = Shard(OP, x.group, size, x.labels, x.temperature, x.ignore_index)
+    whole, local = over_all_ranks(shard, statistics)
+    saved = Saved(inputs_of(x, local, NEVER), whole.entropy, whole.stats, x.group)
+    return (whole.logp, whole.entropy), saved
+
+
+def _backward(
+    x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None, *, wanted: list[bool]
+) -> tuple[list[Tensor | None]]:
+    if grad_logp is None:
+        grad_logp = torch.zeros_like(x.entropy)
+    (found,) = linear_token_logprobs_backward_op(
+        BackwardInputs(x.inputs, grad_logp, grad_entropy, x.entropy, x.stats, wanted)
+    )
+    grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
+    if x.group is not None:  # every rank has hidden, and a part of its gradient
+        for i in range(len(x.inputs.hidden)):
+            if wanted[i]:
+                grads[i] = add_over_ranks(found[i], x.group, x.entropy.dtype)
+    return (grads,)
+
+
+_linear_token_logprobs = Differentiable(
+    OP,
+    inputs=HeadInputs,
+    saved=Saved,
+    differentiable=("hidden", "head_weight", "bias"),
+    forward=_forward,
+    backward=_backward,
+    selective=True,
+)
+
+
+def logprobs(x: HeadInputs) -> tuple[Tensor, Tensor]:
+    """The log-prob and the entropy [N] of each row."""
+    logp, entropy = _linear_token_logprobs(x)
+    return logp, entropy
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+    logits_dtype: torch.dtype | None = ...,
+    process_group: dist.ProcessGroup | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+    logits_dtype: torch.dtype | None = ...,
+    process_group: dist.ProcessGroup | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_token_logprobs(
@@ -189,36 +323,76 @@ def linear_token_logprobs(
     logits_dtype: torch.dtype | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """token_logprobs(hidden @ weight.T + bias, labels, ...) without the logits [..., V].
+    """Log-probs of labels from hidden states and the LM head, without the logits in memory.
 
-    hidden: [..., H], bf16, fp16, fp32 or fp64; weight: [V, H]; bias: [V]; of one dtype, each
-        differentiable. Under autocast they are cast as for a linear layer. hidden and weight may be
-        as many [..., H_i] as [V, H_i]: the logits are the sum of these products, as those of
-        (h, s h @ A.T) and (W, B), a head W with a LoRA adapter.
-    labels: [...] integers in [0, V), or ignore_index: outputs and gradient 0, row not read.
-    temperature: a float, or a tensor that broadcasts to labels (constant: it gets no gradient).
-    logit_scale, softcap: z = softcap(logit_scale * logits) / temperature, softcap as in Gemma.
-    logits_dtype: None rounds logits to the dtype of hidden, as a model's own head does; fp32 keeps
-        those of bf16 and fp16 operands (a CPU upcasts these, slice by slice: up to twice the time).
-    process_group: the vocabulary is in shards, one on each rank in turn: weight is [V_rank, H] and
-        bias [V_rank]. All else is the same on each, the result and the gradient of hidden too.
-    Returns logp [...], or (logp, entropy) each [...], in nats; fp32 (fp64 for fp64 hidden).
+    The results are those of token_logprobs(hidden @ weight.T + bias, labels, ...). The logits are
+    made in tiles, one at a time, of at most about 4096 rows by 4096 tokens, on a GPU 8192 by 16384.
+    With more rows than that, a slice of the gradient of weight is in fp32 beside it.
 
-    -inf, NaN and bad labels are treated as by token_logprobs. On a GPU the call waits for the
-    number of rows that are not ignored, and backward for that of those that a gradient reaches.
-    The logits are in tiles, one at a time, of at most about 4096 rows by 4096 tokens, on a GPU 8192
-    by 16384; with more rows than that, a slice of the gradient of weight is in fp32 beside it.
+    Args:
+        hidden: [..., H], bf16, fp16, fp32 or fp64; differentiable. Or a sequence of [..., H_i], as
+            many as weight has: the logits are the sum of the products. A head W with a LoRA adapter
+            is (h, s h @ A.T) with (W, B).
+        weight: [V, H] of the dtype of hidden, the LM head's; or a sequence of [V, H_i].
+            Differentiable. Under autocast all three are cast as for a linear layer.
+        labels: [...], integers in [0, V), or ignore_index.
+        bias: [V] of the dtype of hidden; differentiable. None: 0.
+        temperature: A number > 0, or a tensor that broadcasts to labels; a constant.
+        softcap: A number > 0: a logit x becomes softcap · tanh(x / softcap), as in Gemma. None: x.
+        logit_scale: A number > 0 that multiplies the logits, before softcap.
+        ignore_index: A row with this label is not read; its results and its gradient are 0.
+        return_entropy: Whether to return the entropy, which is differentiable.
+        logits_dtype: None rounds the logits to the dtype of hidden, as a model's own head does;
+            torch.float32 keeps those of bf16 and fp16 operands. A CPU upcasts these slice by slice,
+            which takes up to twice the time.
+        process_group: If given, the vocabulary is in shards, one on each rank in turn: weight is
+            [V_rank, H] and bias [V_rank]. All else is the same on each rank, the results and the
+            gradient of hidden too.
 
-    Off fp64 at H=896, V=151936 (on a CPU, 256 rows of logits of standard deviation 2, half the
-    labels the likeliest): log-probs at most 4e-6 in fp32, 0.04 from logits in bf16, 2e-6 from fp32
-    logits of bf16 operands; gradients, relative, 6e-7 in fp32 and 3e-3 in bf16. A row's bits depend
-    on itself alone as far as BLAS keeps to that: a CPU's does for log-probs in fp32 and bf16, and
-    for the gradient of hidden if 4 rows have one; in fp64, and on a GPU, its kernel may depend on
-    the number of rows.
+    Returns:
+        logp [...], or (logp, entropy), each [...], in nats; fp32, or fp64 for fp64 hidden.
+
+    Raises:
+        TypeError: An argument is no tensor or number, is a DTensor, or has a dtype that it cannot
+            have.
+        ValueError: A shape, a device or a number does not fit; the message names it.
+        IndexError: A label is outside [0, V) and not ignore_index. Only the CPU raises at once;
+            elsewhere the row of such a label is NaN, and `fastpg.check()` raises.
+
+    Note:
+        A GPU is waited for: forward for the number of rows that are not ignored, backward for the
+        number of those that a gradient reaches.
+
+        Off fp64 at H=896, V=151936 (on a CPU, 256 rows of logits of standard deviation 2, half the
+        labels the likeliest): log-probs at most 4e-6 in fp32, 0.04 from logits in bf16, 2e-6 from
+        fp32 logits of bf16 operands; gradients, relative, 6e-7 in fp32 and 3e-3 in bf16. A row's
+        bits depend on itself alone as far as BLAS keeps to that: a CPU's does for log-probs in fp32
+        and bf16, and for the gradient of hidden if 4 rows have one; in fp64, and on a GPU, its
+        kernel may depend on the number of rows.
+
+    Example:
+        >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> fastpg.linear_token_logprobs(hidden, weight, torch.tensor([0]))
+        tensor([-0.1269])
+
+    Reference:
+        Wijmans et al. 2024, "Cut your losses in large-vocabulary language models",
+        arXiv:2411.09009.
     """
-    args = head_arguments(
-        OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,
-        logits_dtype, process_group,
-    )  # fmt: skip
-    logp, entropy = (x.view(labels.shape) for x in logprobs(process_group, *args))
-    return (logp, entropy) if return_entropy else logp
+    inputs = head_inputs(
+        OP,
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        logits_dtype=logits_dtype,
+        group=process_group,
+    )
+    logp, entropy = logprobs(inputs)
+    if return_entropy:
+        return logp.view(labels.shape), entropy.view(labels.shape)
+    return logp.view(labels.shape)

@@ -2,84 +2,125 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from .head import (
     ALL,
-    Factors,
-    by_chunks,
-    chunks_of,
+    Head,
+    HeadGradients,
+    RowLabels,
+    RowResults,
+    Tile,
+    Upstream,
+    concatenate,
+    empty_gradients,
     filled,
     kept_rows,
-    logp_and_statistics,
-    parts,
     reached,
+    row_chunks,
+    row_results,
     statistics,
+    take,
     tiles,
     write_gradients,
 )
 from .head_arguments import legal_labels
+from .linear_token_logprobs import OP, BackwardInputs, Gradients, Inputs, Outputs, PartOutputs
+from .shards import Statistics
 
 
-def forward(hidden, weight, bias, labels, temperature, softcap, ignore_index, dtype):
-    rest = len(weight[0]), temperature, ignore_index
-    kept, legal = legal_labels("linear_token_logprobs", labels, *rest)
+def forward(x: Inputs) -> Outputs:
+    """Log-probs, entropies and statistics; rows that are ignored go through no product."""
+    vocab = len(x.head_weight[0])
+    kept, legal, _ = legal_labels(OP, x.labels, vocab, x.temperature, x.ignore_index)
     rows = kept_rows(kept)
-    head = Factors(hidden, weight, bias).tile(rows, ALL)
-    per_row = parts(rows, labels, legal, temperature)
+    head, labels = x.head.tile(rows, ALL), take(RowLabels(x.labels, legal, x.temperature), rows)
 
-    def of(chunk):
-        logits = tiles(head.tile(chunk, ALL), dtype)
-        return logp_and_statistics(logits, *parts(chunk, *per_row), softcap)
+    def results(chunk: slice) -> RowResults:
+        logits = tiles(head.tile(chunk, ALL), x.logits_dtype)
+        return row_results(logits, take(labels, chunk), x.softcap)
 
-    outputs = by_chunks(of, per_row[0])
-    logp, entropy, top, log_sum = (filled(rows, len(kept), x) for x in outputs)
-    return logp, entropy, torch.stack([top, log_sum])
-
-
-def part(hidden, weight, bias, labels, temperature, softcap, ignore_index, dtype):
-    rows = kept_rows(labels != ignore_index)
-    head = Factors(hidden, weight, bias).tile(rows, ALL)
-    per_row = parts(rows, labels, temperature)
-
-    def of(chunk):
-        return statistics(tiles(head.tile(chunk, ALL), dtype), *parts(chunk, *per_row), softcap)
-
-    return torch.stack([filled(rows, len(labels), x) for x in by_chunks(of, per_row[0])])
+    found = concatenate([results(chunk) for chunk in row_chunks(labels.labels)])
+    logp, entropy, top, log_sum = (filled(rows, len(kept), field) for field in found)
+    return Outputs(logp, entropy, torch.stack([top, log_sum]))
 
 
-def backward(
-    grad_logp, grad_entropy, entropy, stats, hidden, weight, bias, labels, temperature, softcap,
-    ignore_index, dtype, wanted,
-):  # fmt: skip
-    rows = kept_rows((labels != ignore_index) & reached(grad_logp, grad_entropy))
-    head = Factors(hidden, weight, bias).tile(rows, ALL)
-    per_row = parts(rows, grad_logp, grad_entropy, entropy, *stats, labels, temperature)
-    into = head.memory(temperature.dtype, weight[0].dtype, wanted)
-    for tokens, of_slice in groupby(tiles(head, dtype), key=lambda tile: tile[1]):
-        _write_slice(of_slice, tokens, head, into, per_row, softcap)
-    dhidden = [x if x is None else x.to(weight[0].dtype) for x in into.hidden]
-    dhidden = [x if x is None else filled(rows, len(labels), x) for x in dhidden]
-    flat = into._replace(hidden=dhidden).flat()
-    return [weight[0].new_empty(0) if x is None else x for x in flat]
+def part(x: Inputs) -> PartOutputs:
+    """The statistics of rows over a part of the vocabulary."""
+    rows = kept_rows(x.labels != x.ignore_index)
+    head = x.head.tile(rows, ALL)
+    labels = take(RowLabels(x.labels, None, x.temperature), rows)
+
+    def results(chunk: slice) -> Statistics:
+        logits, of_chunk = tiles(head.tile(chunk, ALL), x.logits_dtype), take(labels, chunk)
+        return statistics(logits, of_chunk.labels, of_chunk.temperature, x.softcap)
+
+    found = concatenate([results(chunk) for chunk in row_chunks(labels.labels)])
+    label_logit, top, log_sum, entropy = (filled(rows, len(x.labels), field) for field in found)
+    return PartOutputs(label_logit, top, log_sum, entropy)
 
 
-def _write_slice(of_slice, tokens, head, into, per_row, softcap):
-    """dweight and dbias of a slice of the vocabulary, and its share of dhidden."""
-    to = into.tile(ALL, tokens)
-    *_, labels, temperature = per_row
-    sums = to
-    if len(chunks_of(labels)) > 1:  # tiles, whose sum is to be rounded once
-        *weight, bias = [x if x is None else x.to(temperature.dtype) for x in [*to.weight, to.bias]]
-        sums = Factors(to.hidden, weight, bias)
-    for rows, _, logits in of_slice:
-        *upstream, top, log_sum, labels, temperature = parts(rows, *per_row)
-        upstream.append(torch.stack([top, log_sum]))
-        given = labels - tokens.start, temperature, softcap
-        tile = head.tile(rows, tokens), sums.tile(rows, ALL)
-        write_gradients(logits, upstream, given, *tile, add=(tokens.start > 0, rows.start > 0))
-    for x, total in zip(to.flat(), sums.flat(), strict=True):
-        if total is not x:
-            x.copy_(total)
+def backward(x: BackwardInputs) -> Gradients:
+    """The gradients; rows that none reaches go through no product."""
+    inputs, dtype = x.inputs, x.inputs.head_weight[0].dtype
+    labels, temperature = inputs.labels, inputs.temperature
+    live = (labels != inputs.ignore_index) & reached(x.grad_logp, x.grad_entropy)
+    rows = kept_rows(live)
+    head = inputs.head.tile(rows, ALL)
+    top, log_sum = x.stats
+    upstream = take(
+        Upstream(x.grad_logp, x.grad_entropy, x.entropy, top, log_sum, labels, temperature), rows
+    )
+    gradients = empty_gradients(head, x.wanted, hidden_dtype=temperature.dtype, weight_dtype=dtype)
+    all_tiles = tiles(head, inputs.logits_dtype)
+    for tokens, slice_tiles in groupby(all_tiles, key=lambda tile: tile.tokens):
+        write_slice(slice_tiles, tokens, head, gradients, upstream, inputs.softcap)
+    hidden = [
+        None if grad is None else filled(rows, len(labels), grad.to(dtype))
+        for grad in gradients.hidden
+    ]
+    found = gradients._replace(hidden=hidden).tensors()
+    return Gradients([head.head_weight[0].new_empty(0) if grad is None else grad for grad in found])
+
+
+def write_slice(
+    slice_tiles: Iterable[Tile],
+    tokens: slice,
+    head: Head,
+    gradients: HeadGradients,
+    upstream: Upstream,
+    softcap: float,
+) -> None:
+    """Writes the gradients of head_weight and bias of a slice, and adds its share of hidden's."""
+    rounded = gradients.tile(ALL, tokens)
+    sums = rounded
+    if len(row_chunks(upstream.labels)) > 1:  # a sum over tiles is to be rounded once
+        sums = in_dtype(rounded, upstream.temperature.dtype)
+    for tile in slice_tiles:
+        write_gradients(
+            tile,
+            take(upstream, tile.rows),
+            softcap,
+            head.tile(tile.rows, tokens),
+            sums.tile(tile.rows, ALL),
+            add_hidden=tokens.start > 0,
+            add_weight=tile.rows.start > 0,
+        )
+    for grad, total in zip(rounded.tensors(), sums.tensors(), strict=True):
+        if grad is not None and total is not None and total is not grad:
+            grad.copy_(total)
+
+
+def in_dtype(gradients: HeadGradients, dtype: torch.dtype) -> HeadGradients:
+    """The gradients of head_weight and bias in another dtype; that of hidden as it is."""
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(dtype)
+
+    return HeadGradients(
+        gradients.hidden, [cast(x) for x in gradients.head_weight], cast(gradients.bias)
+    )

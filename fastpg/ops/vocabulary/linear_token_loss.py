@@ -14,151 +14,274 @@ as it takes with the logits kept. Ignored rows, and those of coefficient 0 (clip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common.autograd import once_differentiable
-from ..common.checks import constant
+from ..._autograd import Differentiable, needs_no_gradient
 from .head import (
     ALL,
     LEAST_ROWS,
     ROWS,
-    Factors,
+    Head,
+    HeadGradients,
+    Part,
+    RowLabels,
+    Tile,
+    Upstream,
     chunks,
+    empty_gradients,
     kept_rows,
     length,
-    logp_and_statistics,
-    parts,
     reached,
+    row_results,
+    take,
     tiles,
     write_gradients,
 )
-from .head_arguments import head_arguments, labels_of_shard
+from .head_arguments import HeadInputs, head_inputs, labels_of_shard
 from .linear_token_logprobs import logprobs
+from .token_loss import OP, TokenLoss, checked, differentiated
 
-OP = "linear_token_loss"
-
-# Rows of a chunk, by the bytes of a logit. Fewer would read weight, and add to its gradient, more
-# often than is cheap: of bf16 above all, whose sums in fp32 a CPU's BLAS does not add up itself.
+# The rows of a chunk, by the bytes of a logit. With fewer, head_weight would be read, and its
+# gradient added to, more often than is cheap: above all in bf16, for which a CPU's BLAS does not
+# add up in fp32 itself.
 CHUNK_ROWS = {"cpu": {2: 1024, 4: 256, 8: 128}, "cuda": {2: 8192, 4: 4096, 8: 2048}}
 
 
-def _checked(result) -> tuple[Tensor, object]:
-    """What token_loss returned, if it is a scalar and its stats."""
-    loss = result[0] if isinstance(result, tuple) and len(result) == 2 else None
-    if not isinstance(loss, Tensor) or loss.dim() > 0:
-        got = type(result).__name__ if loss is None else f"a loss {getattr(loss, 'shape', loss)}"
-        raise TypeError(f"{OP}: token_loss must return (0-d tensor, stats), got {got}")
-    return result
+class LossInputs(NamedTuple):
+    """The fields of HeadInputs, and the loss."""
+
+    hidden: list[Tensor]
+    head_weight: list[Tensor]
+    bias: Tensor | None
+    labels: Tensor
+    temperature: Tensor
+    softcap: float
+    ignore_index: int
+    logits_dtype: torch.dtype
+    group: dist.ProcessGroup | None
+    token_loss: TokenLoss
 
 
-def _coefficients(token_loss, logp, entropy, rows):
-    """loss, stats, dL/dlogp, dL/dentropy: None if the loss does not look at it."""
-    with torch.enable_grad():
-        leaves = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
-        loss, stats = _checked(token_loss(*leaves, rows))
-        by_logp, by_entropy = None, None
-        if loss.requires_grad:
-            by_logp, by_entropy = torch.autograd.grad(loss, leaves, allow_unused=True)
-        if by_logp is None and by_entropy is None:
-            raise ValueError(f"{OP}: token_loss returned a loss without a graph back to logp")
-    return loss.detach(), stats, torch.zeros_like(logp) if by_logp is None else by_logp, by_entropy
+class ChunkRows(NamedTuple):
+    """The rows of a chunk [n]."""
+
+    rows: Tensor  # int64, their places in the flattened labels
+    labels: Tensor  # counted from the first token of this head
+    legal: Tensor
+    temperature: Tensor  # [n] or []
 
 
-def _chunk(token_loss, head, into, per_row, softcap, memory, group, *, add):
-    """The loss and stats of some rows; their gradients go into those of the whole."""
-    rows, labels, legal, temperature = per_row
-    logits = [*tiles(head, memory.dtype, memory)]
-    given = labels, legal, temperature, softcap
-    logp, entropy, *of_row = logp_and_statistics(logits, *given, group)
-    loss, stats, *grads = _coefficients(token_loss, logp, entropy, rows)
-    per_row = *grads, entropy, *of_row, rows, labels, temperature
-    _write_chunk(logits, kept_rows(reached(*grads)), head, into, per_row, softcap, add)
+class Plan(NamedTuple):
+    """The rows that are not ignored, cut into chunks, and the memory that all chunks use."""
+
+    head: Head  # of these rows
+    rows: ChunkRows  # all of them
+    chunks: list[slice]
+    gradients: HeadGradients  # of every row, the ignored ones too
+    memory: Tensor  # the logits of one chunk
+
+
+def prepare(x: LossInputs) -> Plan:
+    """Leaves out what is ignored, cuts the rest into chunks and allocates memory."""
+    call = HeadInputs._make(x[:-1])
+    head, device = call.head, x.labels.device
+    dtype, compute_dtype = x.head_weight[0].dtype, x.temperature.dtype
+    kept, legal, local = labels_of_shard(OP, call)
+    places = torch.arange(len(x.labels), device=device)
+    part = kept_rows(kept)
+    rows = take(ChunkRows(places, local, legal, x.temperature), part)
+    size = min(CHUNK_ROWS[device.type][x.logits_dtype.itemsize], ROWS[device.type])
+    all_chunks = chunks(len(rows.labels), size)
+    gradients = empty_gradients(
+        head,
+        [tensor is not None and tensor.requires_grad for tensor in head.tensors()],
+        hidden_dtype=compute_dtype,
+        # A sum over several chunks is to be rounded once.
+        weight_dtype=dtype if len(all_chunks) == 1 else compute_dtype,
+    )
+    height = max(LEAST_ROWS, max(map(length, all_chunks)))
+    vocab = len(x.head_weight[0])
+    memory = x.head_weight[0].new_empty(height * vocab, dtype=x.logits_dtype)
+    return Plan(head.tile(part, ALL), rows, all_chunks, gradients, memory)
+
+
+def run_chunk(x: LossInputs, plan: Plan, chunk: slice) -> tuple[Tensor, object]:
+    """The loss and the stats of a chunk; its gradients go into those of the plan."""
+    head, rows = plan.head.tile(chunk, ALL), take(plan.rows, chunk)
+    logits = list(tiles(head, plan.memory.dtype, plan.memory))
+    labels = RowLabels(rows.labels, rows.legal, rows.temperature)
+    logp, entropy, top, log_sum = row_results(logits, labels, x.softcap, x.group)
+    loss, stats, grad_logp, grad_entropy = differentiated(x.token_loss, logp, entropy, rows.rows)
+    live = kept_rows(reached(grad_logp, grad_entropy))
+    upstream = Upstream(
+        grad_logp, grad_entropy, entropy, top, log_sum, rows.labels, rows.temperature
+    )
+    write_chunk(
+        logits,
+        live,
+        rows.rows[live],
+        take(upstream, live),
+        x.softcap,
+        head.tile(live, ALL),
+        plan.gradients,
+        add=chunk.start > 0,
+    )
     return loss, stats
 
 
-def _write_chunk(logits, live, head, into, per_row, softcap, add):
-    *upstream, top, log_sum, rows, labels, temperature = parts(live, *per_row)
-    upstream.append(torch.stack([top, log_sum]))
-    dhidden = [x if x is None else x.new_empty(len(rows), x.shape[1]) for x in into.hidden]
-    head, of_chunk = head.tile(live, ALL), into._replace(hidden=dhidden)
-    for _, tokens, x in logits:
-        given = labels - tokens.start, temperature, softcap
-        tile = head.tile(ALL, tokens), of_chunk.tile(ALL, tokens)
-        write_gradients(x[live], upstream, given, *tile, add=(tokens.start > 0, add))
-    for whole, part in zip(into.hidden, dhidden, strict=True):
-        if whole is not None:
-            whole[rows] = part
+def write_chunk(
+    logits: list[Tile],
+    live: Part,
+    places: Tensor,
+    upstream: Upstream,
+    softcap: float,
+    head: Head,
+    gradients: HeadGradients,
+    *,
+    add: bool,
+) -> None:
+    """Turns the logits of a chunk into its gradients.
+
+    Args:
+        logits: The tiles of all rows of the chunk.
+        live: Those of its rows that have a gradient.
+        places: Where these are in the flattened labels.
+        upstream: What is known of these.
+        softcap: That of the rows; 0: none.
+        head: Of these rows.
+        gradients: Of all rows.
+        add: Whether the gradients of head_weight and bias hold those of other chunks already.
+    """
+    chunk = gradients._replace(
+        hidden=[
+            None if x is None else x.new_empty(len(places), x.shape[1]) for x in gradients.hidden
+        ]
+    )
+    for tile in logits:
+        write_gradients(
+            tile._replace(logits=tile.logits[live]),
+            upstream,
+            softcap,
+            head.tile(ALL, tile.tokens),
+            chunk.tile(ALL, tile.tokens),
+            add_hidden=tile.tokens.start > 0,
+            add_weight=add,
+        )
+    for whole, part in zip(gradients.hidden, chunk.hidden, strict=True):
+        if whole is not None and part is not None:
+            whole[places] = part
 
 
-def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * by in dtype: in place, if no second backward can ask for grad again."""
+class Saved(NamedTuple):
+    """The gradients of the loss; backward only multiplies them."""
+
+    gradients: list[Tensor]  # those that are wanted
+    wanted: list[bool]  # for each hidden, each head_weight and bias, whether there is one
+    dtype: torch.dtype  # that of the results
+
+
+def _forward(x: LossInputs) -> tuple[tuple[Tensor, list], Saved]:
+    plan = prepare(x)
+    results = [run_chunk(x, plan, chunk) for chunk in plan.chunks]
+    if x.group is not None:  # every rank has hidden, and a part of its gradient
+        for grad in plan.gradients.hidden:
+            if grad is not None:
+                dist.all_reduce(grad, group=x.group)
+    loss = torch.stack([loss for loss, _ in results]).sum()
+    gradients = plan.gradients.tensors()
+    saved = Saved(
+        [grad for grad in gradients if grad is not None],
+        [grad is not None for grad in gradients],
+        x.head_weight[0].dtype,
+    )
+    return (loss, [stats for _, stats in results]), saved
+
+
+def _backward(x: Saved, grad_loss: Tensor, _stats: None) -> tuple[list[Tensor | None]]:
+    scaled_gradients = iter([scaled(grad, grad_loss, x.dtype) for grad in x.gradients])
+    return ([next(scaled_gradients) if want else None for want in x.wanted],)
+
+
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor in dtype: in place, if no second backward can ask for grad again."""
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if by.device.type == "cpu" and by == 1:  # which a GPU would have to wait for
+    if factor.device.type == "cpu" and factor == 1:  # to look at it, a GPU would be waited for
         return grad.to(dtype, copy=kept)
     if kept or grad.dtype is not dtype:
-        return torch.mul(grad, by, out=grad.new_empty(grad.shape, dtype=dtype))
-    return grad.mul_(by)
+        return torch.mul(grad, factor, out=grad.new_empty(grad.shape, dtype=dtype))
+    return grad.mul_(factor)
 
 
-class _LinearTokenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, token_loss, group, labels, temperature, softcap, ignore_index, dtype, *head):
-        head, device = Factors.of(head), labels.device
-        vocab = len(head.weight[0])
-        where = group, labels, vocab, temperature, ignore_index
-        kept, legal, local = labels_of_shard(OP, *where)
-        of_all = torch.arange(len(labels), device=device), local, legal, temperature
-        rows = kept_rows(kept)
-        of_kept, per_row = head.tile(rows, ALL), parts(rows, *of_all)
-        size = min(CHUNK_ROWS[device.type][dtype.itemsize], ROWS[device.type])
-        of_chunks = chunks(len(per_row[0]), size)
-        sums = head.weight[0].dtype if len(of_chunks) == 1 else temperature.dtype
-        into = head.memory(temperature.dtype, sums, ctx.needs_input_grad[7:])
-        most = max(LEAST_ROWS, *map(length, of_chunks))
-        memory = head.weight[0].new_empty(most * vocab, dtype=dtype)
-        results = []
-        for chunk in of_chunks:
-            args = of_kept.tile(chunk, ALL), into, parts(chunk, *per_row), softcap, memory, group
-            results.append(_chunk(token_loss, *args, add=chunk.start > 0))
-        for x in into.hidden if group is not None else ():
-            if x is not None:
-                dist.all_reduce(x, group=group)
-        losses, stats = zip(*results, strict=True)
-        ctx.save_for_backward(*into.flat())
-        ctx.dtype = head.weight[0].dtype
-        return torch.stack(losses).sum(), list(stats)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, _):
-        grads = (x if x is None else _scaled(x, grad_loss, ctx.dtype) for x in ctx.saved_tensors)
-        return *(None,) * 7, *grads
+_linear_token_loss = Differentiable(
+    OP,
+    inputs=LossInputs,
+    saved=Saved,
+    differentiable=("hidden", "head_weight", "bias"),
+    forward=_forward,
+    backward=_backward,
+)
 
 
-class _LossWithGradients(torch.autograd.Function):
-    """The loss, which looks at logp and entropy, and at nothing else that gets a gradient."""
+class MadeLoss(NamedTuple):
+    """A loss whose derivatives are made already. It looks at nothing else that has a gradient."""
 
-    @staticmethod
-    def forward(ctx, loss, logp, entropy, by_logp, by_entropy):
-        ctx.save_for_backward(by_logp, by_entropy)
-        return loss.clone()
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    grad_logp: Tensor
+    grad_entropy: Tensor | None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss):
-        grads = (x if x is None else x * grad_loss for x in ctx.saved_tensors)
-        return None, *grads, None, None
+
+class MadeGradients(NamedTuple):
+    """The derivatives of the loss."""
+
+    grad_logp: Tensor
+    grad_entropy: Tensor | None
+
+
+def _forward_made(x: MadeLoss) -> tuple[tuple[Tensor], MadeGradients]:
+    return (x.loss.clone(),), MadeGradients(x.grad_logp, x.grad_entropy)
+
+
+def _backward_made(x: MadeGradients, grad_loss: Tensor) -> MadeGradients:
+    grad_entropy = None if x.grad_entropy is None else x.grad_entropy * grad_loss
+    return MadeGradients(x.grad_logp * grad_loss, grad_entropy)
+
+
+_made_loss = Differentiable(
+    OP,
+    inputs=MadeLoss,
+    saved=MadeGradients,
+    differentiable=("logp", "entropy"),
+    forward=_forward_made,
+    backward=_backward_made,
+)
+
+
+def loss_of_all_rows(
+    inputs: HeadInputs, token_loss: TokenLoss, *, wanted: bool
+) -> tuple[Tensor, list]:
+    """The loss by one call of token_loss; its gradients are made in backward."""
+    rows = torch.arange(len(inputs.labels), device=inputs.labels.device)
+    logp, entropy = logprobs(inputs)
+    if not wanted or torch.compiler.is_compiling():
+        loss, stats = checked(token_loss(logp, entropy, rows))
+        return loss if wanted else loss.detach(), [stats]
+    loss, stats, grad_logp, grad_entropy = differentiated(token_loss, logp, entropy, rows)
+    (loss,) = _made_loss(MadeLoss(loss, logp, entropy, grad_logp, grad_entropy))
+    return loss, [stats]
 
 
 def linear_token_loss(
     hidden: Tensor | Sequence[Tensor],
     weight: Tensor | Sequence[Tensor],
     labels: Tensor,
-    token_loss: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, object]],
+    token_loss: TokenLoss,
     *,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -166,50 +289,91 @@ def linear_token_loss(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
-    level: str = "token",
+    level: Literal["token", "sequence"] = "token",
     process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, list]:
-    """token_loss(*linear_token_logprobs(...)) with its gradients made on the way.
+    """A loss of the tokens' log-probs, with its gradients made while the logits exist.
 
-    token_loss(logp, entropy, rows) -> (loss, stats): of the tokens `rows`, int64 indices into the
-        flattened labels, each tensor [n] of them; loss is 0-d. It is called once a chunk, and its
-        losses must add up over chunks, as all of fastpg do: policy_loss(logp, advantages[rows],
-        weight[rows], ...). An ignored token may be in rows or not: its weight must be 0. Nothing
-        else that it looks at gets a gradient, at any level; a graph of torch.compile, where the
-        loss is differentiated as it stands, is the exception.
-    level: "sequence" for a loss that needs all tokens at once (that of policy_loss with the same
-        level): then it is called once, rows are all of labels, and gradients are made in backward.
-        logp and entropy are flat there too, [N]: of labels [B, T], policy_loss(logp.view(B, T),
-        advantages, weight, level="sequence"); of packed ones, with its cu_seqlens.
-    The other arguments are those of linear_token_logprobs. With a process_group every rank must
-        call with a token_loss that computes the same: it is evaluated on each, on the same bits.
-    Returns the loss, and the list of the stats that token_loss returned, for merge_stats.
+    The loss is that of token_loss(*linear_token_logprobs(..., return_entropy=True)). Its gradients
+    take 6 units of work where those of linear_token_logprobs take 8.
 
-    The gradients of hidden, weight and bias are held until backward, in fp32 (fp64 for fp64), but
-    those of weight and bias in their dtype where one chunk is all; beside them a chunk takes for
-    each token of the vocabulary 2 KiB in bf16 and 1 KiB in fp32, on a GPU 16. A GPU is waited for:
-    for the number of rows that are not ignored, and once a chunk for that of those that have a
-    gradient. torch.compile cannot take the gradient of a callable within a graph: there every level
-    goes the way of "sequence"; and so it does for fp16, whose gradients underflow unless made after
-    a GradScaler has scaled the loss.
+    Args:
+        hidden: As in linear_token_logprobs; differentiable.
+        weight: As in linear_token_logprobs; differentiable.
+        labels: As in linear_token_logprobs, [...], N in all.
+        token_loss: A function (logp, entropy, rows) -> (loss, stats) of the tokens `rows`, int64
+            indices into the flattened labels; logp and entropy are [n], of these tokens, and loss
+            is 0-d. It is called once a chunk, and its losses must add up over chunks, as all of
+            fastpg do: policy_loss(logp, advantages[rows], weight[rows], ...). An ignored token may
+            be in rows or not: its weight must be 0. Nothing else that it looks at gets a gradient,
+            at any level; a graph of torch.compile, where the loss is differentiated as it stands,
+            is the exception.
+        bias: As in linear_token_logprobs; differentiable.
+        temperature: As in linear_token_logprobs.
+        softcap: As in linear_token_logprobs.
+        logit_scale: As in linear_token_logprobs.
+        ignore_index: As in linear_token_logprobs.
+        logits_dtype: As in linear_token_logprobs.
+        level: "token", or "sequence" for a loss that needs all tokens at once, such as policy_loss
+            with that level. Then token_loss is called once, rows are all of labels, and gradients
+            are made in backward. logp and entropy are flat there too, [N]: of labels [B, T],
+            policy_loss(logp.view(B, T), advantages, weight, level="sequence"); of packed ones, with
+            its cu_seqlens.
+        process_group: As in linear_token_logprobs. Every rank must pass a token_loss that computes
+            the same: it is evaluated on each, on the same bits.
+
+    Returns:
+        The loss, 0-d, and the list of the stats that token_loss returned, for merge_stats.
+
+    Raises:
+        TypeError: token_loss is not callable, or does not return (0-d tensor, stats).
+        ValueError: level is unknown, or the loss has no graph back to logp.
+        Exception: All that linear_token_logprobs raises.
+
+    Note:
+        The gradients of hidden, weight and bias are held until backward, in fp32 (fp64 for fp64),
+        but those of weight and bias in their dtype where one chunk is all. Beside them a chunk
+        takes for each token of the vocabulary 2 KiB in bf16 and 1 KiB in fp32, on a GPU 16. A GPU
+        is waited for: for the number of rows that are not ignored, and once a chunk for the number
+        of those that have a gradient. torch.compile cannot take the gradient of a callable within a
+        graph: there every level goes the way of "sequence"; and so it does for fp16, whose
+        gradients underflow unless made after a GradScaler has scaled the loss.
+
+    Example:
+        >>> hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
+        >>> weight, labels = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0])
+        >>> def token_loss(logp, entropy, rows):
+        ...     return -logp.sum(), None
+        >>> loss, stats = fastpg.linear_token_loss(hidden, weight, labels, token_loss)
+        >>> loss.backward()
+        >>> hidden.grad
+        tensor([[-0.2384,  0.2384]])
+
+    Reference:
+        Wijmans et al. 2024, "Cut your losses in large-vocabulary language models",
+        arXiv:2411.09009. Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989.
     """
     if not callable(token_loss):
         raise TypeError(f"{OP}: token_loss must be callable, got {type(token_loss).__name__}")
     if level not in ("token", "sequence"):
         raise ValueError(f"{OP}: level must be token or sequence, got {level!r}")
-    head, *args = head_arguments(
-        OP, hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index,
-        logits_dtype, process_group,
-    )  # fmt: skip
-    wanted = torch.is_grad_enabled() and not constant(*head.flat())
-    early = head.weight[0].dtype is not torch.float16 and not torch.compiler.is_compiling()
-    early &= labels.device.type in CHUNK_ROWS  # elsewhere the reference serves
+    inputs = head_inputs(
+        OP,
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        logits_dtype=logits_dtype,
+        group=process_group,
+    )
+    wanted = torch.is_grad_enabled() and not needs_no_gradient(*inputs.head.tensors())
+    early = inputs.hidden[0].dtype is not torch.float16 and not torch.compiler.is_compiling()
+    early = early and labels.device.type in CHUNK_ROWS  # elsewhere the reference serves
     if level == "token" and wanted and early:
-        return _LinearTokenLoss.apply(token_loss, process_group, *args, *head.flat())
-    rows = torch.arange(labels.numel(), device=labels.device)
-    logp, entropy = logprobs(process_group, head, *args)
-    if not wanted or torch.compiler.is_compiling():
-        loss, stats = _checked(token_loss(logp, entropy, rows))
-        return loss if wanted else loss.detach(), [stats]
-    loss, stats, *grads = _coefficients(token_loss, logp, entropy, rows)
-    return _LossWithGradients.apply(loss, logp, entropy, *grads), [stats]
+        loss, stats = _linear_token_loss(LossInputs(*inputs, token_loss))
+        return loss, stats
+    return loss_of_all_rows(inputs, token_loss, wanted=wanted)

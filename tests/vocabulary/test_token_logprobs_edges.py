@@ -1,0 +1,87 @@
+"""token_logprobs at the edges of slices, tiles and vectors, and where a stored value is a tie."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from accuracy import GRADIENT_TOLERANCE, TOLERANCE, assert_no_worse, leaves
+
+from bench.inputs import logits_and_labels
+from fastpg import token_logprobs
+
+OP = "token_logprobs"
+
+GPU = torch.cuda.is_available()
+
+# The first and the last tokens of vectors, tiles and slices: powers of two, and one less.
+PLACES = [0, *(2**i - last for i in range(6, 16) for last in (1, 0))]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch):
+    """Lets a short row take several tiles and slices in Triton's interpreter, which is slow."""
+    if "kernel" in request.fixturenames and request.getfixturevalue("kernel") == "triton":
+        module = importlib.import_module("fastpg.ops.vocabulary.token_logprobs_triton")
+        tiles = module.Tiles(warps=1, vectors=2, blocks=4)
+        monkeypatch.setattr(module, "TABLE", {(0, 0): tiles})
+
+
+def by_torch(logits, labels):
+    logp = logits.log_softmax(-1)
+    return logp.gather(-1, labels[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+
+def check(logits, labels):
+    """Compares values and gradients with torch's."""
+    (x,), (x64,), (native,) = leaves(logits), leaves(logits.double()), leaves(logits)
+    ours = token_logprobs(x, labels, return_entropy=True)
+    oracle, torchs = by_torch(x64, labels), by_torch(native.float(), labels)
+    for got, want, baseline in zip(ours, oracle, torchs, strict=True):
+        assert_no_worse(got, baseline, want, TOLERANCE[logits.dtype])
+    for logp, entropy in (ours, oracle, torchs):
+        (logp.double().sum() + entropy.double().sum()).backward()
+    assert_no_worse(x.grad, native.grad, x64.grad, GRADIENT_TOLERANCE[logits.dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [511, 512, 513, 1100, 8191, 16384, 33000])
+def test_the_likeliest_token_counts_wherever_it_is(kernel, vocab, dtype):
+    """A label, and the only likely token of its row, at every edge: one that is missed shows."""
+    if kernel == "triton" and not GPU and vocab > 1100:
+        pytest.skip("the interpreter is slow")
+    places = torch.tensor([place for place in (*PLACES, vocab - 1) if place < vocab])
+    logits, _ = logits_and_labels(len(places), vocab, dtype)
+    rows = torch.arange(len(places))
+    logits[rows, places] = 16.0
+    check(logits, places)
+    check(logits, (places + 1) % vocab)  # the label is another token, beyond the edge
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_tie_of_the_gradient_is_rounded_to_even(kernel, dtype):
+    """Every store of 16 bits: by vectors, in the rest of a row, and at the label."""
+    if kernel == "triton" and not GPU:
+        pytest.skip("Triton's interpreter truncates")
+    half = torch.finfo(dtype).eps / 2
+    ties = torch.tensor([1 + half, 1 + 3 * half, 1.5 + half, 2 + 6 * half, 1 + 0.99 * half])
+    tiny = torch.finfo(dtype).smallest_normal * half * torch.tensor([1.0, 3.0, 5.0])
+    upstream = torch.cat([ties, -ties, tiny, -tiny])
+    for top, label in ((3, 7), (129, 3), (3, 129)):
+        logits = torch.full((len(upstream), 130), -200.0, dtype=dtype)
+        logits[:, top] = 0  # its probability is 1, and that of the label is 0
+        (x,) = leaves(logits)
+        logp = token_logprobs(x, torch.full((len(upstream),), label))
+        logp.backward(upstream)
+        assert torch.equal(x.grad[:, label], upstream.to(dtype))
+        assert torch.equal(x.grad[:, top], (-upstream).to(dtype))
+        assert x.grad.count_nonzero() <= 2 * len(upstream)
+
+
+def test_a_temperature_of_its_own_serves_each_row(kernel):
+    """Also where rows are read by two strides, and the temperature by none."""
+    logits, labels = logits_and_labels((3, 4), 50)
+    temperature = torch.linspace(0.5, 2.0, 12).view(3, 4)
+    got = token_logprobs(logits.transpose(0, 1), labels.t(), temperature=temperature.t())
+    want = by_torch(logits.double() / temperature.double()[..., None], labels)[0]
+    torch.testing.assert_close(got.double(), want.t(), rtol=0, atol=math.sqrt(2) * 1e-5)

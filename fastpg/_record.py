@@ -7,7 +7,7 @@ flat list of values. A `Layout` goes from one to the other.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
@@ -22,6 +22,8 @@ class Layout:
         others: The places of all other flat fields.
         has_lists: Whether a field is a list of tensors.
         is_all_tensors: Whether every flat field is a tensor, and none a list of them.
+        flatten: Gives every value of a record, in the order of `types`.
+        restore: Gives the record that holds these values.
     """
 
     def __init__(self, record: type[tuple]) -> None:
@@ -39,35 +41,44 @@ class Layout:
         self.others = [i for i in range(len(kinds)) if i not in self.tensors]
         self.has_lists = any(kind == list[Tensor] for kind in kinds)
         self.is_all_tensors = not self.others and not self.has_lists
+        makers: list[Callable] = []
+        made, _ = _record_source(self, 0, makers)
+        names = ", ".join(f"make_{i}" for i in range(len(makers)))
+        # Both are called with every op, and loops would cost microseconds: as namedtuple does, they
+        # are compiled from an expression, such as (record[0], record[1][0], record[1][1]).
+        self.flatten: Callable[[tuple], Sequence] = eval(f"lambda record: ({_values_source(self)})")
+        self.restore: Callable[[Sequence], tuple] = eval(f"lambda {names}: lambda values: {made}")(
+            *makers
+        )
         if not self.nested:
-            self.restore = record._make  # type: ignore[method-assign]  # a call less
+            self.flatten, self.restore = lambda record: record, record._make
 
-    def flatten(self, record: tuple) -> Sequence:
-        """Every value of the record, in the order of `types`."""
-        if not self.nested:
-            return record
-        values: list = []
-        for name, value in zip(self.record._fields, record, strict=True):
-            if name in self.nested:
-                values.extend(self.nested[name].flatten(value))
-            else:
-                values.append(value)
-        return values
 
-    def restore(self, values: Sequence) -> tuple:
-        """The record that holds these values."""
-        if not self.nested:
-            return self.record._make(values)
-        fields, start = [], 0
-        for name in self.record._fields:
-            if name in self.nested:
-                stop = start + len(self.nested[name].types)
-                fields.append(self.nested[name].restore(values[start:stop]))
-            else:
-                stop = start + 1
-                fields.append(values[start])
-            start = stop
-        return self.record._make(fields)
+def _values_source(layout: Layout, record: str = "record") -> str:
+    """An expression for the values of a record, in the order of `types`, a comma after each."""
+    source = ""
+    for place, name in enumerate(layout.record._fields):
+        value = f"{record}[{place}]"
+        source += (
+            _values_source(layout.nested[name], value) if name in layout.nested else f"{value},"
+        )
+    return source
+
+
+def _record_source(layout: Layout, start: int, makers: list[Callable]) -> tuple[str, int]:
+    """An expression for the record of the values from the start on, and where those after it begin.
+
+    `makers` receives the functions that the expression calls make_0, make_1 and so on.
+    """
+    source = ""
+    for name in layout.record._fields:
+        if name in layout.nested:
+            inner, start = _record_source(layout.nested[name], start, makers)
+            source += f"{inner},"
+        else:
+            source, start = f"{source}values[{start}],", start + 1
+    makers.append(layout.record._make)
+    return f"make_{len(makers) - 1}(({source}))", start
 
 
 def without_lists(values: Sequence) -> list:

@@ -19,14 +19,11 @@ import torch
 import fastpg
 
 from . import readme
+from ._example import benchmarks
 from ._timing import Case, Timing, keep_freed_memory, measure
 
 HERE = Path(__file__).parent
-# The module of each benchmark, by what it measures.
-BENCHMARKS = {
-    path.stem.removeprefix("bench_"): ".".join(path.relative_to(HERE.parent).with_suffix("").parts)
-    for path in sorted(HERE.rglob("bench_*.py"))
-}
+BENCHMARKS = benchmarks()
 COLUMNS = "{:40} {:>10} {:>10} {:>10} {:>8} {:>9} {:>9}"
 
 

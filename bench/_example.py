@@ -79,10 +79,14 @@ def benchmarks() -> dict[str, str]:
     }
 
 
+def modules() -> dict[str, ModuleType]:
+    """The benchmarks, imported, by what they measure."""
+    return {name: importlib.import_module(module) for name, module in benchmarks().items()}
+
+
 def examples(device: str = "cpu") -> Iterator[Example]:
     """The examples of every op, always the same."""
-    for name in benchmarks().values():
-        module: ModuleType = importlib.import_module(name)
+    for module in modules().values():
         if hasattr(module, "examples"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)

@@ -20,9 +20,9 @@ import torch
 import fastpg
 
 from .__main__ import HERE, machine
+from ._example import benchmarks
 
-OPS = ("gae", "policy_loss", "value_loss", "overhead", "token_logprobs", "policy_loss_from_logits")
-OPS += ("linear_token_logprobs", "linear_token_loss")
+OPS = [name for name in benchmarks() if name != "trainer_step"]  # which is timed on a CPU
 PYTHON, SANITIZER = sys.executable, "compute-sanitizer"
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a read beyond a tensor is a fault
 

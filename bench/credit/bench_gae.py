@@ -13,6 +13,7 @@ from fastpg import gae
 
 from .._example import Example
 from .._timing import Case
+from .._variant import BOTH, GIVEN_OR_NOT, variants_of
 
 BATCH, LENGTH, GAMMA = 8, 8192, 1.0
 
@@ -140,3 +141,20 @@ def examples(device):
         differentiable=("rewards", "values", "bootstrap"),
         variant="every option",
     )
+
+
+def variants(few, capability):
+    """Every optional tensor; none; the mask alone; each padded and packed."""
+    from fastpg.ops.credit import gae_triton as page
+
+    names = ("bootstrap", "mask", "gammas", "lams", "rho", "c", "terminated")
+    shape = {"BLOCK": (page.BLOCK,), "GAMMA_PER_TOKEN": BOTH, "LAM_PER_TOKEN": BOTH}
+    none = dict.fromkeys((*names, "truncated"), (None,))
+    for kernel in (page.forward_kernel, page.backward_kernel):
+        absent = {name: value for name, value in none.items() if name in kernel.arg_names}
+        packed = {"cu_seqlens": GIVEN_OR_NOT}
+        yield from variants_of(kernel, few, **shape, **packed)
+        if not few:
+            plain = absent | dict.fromkeys(("GAMMA_PER_TOKEN", "LAM_PER_TOKEN"), (False,))
+            yield from variants_of(kernel, few, **shape | plain, **packed)
+            yield from variants_of(kernel, few, **shape | plain | {"mask": (...,)}, **packed)

@@ -7,6 +7,7 @@ from fastpg import token_rewards
 
 from .._example import Example
 from .._timing import Case
+from .._variant import GIVEN_OR_NOT, variants_of
 
 BATCH, LENGTH, COEF = 128, 8192, 0.05
 
@@ -58,3 +59,12 @@ def examples(device):
         forward_launches=1,
         backward_launches=1,
     )
+
+
+def variants(few, capability):
+    """What a GPU may be asked to compile."""
+    from fastpg.ops.credit import token_rewards_triton as page
+
+    packed = {"cu_seqlens": GIVEN_OR_NOT}
+    yield from variants_of(page.forward_kernel, few, kl=GIVEN_OR_NOT, **packed)
+    yield from variants_of(page.backward_kernel, few, grad_kl=GIVEN_OR_NOT, **packed)

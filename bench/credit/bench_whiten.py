@@ -7,6 +7,7 @@ from fastpg import whiten
 
 from .._example import Example
 from .._timing import Case
+from .._variant import BOTH, variants_of
 
 BATCH, LENGTH, EPS = 128, 8192, 1e-8
 
@@ -52,3 +53,14 @@ def examples(device):
         forward_launches=3,
         backward_launches=3,
     )
+
+
+def variants(few, capability):
+    """What a GPU may be asked to compile."""
+    from fastpg.ops.credit import whiten_triton as page
+
+    yield from variants_of(page.moments_kernel, few)
+    yield from variants_of(page.merge_kernel, few, dtype=("fp64",))
+    yield from variants_of(page.whiten_kernel, few, CENTER=BOTH)
+    yield from variants_of(page.gradient_sums_kernel, few)
+    yield from variants_of(page.gradient_kernel, few, CENTER=BOTH)

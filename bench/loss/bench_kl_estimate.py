@@ -7,6 +7,7 @@ from fastpg import kl_estimate
 
 from .._example import Example
 from .._timing import Case
+from .._variant import variants_of
 
 TOKENS = 1_000_000
 
@@ -57,3 +58,11 @@ def examples(device):
         forward_launches=1,
         backward_launches=2,
     )
+
+
+def variants(few, capability):
+    """What a GPU may be asked to compile."""
+    from fastpg.ops.loss import kl_estimate_triton as page
+
+    yield from variants_of(page.forward_kernel, few, KIND=("k3", "k2", "k1"))
+    yield from variants_of(page.backward_kernel, few, KIND=("k3", "k2"))

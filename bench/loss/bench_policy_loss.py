@@ -7,6 +7,7 @@ from fastpg import policy_loss
 
 from .._example import Example
 from .._timing import Case
+from .._variant import GIVEN_OR_NOT, variants_of
 
 TOKENS, CLIP = 1_000_000, 0.2
 
@@ -151,3 +152,19 @@ def examples(device):
         differentiable=("logp",),
         variant="per sequence",
     )
+
+
+def variants(few, capability):
+    """What a GPU may be asked to compile."""
+    from fastpg.ops.loss import policy_loss_triton as page
+
+    surrogates = ("sapo", "ppo", "cispo", "reinforce")
+    absent = dict.fromkeys(("ratio", "ref_logp", "entropy", "traced_options"), (None,))
+    forward, kls = page.forward_kernel, ("k3", "k3_naive", "k2")
+    yield from variants_of(forward, few, SURROGATE=surrogates, KL=kls)
+    if not few:
+        yield from variants_of(
+            forward, few, old_logp=GIVEN_OR_NOT, SURROGATE=surrogates, KL=("k3",), **absent
+        )
+    yield from variants_of(page.merge_kernel, few)
+    yield from variants_of(page.sequence_ratio_kernel, few, cu_seqlens=GIVEN_OR_NOT)

@@ -7,6 +7,7 @@ from fastpg import value_loss
 
 from .._example import Example
 from .._timing import Case
+from .._variant import GIVEN_OR_NOT, variants_of
 
 TOKENS, CLIP = 1_000_000, 0.2
 
@@ -74,3 +75,11 @@ def examples(device):
         differentiable=("values",),
         variant="clipped",
     )
+
+
+def variants(few, capability):
+    """What a GPU may be asked to compile."""
+    from fastpg.ops.loss import value_loss_triton as page
+
+    yield from variants_of(page.forward_kernel, few, old_values=GIVEN_OR_NOT)
+    yield from variants_of(page.merge_kernel, few)

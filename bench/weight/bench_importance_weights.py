@@ -7,6 +7,7 @@ from fastpg import importance_weights
 
 from .._example import Example
 from .._timing import Case
+from .._variant import BOTH, GIVEN_OR_NOT, variants_of
 
 BATCH, LENGTH, HIGH = 128, 8192, 2.0
 
@@ -78,3 +79,13 @@ def examples(device):
         arguments | {"level": "geometric", "low": 0.5, "high": 2.0, "outside": "zero"},
         variant="per sequence",
     )
+
+
+def variants(few, capability):
+    """What a GPU may be asked to compile."""
+    from fastpg.ops.weight import importance_weights_triton as page
+
+    packed = {"cu_seqlens": GIVEN_OR_NOT}
+    yield from variants_of(page.token_kernel, few, ZERO=BOTH)
+    yield from variants_of(page.sequence_kernel, few, **packed, MEAN=BOTH, ZERO=BOTH)
+    yield from variants_of(page.merge_kernel, few, dtype=("fp64",))

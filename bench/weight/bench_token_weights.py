@@ -7,6 +7,7 @@ from fastpg import token_weights
 
 from .._example import Example
 from .._timing import Case
+from .._variant import BOTH, GIVEN_OR_NOT, variants_of
 
 BATCH, LENGTH = 128, 8192
 
@@ -42,3 +43,14 @@ def examples(device):
     """Small calls of the op."""
     mask = torch.rand(3, 7, device=device) < 0.8
     yield Example(fastpg.token_weights, {"mask": mask, "reduce": "sequence"}, forward_launches=4)
+
+
+def variants(few, capability):
+    """What a GPU may be asked to compile."""
+    from fastpg.ops.weight import token_weights_triton as page
+
+    fp32 = ("fp32",)
+    yield from variants_of(page.length_kernel, few, dtype=fp32, cu_seqlens=GIVEN_OR_NOT)
+    yield from variants_of(
+        page.weight_kernel, few, dtype=fp32, cu_seqlens=GIVEN_OR_NOT, PER_SEQUENCE=BOTH
+    )

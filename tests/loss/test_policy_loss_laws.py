@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from accuracy import leaves
-from conftest import GPU
+from kernels import GPU
 from test_policy_loss import CASES, NAMES, by_autograd, run, sample
 
 from fastpg import PolicyStats, merge_stats, policy_loss

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from accuracy import TOLERANCE, assert_no_worse, leaves
-from conftest import GPU
+from kernels import GPU
 from registration import check_registration
 from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -112,109 +110,3 @@ def _share_thread_pool() -> None:
 
 if _C is not None:
     _share_thread_pool()
-
-
-# --- old way, to be deleted when the last page is converted ---
-
-LIB, _kernels = LIBRARY, kernels
-REFERENCES: dict[torch._ops.OpOverload, Callable] = {}
-CUDA_LAUNCHERS: dict[torch._ops.OpOverload, Callable] = {}
-
-
-def define(schema: str, *, fake: Callable, reference: Callable) -> torch._ops.OpOverload:
-    """Declares `fastpg::<schema>`. The reference serves every device without its own kernel."""
-    name = schema.partition("(")[0]
-    LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIB.impl(name, reference, "CompositeExplicitAutograd")
-    LIB.impl(name, partial(_refuse_vmap, name), "FuncTorchBatched")
-    torch.library.register_fake(f"fastpg::{name}", fake, lib=LIB)
-    op = getattr(torch.ops.fastpg, name).default
-    REFERENCES[op] = reference
-    _kernels[name] = {"CPU": "reference", "CUDA": "reference"}
-    return op
-
-
-def _refuse_vmap(name: str, *_: object) -> None:
-    raise RuntimeError(f"{name}: torch.vmap is not supported")  # torch would loop over the batch
-
-
-def kernel(op: torch._ops.OpOverload, device: str, label: str) -> Callable[[Callable], Callable]:
-    """Attaches the decorated function to a dispatch key; `label` is what kernels_of() says."""
-
-    def attach(function: Callable) -> Callable:
-        LIB.impl(op._opname, function, device)
-        _kernels[op._opname][device] = label
-        return function
-
-    return attach
-
-
-def cpu_kernel(op: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
-    """Attaches the decorated function, which calls the extension, where there is an extension."""
-    return kernel(op, "CPU", "C++") if _C is not None else lambda function: function
-
-
-def cuda_kernel(op: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
-    """Attaches the decorated launcher(run, *args), where there is a CUDA extension.
-
-    `run` is the extension's function of the op's name, bound to the current stream of the device of
-    the first argument, which is then the current device.
-    """
-
-    def attach(launcher: Callable) -> Callable:
-        CUDA_LAUNCHERS[op] = launcher
-        if _cuda is not None:
-            run = getattr(_cuda, op._opname)
-            kernel(op, "CUDA", "CUDA C++")(lambda *args: _on_device(launcher, run, args))
-        return launcher
-
-    return attach
-
-
-def cpp_kernels(op: torch._ops.OpOverload, launcher: Callable) -> None:
-    """Attaches launcher(run, *args) for both extensions, which hold a function of the op's name."""
-    if _C is not None:
-        cpu_kernel(op)(partial(launcher, getattr(_C, op._opname)))
-    cuda_kernel(op)(launcher)
-
-
-def _on_device(launcher: Callable, run: Callable, args: tuple) -> object:
-    device = args[0].get_device()
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _on_device(launcher, run, args)
-    return launcher(partial(run, torch._C._cuda_getCurrentRawStream(device)), *args)
-
-
-def triton_kernels(page: str, *ops: torch._ops.OpOverload) -> None:
-    """Attaches to each op the function of its name in `<page>_triton.py`, where there is Triton.
-
-    That file, and Triton, are imported when the first CUDA tensor arrives. An op that CUDA C++
-    serves, attached before, stays with it.
-    """
-    if find_spec("triton") is None:
-        return
-    launchers = cache(lambda: import_module(f"{page}_triton"))
-    for op in ops:
-        name = op._opname
-        if _kernels[name]["CUDA"] == "CUDA C++":
-            continue
-        kernel(op, "CUDA", "Triton")(lambda *args, name=name: getattr(launchers(), name)(*args))
-
-
-def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors as a C++ kernel takes them, by address; the caller keeps them alive."""
-    return [x if x is None else x.contiguous() for x in tensors]
-
-
-def address(tensor: torch.Tensor | None) -> int:
-    """The data pointer of a tensor; 0 for an absent one."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def scratch(tokens: torch.Tensor, fields: int) -> tuple[tuple[int, int, int], torch.Tensor]:
-    """Scratch of csrc/stream.h for statistics of so many fields, and what must outlive the call."""
-    blocks = max(1, -(-tokens.numel() // REDUCE_TOKENS))
-    parts = tokens.new_empty(blocks, fields, dtype=torch.float64)
-    ticket = _ticket(tokens.device)
-    return (parts.data_ptr(), blocks, ticket.data_ptr()), (parts, ticket)

@@ -11,7 +11,6 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..._flags import record_labels
 from ..._library import DTYPE_CODE, scalar
@@ -99,13 +98,6 @@ def alike(op: str, optional: tuple = (), **tensors: Tensor | None) -> list[Tenso
                 f"{tuple(shape)}"
             )
     return [cast(tensor, dtype) for tensor in tensors.values()]
-
-
-def constant(*tensors: Tensor | None) -> bool:
-    """Whether no derivative is wanted: an op may skip its autograd.Function and 5 of 16 us."""
-    if forward_ad._current_level >= 0:  # where the Function raises, and the op would lose tangents
-        return False
-    return not any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def sequence_count(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -72,6 +72,10 @@ def merge_stats(
         >>> parts = [fastpg.policy_loss(logp, logp, weight)[1] for _ in range(2)]
         >>> fastpg.merge_stats(parts)["count"]
         4.0
+
+    Reference:
+        Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", for the merge
+        of the moments in ValueStats.
     """
     parts = [stats] if isinstance(stats, Stats) else list(stats)
     kind = _kind(parts)

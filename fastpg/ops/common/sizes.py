@@ -31,5 +31,8 @@ def element_sizes(x: Tensor) -> ElementSizes:
 
 def sequence_sizes(tokens: Tensor, cu_seqlens: Tensor | None, dtype: Tensor) -> SequenceSizes:
     """The sizes of an op on tokens [B, T], or [N] with cu_seqlens, in the dtype of a tensor."""
-    count = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return SequenceSizes(DTYPE_CODE[dtype.dtype], count, tokens.shape[-1])
+    if cu_seqlens is None:
+        count, length = tokens.shape
+    else:
+        count, length = cu_seqlens.shape[0] - 1, tokens.shape[0]
+    return SequenceSizes(DTYPE_CODE[dtype.dtype], count, length)

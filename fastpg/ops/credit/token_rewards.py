@@ -67,7 +67,7 @@ def reference_backward(x: BackwardInputs) -> Gradients:
 
 def allocate(x: Inputs) -> Outputs:
     """Makes empty rewards."""
-    return Outputs(x.scores.new_empty(x.mask.shape))
+    return Outputs(empty_like(x.mask, x.scores.dtype))
 
 
 def allocate_gradients(x: BackwardInputs) -> Gradients:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._library import scalar
+from ..._library import empty_like, scalar
 from ..._op import Op
 from ..common import checks
 
@@ -59,13 +59,14 @@ def reference(x: Inputs) -> Outputs:
 
 def allocate(x: Inputs) -> Outputs:
     """Makes empty weights."""
-    return Outputs(x.mask.new_empty(x.mask.shape, dtype=torch.float32))
+    return Outputs(empty_like(x.mask, torch.float32))
 
 
 def sizes(x: Inputs) -> Sizes:
     """Tells C++ how many sequences there are, and their length."""
-    count = x.mask.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    return Sizes(count, x.mask.shape[-1])
+    if x.cu_seqlens is None:
+        return Sizes._make(x.mask.shape)
+    return Sizes(x.cu_seqlens.shape[0] - 1, x.mask.shape[0])
 
 
 token_weights_op = Op(

@@ -81,15 +81,17 @@ void whiten_moments(const WhitenMomentsArguments& in) {
 }
 
 void whiten(const WhitenArguments& in) {
-  const Moments all = *in.inputs.moments;
-  const double scale = whiten_scale(all, in.inputs.eps);
-  const double mean = all.mean, shift = in.inputs.center ? 0 : all.mean;
+  const int64_t count = in.inputs.count;
   const bool* mask = in.inputs.mask;
   with_compute_dtype(in.inputs.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* x = static_cast<const T*>(in.inputs.x);
     T* y = static_cast<T*>(in.y);
-    parallel_for(in.inputs.count, kGrain * kBlock, [=](int64_t begin, int64_t end) {
+    const Moments all = in.inputs.moments ? *in.inputs.moments : moments(count, x, mask);
+    *in.moments_used = all;
+    const double scale = whiten_scale(all, in.inputs.eps);
+    const double mean = all.mean, shift = in.inputs.center ? 0 : all.mean;
+    parallel_for(count, kGrain * kBlock, [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         y[i] = mask[i] ? T(whitened(double(x[i]), mean, scale, shift)) : T(0);
     });

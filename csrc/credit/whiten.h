@@ -53,7 +53,7 @@ struct WhitenInputs {
   int64_t count;
   const void* x;           // [count]
   const bool* mask;        // [count]
-  const Moments* moments;  // fp64 [3] of Python's
+  const Moments* moments;  // fp64 [3] of Python's; null, in the forward op: those of x
   bool center;
   double eps;
 
@@ -62,10 +62,11 @@ struct WhitenInputs {
 
 struct WhitenArguments {
   WhitenInputs inputs;
-  void* y;  // [count]
+  void* y;                // [count]
+  Moments* moments_used;  // fp64 [3] of Python's
   Stream stream;
 
-  FPG_FIELDS(inputs, y, stream)
+  FPG_FIELDS(inputs, y, moments_used, stream)
 };
 
 struct WhitenBackwardArguments {

@@ -66,6 +66,7 @@ def test_registration():
         every = page.MomentsInputs(x, mask)
         check_registration(page.whiten_moments_op, every)
         moments = page.whiten_moments_op(every).moments
+        check_registration(page.whiten_op, page.Inputs(x, mask, None, center=True, eps=0.1))
         scaled = page.Inputs(x, mask, moments, center=False, eps=0.1)
         check_registration(page.whiten_op, scaled)
         grad = page.BackwardInputs(scaled, x.sum().expand(x.shape))
@@ -147,6 +148,21 @@ def test_every_block_is_merged(kernel, monkeypatch):
     (expected,) = torch.autograd.grad(formula, exact, grad.double()[mask])
     (ours,) = torch.autograd.grad(y, leaf, grad)
     assert_no_worse(ours, expected.float(), expected, TOLERANCE[torch.float32])
+
+
+def test_moments_can_be_given(kernel):
+    """As those of several ranks are: of x alone they give the same bits as none."""
+    x, mask = inputs((5, 9))
+    moments = page.whiten_moments_op(page.MomentsInputs(x, mask)).moments
+    given = page.whiten_op(page.Inputs(x, mask, moments, center=False, eps=0.1))
+    own = page.whiten_op(page.Inputs(x, mask, None, center=False, eps=0.1))
+    assert torch.equal(given.y, own.y)
+    assert torch.equal(given.y, whiten(x, mask, center=False, eps=0.1))
+    assert torch.equal(given.moments_used, moments) and torch.equal(own.moments_used, moments)
+    doubled = moments * torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)
+    other = page.whiten_op(page.Inputs(x, mask, doubled, center=True, eps=0.1))
+    scale = torch.rsqrt(moments[2] / (moments[0] - 1) + 0.1)
+    torch.testing.assert_close(other.y, torch.where(mask, (x - doubled[1]) * scale, 0.0))
 
 
 def test_any_strides(kernel):

@@ -8,8 +8,9 @@ E[x²] − E[x]².
 
     ∂x_j = s (∂y_j − mean ∂y) − s³ (x_j − μ) Σ ∂y (x − μ) / (n − 1)      (center=False: + mean ∂y)
 
-Three ops do it: whiten_moments reduces x to its moments, whiten scales by them, and whiten_backward
-is the gradient of both together. Between the first two the moments of other ranks can be merged in.
+The op whiten takes the moments of x and scales by them; it is one op because a call costs as much
+as whitening thousands of elements. Where the moments of other ranks are to be merged in, the op
+whiten_moments gives those of this rank, and whiten is handed the merged ones.
 """
 
 from __future__ import annotations
@@ -41,17 +42,18 @@ class MomentsOutputs(NamedTuple):
 class Inputs(NamedTuple):
     x: Tensor  # any shape, fp32 or fp64
     mask: Tensor  # bool, like x
-    moments: Tensor  # fp64 [3]: the fields of Moments
+    moments: Tensor | None  # fp64 [3]: the fields of Moments; None: those of x
     center: bool
     eps: float
 
 
 class Outputs(NamedTuple):
     y: Tensor  # like x
+    moments_used: Tensor  # fp64 [3]: a copy of those given, or those of x
 
 
 class BackwardInputs(NamedTuple):
-    inputs: Inputs
+    inputs: Inputs  # with moments
     grad_y: Tensor  # like x
 
 
@@ -72,11 +74,16 @@ def scale_of(moments: Moments, eps: float) -> Tensor:
 
 def reference(inputs: Inputs) -> Outputs:
     """The specification: the first pair of formulas at the top of this page, in fp64."""
-    x, moments = inputs.x, Moments._make(inputs.moments.unbind())
+    x = inputs.x
+    if inputs.moments is None:
+        used = reference_moments(MomentsInputs(x, inputs.mask)).moments
+    else:
+        used = inputs.moments.clone()
+    moments = Moments._make(used.unbind())
     y = (x.double() - moments.mean) * scale_of(moments, inputs.eps)
     if not inputs.center:
         y = y + moments.mean
-    return Outputs(torch.where(inputs.mask, y, 0.0).to(x.dtype).contiguous())
+    return Outputs(torch.where(inputs.mask, y, 0.0).to(x.dtype).contiguous(), used)
 
 
 def reference_backward(x: BackwardInputs) -> Gradient:
@@ -99,8 +106,8 @@ def allocate_moments(inputs: MomentsInputs) -> MomentsOutputs:
 
 
 def allocate(inputs: Inputs) -> Outputs:
-    """Makes an empty result."""
-    return Outputs(empty_like(inputs.x))
+    """Makes an empty result, and empty moments."""
+    return Outputs(empty_like(inputs.x), inputs.x.new_empty(3, dtype=torch.float64))
 
 
 def allocate_gradient(x: BackwardInputs) -> Gradient:
@@ -147,19 +154,9 @@ whiten_backward_op = Op(
 )
 
 
-class Checked(NamedTuple):
-    """The arguments of the public function, checked: from them come the inputs of the ops."""
-
-    x: Tensor
-    mask: Tensor
-    center: bool
-    eps: float
-
-
-def _forward(given: Checked) -> tuple[Outputs, Inputs]:
-    moments = whiten_moments_op(MomentsInputs(given.x, given.mask)).moments
-    inputs = Inputs(given.x, given.mask, moments, given.center, given.eps)
-    return whiten_op(inputs), inputs
+def _forward(given: Inputs) -> tuple[tuple[Tensor], Inputs]:
+    y, moments = whiten_op(given)
+    return (y,), Inputs(given.x, given.mask, moments, given.center, given.eps)
 
 
 def _backward(inputs: Inputs, grad_y: Tensor) -> Gradient:
@@ -168,7 +165,7 @@ def _backward(inputs: Inputs, grad_y: Tensor) -> Gradient:
 
 _whiten = Differentiable(
     "whiten",
-    inputs=Checked,
+    inputs=Inputs,
     saved=Inputs,
     differentiable=("x",),
     forward=_forward,
@@ -176,14 +173,13 @@ _whiten = Differentiable(
 )
 
 
-def whiten_over_ranks(given: Checked, process_group: dist.ProcessGroup) -> Tensor:
-    """Whitens by the moments of every rank's values together; they have the same bits on each."""
-    moments = whiten_moments_op(MomentsInputs(given.x, given.mask)).moments
+def moments_of_ranks(x: Tensor, mask: Tensor, process_group: dist.ProcessGroup) -> Tensor:
+    """The moments of every rank's values together; they have the same bits on each."""
+    moments = whiten_moments_op(MomentsInputs(x, mask)).moments
     every_rank = [torch.empty_like(moments) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(every_rank, moments, group=process_group)
     merged = merge_moments(Moments._make(torch.stack(every_rank, 1).unbind()))
-    inputs = Inputs(given.x, given.mask, torch.stack(merged), given.center, given.eps)
-    return whiten_op(inputs).y
+    return torch.stack(merged)
 
 
 def whiten(
@@ -230,9 +226,10 @@ def whiten(
     checks.check_number("whiten", "eps", eps)
     if not 0 < eps < math.inf:
         raise ValueError(f"whiten: eps must be finite and > 0, got {eps}")
-    given = Checked(checks.cast(x, dtype), checks.as_bool(mask), center, float(eps))
+    x, mask = checks.cast(x, dtype), checks.as_bool(mask)
     if process_group is None:
-        return _whiten(given)[0]
+        return _whiten(Inputs(x, mask, None, center, float(eps)))[0]
     if x.requires_grad:
         raise ValueError("whiten: x requires a gradient, which process_group does not support")
-    return whiten_over_ranks(given, process_group)
+    moments = moments_of_ranks(x, mask, process_group)
+    return whiten_op(Inputs(x, mask, moments, center, float(eps))).y

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._library import empty_like
 from ..._record import contiguous
 from ..common.triton import (
     OPTIONS,
@@ -27,7 +28,6 @@ from .whiten import (
     MomentsInputs,
     MomentsOutputs,
     Outputs,
-    allocate,
     allocate_gradient,
     allocate_moments,
 )
@@ -149,20 +149,25 @@ def whiten_moments(inputs: MomentsInputs) -> MomentsOutputs:
 
 
 def whiten(inputs: Inputs) -> Outputs:
-    """Launches a program for each block of elements."""
-    inputs, outputs = contiguous(inputs), allocate(inputs)
+    """Launches a program for each block of elements, after the moments are there."""
+    inputs = contiguous(inputs)
+    if inputs.moments is None:
+        used = whiten_moments(MomentsInputs(inputs.x, inputs.mask)).moments
+    else:
+        used = inputs.moments.clone()
+    y = empty_like(inputs.x)
     if blocks := blocks_of(inputs.x):
         whiten_kernel[(blocks,)](
             x=inputs.x,
             mask=inputs.mask,
-            moments=inputs.moments,
-            y=outputs.y,
+            moments=used,
+            y=y,
             count=inputs.x.numel(),
             eps=inputs.eps,
             CENTER=inputs.center,
             **OPTIONS,
         )
-    return outputs
+    return Outputs(y, used)
 
 
 def whiten_backward(x: BackwardInputs) -> Gradient:

@@ -114,35 +114,37 @@ def reference(x: Inputs) -> Outputs:
     token_ratio = d.exp()
     ratio = token_ratio if given_ratio is None else given_ratio
     term = SURROGATES[x.surrogate](ratio, advantages, logp, options)
-    loss, slope = weight * term.value, term.slope
-    ref_kl, entropy_sum = torch.zeros_like(ratio), torch.zeros_like(ratio)
+    loss, slope, ref_kl = weight * term.value, term.slope, None
     if ref_logp is not None:
         ref_kl, kl_slope = KLS[x.kl](log_ratio(logp, ref_logp), token_ratio)
         loss, slope = loss + weight * options.kl_coef * ref_kl, slope + options.kl_coef * kl_slope
     if entropy is not None:
-        loss, entropy_sum = loss - weight * options.entropy_coef * entropy, entropy
+        loss = loss - weight * options.entropy_coef * entropy
+    fields = {"weight": weight, "loss": loss, "surrogate": weight * term.value}
+    fields |= {"clipped_low": term.too_low, "clipped_high": term.too_high}
+    stats = tally(PolicyStats, fields | ratio_fields(kept, ratio, d, ref_kl, entropy))
+    total = stats[PolicyStats.FIELDS.index("loss")].to(logp.dtype, copy=True)
+    return Outputs(total, weight * slope, stats)
+
+
+def ratio_fields(
+    kept: Tensor, ratio: Tensor, d: Tensor, ref_kl: Tensor | None, entropy: Tensor | None
+) -> dict[str, Tensor]:
+    """What the statistics of the ratios, the KL and the entropy are made of, by their names."""
     real = torch.where(kept, ratio, 0.0)
-    fields = {
+    return {
         "count": kept,
-        "weight": weight,
-        "loss": loss,
-        "surrogate": weight * term.value,
         "ratio": real,
         "ratio_sq": real**2,
         "k1": -d,
         "k3": torch.expm1(d) - d,
-        "clipped_low": term.too_low,
-        "clipped_high": term.too_high,
-        "ref_kl": ref_kl,
-        "entropy": entropy_sum,
+        "ref_kl": torch.zeros_like(ratio) if ref_kl is None else ref_kl,
+        "entropy": torch.zeros_like(ratio) if entropy is None else entropy,
         "ratio_min": ratio.masked_fill(~kept, math.inf),
-        "has_ref_kl": ratio.new_full((), float(ref_logp is not None)),
+        "has_ref_kl": ratio.new_full((), float(ref_kl is not None)),
         "has_entropy": ratio.new_full((), float(entropy is not None)),
         "ratio_max": ratio.masked_fill(~kept, -math.inf),
     }
-    stats = tally(PolicyStats, fields)
-    total = stats[PolicyStats.FIELDS.index("loss")].to(logp.dtype, copy=True)
-    return Outputs(total, weight * slope, stats)
 
 
 def allocate(x: Inputs) -> Outputs:
@@ -241,6 +243,19 @@ def as_traced(options: LossOptions, device: torch.device) -> tuple[LossOptions, 
     return LossOptions(*[0.0] * len(options)), torch.stack(numbers)
 
 
+def _sequence_ratio(
+    logp: Tensor, old_logp: Tensor | None, weight: Tensor, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """The ratio of each token's sequence; None where every ratio is 1."""
+    sequence_count("policy_loss", "logp", logp, cu_seqlens)
+    if old_logp is not None:
+        tokens = RatioInputs(logp.detach(), old_logp.detach(), weight.detach(), cu_seqlens)
+        return sequence_ratio_op(tokens).ratio
+    if not torch.compiler.is_compiling():  # A graph cannot branch on values.
+        check_cu_seqlens("policy_loss", cu_seqlens, logp)
+    return None
+
+
 def policy_loss(
     logp: Tensor,
     advantages: Tensor,
@@ -328,12 +343,7 @@ def policy_loss(
         raise ValueError(f"policy_loss: entropy_coef={entropy_coef} needs entropy")
     ratio = None
     if level == "sequence":
-        sequence_count("policy_loss", "logp", logp, cu_seqlens)
-        if old_logp is not None:
-            tokens = RatioInputs(logp.detach(), old_logp.detach(), weight.detach(), cu_seqlens)
-            ratio = sequence_ratio_op(tokens).ratio
-        elif not torch.compiler.is_compiling():  # A graph cannot branch on values.
-            check_cu_seqlens("policy_loss", cu_seqlens, logp)
+        ratio = _sequence_ratio(logp, old_logp, weight, cu_seqlens)
     elif level != "token":
         raise ValueError(f"policy_loss: level must be token or sequence, got {level!r}")
     options, traced = as_traced(options, logp.device)

@@ -40,22 +40,16 @@ def derivatives(
     logp,
     w,
     row,
-    kept,
     advantages,
     old_logp,
     ref_logp,
     traced_options,
-    low,
-    high,
-    dual_clip,
-    tau_positive,
-    tau_negative,
-    kl_coef,
-    entropy_coef,
+    options,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
 ):
-    """dL/dlogp and dL/dentropy of the token of a row."""
+    """dL/dlogp and dL/dentropy of the token of a row. A token of weight 0 is masked."""
+    low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef = options
     bounds, taus, kl_coef, entropy_coef = options_of(
         logp,
         traced_options,
@@ -67,6 +61,7 @@ def derivatives(
         kl_coef,
         entropy_coef,
     )
+    kept = w != 0
     advantage = load_kept(advantages, row, kept)
     old = None if old_logp is None else load_kept(old_logp, row, kept)
     ref = None if ref_logp is None else load_kept(ref_logp, row, kept)
@@ -120,6 +115,7 @@ def rows_kernel(
 
     out may be logits: all of a row is read, up to a barrier, before its gradient is begun.
     """
+    options = low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         label, w = tl.load(labels + row), tl.load(weight + row)
         kept = (w != 0) & (label != ignore_index)
@@ -133,69 +129,29 @@ def rows_kernel(
             vocab, length = tl.multiple_of(vocab, VECTOR), tl.multiple_of(length, VECTOR)
             written = tl.multiple_of(written, VECTOR)
         y, value, top, log_sum, h = read_row(
-            x,
-            label,
-            kept & legal,
-            legal,
-            length,
-            softcap,
-            inv_temperature,
-            ENTROPY=ENTROPY,
-            SOFTCAP=SOFTCAP,
-            VECTORS=VECTORS,
-            LANES=LANES,
-            VECTOR=VECTOR,
-            STAGES=STAGES,
-            EVICTION="evict_last",
-        )
+            x, label, kept & legal, legal, length, softcap, inv_temperature,
+            ENTROPY=ENTROPY, SOFTCAP=SOFTCAP, VECTORS=VECTORS, LANES=LANES, VECTOR=VECTOR,
+            STAGES=STAGES, EVICTION="evict_last",
+        )  # fmt: skip
         w, value, h = tl.where(kept, w, 0.0), tl.where(kept, value, 0.0), tl.where(kept, h, 0.0)
         tl.store(kept_weight + row, w)
         tl.store(logp + row, value)
         if ENTROPY:
             tl.store(entropy + row, h)
         g_logp, g_entropy = derivatives(
-            value,
-            w,
-            row,
-            kept,
-            advantages,
-            old_logp,
-            ref_logp,
-            traced_options,
-            low,
-            high,
-            dual_clip,
-            tau_positive,
-            tau_negative,
-            kl_coef,
-            entropy_coef,
-            SURROGATE,
-            KL,
+            value, w, row, advantages, old_logp, ref_logp, traced_options, options, SURROGATE, KL
         )
         g_entropy = g_entropy if ENTROPY else 0.0
         live = (g_logp != 0) | (g_entropy != 0)  # else, what the row holds is no one's matter
         readable = tl.where(live, length, 0)
         readable = tl.multiple_of(readable, VECTOR) if ALIGNED else readable
+        y, top = tl.where(live, y, 0.0), tl.where(live, top, 0.0)
+        log_sum = tl.where(live, log_sum, 0.0)
         write_gradient(
-            x,
-            out + written,
-            label,
-            tl.where(live, y, 0.0),
-            vocab,
-            readable,
-            tl.where(live, top, 0.0),
-            tl.where(live, log_sum, 0.0),
-            inv_temperature,
-            g_logp,
-            g_entropy,
-            h,
-            softcap,
-            ENTROPY=ENTROPY,
-            SOFTCAP=SOFTCAP,
-            BLOCK=BLOCK,
-            STAGES=STAGES,
+            x, out + written, label, y, vocab, readable, top, log_sum, inv_temperature, g_logp,
+            g_entropy, h, softcap, ENTROPY=ENTROPY, SOFTCAP=SOFTCAP, BLOCK=BLOCK, STAGES=STAGES,
             EVICTION="evict_first",
-        )
+        )  # fmt: skip
 
 
 def programs(x: torch.Tensor, rows: int, row_bytes: int) -> int:

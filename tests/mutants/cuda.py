@@ -1,0 +1,125 @@
+"""Faults of the kernels in CUDA C++, which run in `cuda_on_cpu` where there is no GPU."""
+
+from . import Mutant
+
+REDUCE = "csrc/common/cuda_reduce.h"
+GAE = "csrc/credit/gae.cu"
+SCAN = "csrc/credit/gae_scan.h"
+POLICY_LOSS = "csrc/loss/policy_loss.cu"
+VALUE_LOSS = "csrc/loss/value_loss.cu"
+
+IN_CUDA = ("-k", "cuda-on-cpu")
+GAE_TESTS = ("tests/credit/test_gae_laws.py", "tests/credit/test_gae.py", *IN_CUDA)
+POLICY_TESTS = ("tests/loss/test_policy_loss_laws.py", "tests/loss/test_policy_loss.py", *IN_CUDA)
+VALUE_TESTS = ("tests/loss/test_value_loss.py", *IN_CUDA)
+
+MUTANTS = [
+    Mutant(
+        "a-ticket-wraps-one-launch-late",
+        REDUCE,
+        "atomicInc(scratch.ticket, gridDim.x - 1)",
+        "atomicInc(scratch.ticket, gridDim.x)",
+        (
+            "tests/loss/test_policy_loss_laws.py::test_a_ticket_serves_launch_after_launch",
+            *IN_CUDA,
+        ),
+    ),
+    Mutant(
+        "as-many-parts-as-threads-are-merged",
+        REDUCE,
+        "for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x)",
+        "if (const unsigned i = threadIdx.x; i < gridDim.x)",
+        ("tests/loss/test_policy_loss_laws.py::test_every_block_is_merged", *IN_CUDA),
+    ),
+    Mutant(
+        "the-last-warp-of-a-block-is-left-out",
+        REDUCE,
+        "for (int i = 1; i < count; ++i) merge",
+        "for (int i = 1; i < count - 1; ++i) merge",
+        VALUE_TESTS,
+    ),
+    Mutant(
+        "a-block-of-tiles-is-full-if-its-first-is",
+        SCAN,
+        "tile + warps - 1 <= last_whole",
+        "tile <= last_whole",
+        GAE_TESTS,
+    ),
+    Mutant(
+        "a-last-partial-tile-is-full",
+        SCAN,
+        "tile >= tiles - 1 - last_whole && tile + warps <= tiles",
+        "tile + warps <= tiles",
+        GAE_TESTS,
+    ),
+    Mutant(
+        "a-lane-leaves-out-its-neighbour",
+        SCAN,
+        "if (lane >= distance) f",
+        "if (lane > distance) f",
+        GAE_TESTS,
+    ),
+    Mutant(
+        "a-lane-without-tokens-before-it-has-the-message-of-the-first",
+        SCAN,
+        "31 - __clz(lower) : 0), lower != 0};",
+        "31 - __clz(lower) : 0), all != 0};",
+        GAE_TESTS,
+    ),
+    Mutant(
+        "a-cut-lets-nan-through-in-cuda",
+        SCAN,
+        "return kCuts && a == 0 ? b : b + a * x;",
+        "return b + a * x;",
+        GAE_TESTS,
+    ),
+    Mutant(
+        "the-message-of-the-first-warp",
+        GAE,
+        "for (int i = warps - 1; i >= 0; --i)",
+        "for (int i = 0; i < warps; ++i)",
+        GAE_TESTS,
+    ),
+    Mutant(
+        "messages-do-not-pass-from-tiles-to-tiles",
+        GAE,
+        "  carry.message = next_message;\n",
+        "",
+        GAE_TESTS,
+    ),
+    Mutant(
+        "the-carry-passes-this-warp-alone",
+        GAE,
+        "for (int i = warp; i < warps; ++i) x",
+        "for (int i = warp; i <= warp; ++i) x",
+        GAE_TESTS,
+    ),
+    Mutant(
+        "a-nan-ratio-hides-in-cuda",
+        POLICY_LOSS,
+        "  show_nan(stats);\n",
+        "",
+        POLICY_TESTS,
+    ),
+    Mutant(
+        "the-kl-takes-the-ratio-of-the-sequence-in-cuda",
+        POLICY_LOSS,
+        "kl(log_ratio(x, ref_logp.x[i]), e.exp)",
+        "kl(log_ratio(x, ref_logp.x[i]), ratio)",
+        POLICY_TESTS,
+    ),
+    Mutant(
+        "a-long-sequence-has-the-ratio-of-its-beginning",
+        POLICY_LOSS,
+        "    sums.x[1] += kept;\n",
+        "    sums.x[1] += kept;\n    break;\n",
+        POLICY_TESTS,
+    ),
+    Mutant(
+        "the-moments-of-a-block-count-masked-tokens",
+        VALUE_LOSS,
+        "const double r = select(kept, tokens.target.x[i] - target, 0.0);",
+        "const double r = tokens.target.x[i] - target;",
+        VALUE_TESTS,
+    ),
+]

@@ -18,7 +18,7 @@ forward and backward raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from torch.autograd import forward_ad
 
 from ._record import Layout, without_lists
 
-InputsT = TypeVar("InputsT", bound=tuple)
-SavedT = TypeVar("SavedT", bound=tuple)
+InputsT = TypeVar("InputsT", bound=NamedTuple)
+SavedT = TypeVar("SavedT", bound=NamedTuple)
 
 
 def needs_no_gradient(*tensors: Tensor | None) -> bool:
@@ -38,7 +38,7 @@ def needs_no_gradient(*tensors: Tensor | None) -> bool:
     return forward_ad._current_level < 0  # else the function raises; the op would lose the tangents
 
 
-class Differentiable:
+class Differentiable(Generic[InputsT, SavedT]):
     """An op with a gradient, called with the record of its inputs.
 
     Args:
@@ -82,12 +82,12 @@ class Differentiable:
         return self.function.apply(x, *tensors)
 
 
-def _function(op: Differentiable) -> type[torch.autograd.Function]:
+def _function(op: Differentiable[InputsT, SavedT]) -> type[torch.autograd.Function]:
     """The autograd function of an op. Its first argument is the record that the others are in."""
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: tuple, *_tensors: Tensor | None) -> tuple:
+        def forward(ctx: Any, x: InputsT, *_tensors: Tensor | None) -> tuple:
             results, saved = op.forward(x)
             _save(ctx, op.saved, saved)
             ctx.set_materialize_grads(False)  # zeros for a result nobody used would be a launch
@@ -114,7 +114,7 @@ def _are_none(grads: tuple) -> bool:
     return True
 
 
-def _save(ctx: Any, layout: Layout, saved: tuple) -> None:
+def _save(ctx: Any, layout: Layout[SavedT], saved: SavedT) -> None:
     """Keeps the tensors of a record where torch checks and frees them, the rest as it is."""
     values = layout.flatten(saved)
     if layout.is_all_tensors:
@@ -128,7 +128,7 @@ def _save(ctx: Any, layout: Layout, saved: tuple) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _restore(ctx: Any, layout: Layout) -> tuple:
+def _restore(ctx: Any, layout: Layout[SavedT]) -> SavedT:
     """The record that `_save` kept."""
     tensors: Sequence = ctx.saved_tensors
     if layout.is_all_tensors:
@@ -170,5 +170,7 @@ def _refusing_a_second(op: Differentiable, ctx: Any, grads: tuple) -> list[Tenso
         gradients = _gradients(op, ctx, grads)
     leaves = [x if x is None else x.detach().requires_grad_() for x in gradients]
     message = f"{op.name}: its gradient is not differentiable, double backward is not supported"
-    refusing = torch._C._functions.DelayedError(message.encode(), len(leaves))(*leaves)
-    return [refusing] if len(leaves) == 1 else refusing  # torch returns a lone one without a list
+    # torch takes None for a leaf, and returns a lone one without a tuple; its stub knows neither.
+    delay: Callable = torch._C._functions.DelayedError(message.encode(), len(leaves))
+    refusing = delay(*leaves)
+    return [refusing] if len(leaves) == 1 else refusing

@@ -104,12 +104,12 @@ def _cpu_scalar(value: float, dtype: torch.dtype) -> torch.Tensor:
         return torch.scalar_tensor(value, dtype=dtype, device="cpu")
 
 
-def _share_thread_pool() -> None:
+def _share_thread_pool(extension: ModuleType) -> None:
     """Hands torch's parallel loop to the extension, so that torch.set_num_threads holds for it."""
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-    _C.set_parallel_for(ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value)
+    extension.set_parallel_for(ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value)
 
 
 if _C is not None:
-    _share_thread_pool()
+    _share_thread_pool(_C)

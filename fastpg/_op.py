@@ -35,12 +35,12 @@ A record may hold another: the inputs of a backward op hold the `Inputs` of its 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
-from typing import Any, Generic, TypeVar, get_type_hints
+from types import GenericAlias, ModuleType
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ from torch import Tensor
 from ._library import _C, LIBRARY, _cuda, kernels, reduction_scratch
 from ._record import Layout
 
-InputsT = TypeVar("InputsT", bound=tuple)
-OutputsT = TypeVar("OutputsT", bound=tuple)
+InputsT = TypeVar("InputsT", bound=NamedTuple)
+OutputsT = TypeVar("OutputsT", bound=NamedTuple)
 
 OPS: dict[str, Op] = {}  # every op by its name
 
@@ -134,27 +134,28 @@ class Op(Generic[InputsT, OutputsT]):
         function = getattr(module, self.name)
         restore, allocate, sizes = self.inputs.restore, self.allocate, self.sizes
         single, codes, statistics = self.single, self.codes, self.statistics
+        assert sizes is not None  # an op without sizes has no kernel in C++
 
         def call(*values: Any) -> Any:
             x = restore(values)
             outputs = allocate(x)
+            passed: Sequence = values
             if codes:
-                coded = list(values)
+                passed = coded = list(values)
                 for place, table in codes.items():
                     coded[place] = table[values[place]]
-                values = coded
             scratch: tuple = ()
             if statistics:  # it lives until the launch is made
                 scratch = reduction_scratch(values[0], statistics) if on_gpu else NO_SCRATCH
             stream = current_stream(values[0]) if on_gpu else 0
-            function(*sizes(x), *values, *outputs, *scratch, stream)
+            function(*sizes(x), *passed, *outputs, *scratch, stream)
             return outputs[0] if single else outputs or None
 
         return call
 
     def _define(self, mutates: str | None) -> torch._ops.OpOverload:
         kinds = list(self.outputs.types.values())
-        result = kinds[0] if self.single else tuple[tuple(kinds)]
+        result = kinds[0] if self.single else GenericAlias(tuple, tuple(kinds))
         signature = inspect.Signature(
             [
                 inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)

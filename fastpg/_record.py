@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
 
+RecordT = TypeVar("RecordT", bound=NamedTuple)
 
-class Layout:
+
+class Layout(Generic[RecordT]):
     """How the fields of a record, those of a record inside it in its place, make a flat list.
 
     Attributes:
@@ -26,7 +28,7 @@ class Layout:
         restore: Gives the record that holds these values.
     """
 
-    def __init__(self, record: type[tuple]) -> None:
+    def __init__(self, record: type[RecordT]) -> None:
         self.record = record
         self.nested: dict[str, Layout] = {}
         self.types: dict[str, Any] = {}
@@ -46,10 +48,10 @@ class Layout:
         names = ", ".join(f"make_{i}" for i in range(len(makers)))
         # Both are called with every op, and loops would cost microseconds: as namedtuple does, they
         # are compiled from an expression, such as (record[0], record[1][0], record[1][1]).
-        self.flatten: Callable[[tuple], Sequence] = eval(f"lambda record: ({_values_source(self)})")
-        self.restore: Callable[[Sequence], tuple] = eval(f"lambda {names}: lambda values: {made}")(
-            *makers
-        )
+        flatten = f"lambda record: ({_values_source(self)})"
+        restore = f"lambda {names}: lambda values: {made}"
+        self.flatten: Callable[[RecordT], Sequence] = eval(flatten)
+        self.restore: Callable[[Sequence], RecordT] = eval(restore)(*makers)
         if not self.nested:
             self.flatten, self.restore = lambda record: record, record._make
 
@@ -92,7 +94,7 @@ def without_lists(values: Sequence) -> list:
     return flat
 
 
-def contiguous(record: tuple) -> Any:
+def contiguous(record: RecordT) -> RecordT:
     """The record with every tensor contiguous, as the kernels in Triton take them."""
     values = [x.contiguous() if isinstance(x, Tensor) else x for x in record]
     return record._make(values)

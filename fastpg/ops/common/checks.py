@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from numbers import Real
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from ..._flags import record_labels
 from ..._library import DTYPE_CODE, scalar
+
+# A function from this to this gives a tensor for a tensor, and None for None.
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def check_tensors(op: str, **values: object) -> None:
@@ -59,12 +63,21 @@ def compute_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
-def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
     """tensor.to(dtype), without the microsecond that torch takes to do nothing."""
     return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
-def alike(op: str, optional: tuple = (), **tensors: Tensor | None) -> list[Tensor | None]:
+@overload
+def alike(op: str, /, **tensors: Tensor) -> list[Tensor]: ...
+
+
+# The optional tensors may be None, and the others are none: no type of a list can tell them apart.
+@overload
+def alike(op: str, optional: tuple[str, ...], /, **tensors: Tensor | None) -> list[Any]: ...
+
+
+def alike(op: str, optional: tuple[str, ...] = (), /, **tensors: Any) -> list:
     """The tensors in the dtype to compute in; each must match the first in shape and device.
 
     Args:
@@ -154,7 +167,7 @@ def fractions(op: str, name: str, x: Tensor, mask: Tensor | None, dtype: torch.d
     return x
 
 
-def as_bool(mask: Tensor | None) -> Tensor | None:
+def as_bool(mask: MaybeTensor) -> MaybeTensor:
     """A 0/1 tensor of any dtype as bool."""
     return mask if mask is None or mask.dtype is torch.bool else mask != 0
 

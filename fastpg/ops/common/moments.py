@@ -15,21 +15,21 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    count: Tensor
-    mean: Tensor  # 0 where the count is 0
+    n: Tensor  # how many values there are
+    mean: Tensor  # 0 where n is 0
     m2: Tensor  # Σ (x − mean)²
 
 
 def moments_of(x: Tensor, kept: Tensor) -> Moments:
     """The moments of the kept x, each 0-d in fp64. What is not kept may hold NaN."""
-    x, count = x.double(), kept.sum().double()
-    mean = torch.where(kept, x, 0.0).sum() / count.clamp(min=1)
-    return Moments(count, mean, torch.where(kept, x - mean, 0.0).square().sum())
+    x, n = x.double(), kept.sum().double()
+    mean = torch.where(kept, x, 0.0).sum() / n.clamp(min=1)
+    return Moments(n, mean, torch.where(kept, x - mean, 0.0).square().sum())
 
 
 def merge_moments(parts: Moments) -> Moments:
     """The moments of all parts together. The parts lie along the first axis of each field."""
-    count = parts.count.sum(0)
-    mean = (parts.count * parts.mean).sum(0) / count.clamp(min=1)
-    m2 = (parts.m2 + parts.count * (parts.mean - mean) ** 2).sum(0)
-    return Moments(count, mean, m2)
+    n = parts.n.sum(0)
+    mean = (parts.n * parts.mean).sum(0) / n.clamp(min=1)
+    m2 = (parts.m2 + parts.n * (parts.mean - mean) ** 2).sum(0)
+    return Moments(n, mean, m2)

@@ -13,7 +13,8 @@ class ElementSizes(NamedTuple):
     """For ops that treat every element alike."""
 
     dtype: int  # a code of DTYPE_CODE
-    count: int
+    # mypy sees tuple's method `count` here, which nobody calls; C++ names the field so too.
+    count: int  # type: ignore[assignment]
 
 
 class SequenceSizes(NamedTuple):

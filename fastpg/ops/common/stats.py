@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import NamedTuple, get_args
+from typing import ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,8 +17,19 @@ from torch import Tensor
 from ..._library import _C, _cuda
 from .moments import Moments, merge_moments
 
+Names = tuple[str, ...]
 
-class PolicyStats(NamedTuple):
+
+class Values(NamedTuple):
+    """What every kind of statistics holds. A kind adds the names of the values, as class variables.
+
+    The kinds are derived from this, since typing knows no class variables in a NamedTuple itself.
+    """
+
+    values: Tensor
+
+
+class PolicyStats(Values):
     """What `policy_loss` counted over its unmasked tokens; `merge_stats` makes means of it.
 
     r is the ratio that the surrogate took: the token's own, or that of its sequence. d is
@@ -45,15 +56,15 @@ class PolicyStats(NamedTuple):
         2.0
     """
 
-    values: Tensor
+    __slots__ = ()
 
-    SUMS = (
+    SUMS: ClassVar[Names] = (
         *("count", "weight", "loss", "surrogate", "ratio", "ratio_sq", "k1", "k3"),
         *("clipped_low", "clipped_high", "ref_kl", "entropy"),
     )
-    MINIMA = ("ratio_min", "has_ref_kl", "has_entropy")
-    MAXIMA = ("ratio_max",)
-    FIELDS = SUMS + MINIMA + MAXIMA
+    MINIMA: ClassVar[Names] = ("ratio_min", "has_ref_kl", "has_entropy")
+    MAXIMA: ClassVar[Names] = ("ratio_max",)
+    FIELDS: ClassVar[Names] = SUMS + MINIMA + MAXIMA
 
     @staticmethod
     def merge(rows: Tensor) -> Tensor:
@@ -81,7 +92,7 @@ class PolicyStats(NamedTuple):
         return out | means
 
 
-class ValueStats(NamedTuple):
+class ValueStats(Values):
     """What `value_loss` counted over its unmasked tokens; `merge_stats` makes means of it.
 
     Attributes:
@@ -99,11 +110,12 @@ class ValueStats(NamedTuple):
         2.0
     """
 
-    values: Tensor
+    __slots__ = ()
 
-    SUMS = ("count", "weight", "loss", "clipped")
-    MOMENTS = ("return_mean", "return_m2", "residual_mean", "residual_m2")  # (mean, m2) each
-    FIELDS = SUMS + MOMENTS
+    SUMS: ClassVar[Names] = ("count", "weight", "loss", "clipped")
+    # Each mean has its m2 behind it.
+    MOMENTS: ClassVar[Names] = ("return_mean", "return_m2", "residual_mean", "residual_m2")
+    FIELDS: ClassVar[Names] = SUMS + MOMENTS
 
     @staticmethod
     def merge(rows: Tensor) -> Tensor:
@@ -128,7 +140,7 @@ class ValueStats(NamedTuple):
         }
 
 
-class ImportanceStats(NamedTuple):
+class ImportanceStats(Values):
     """What `importance_weights` counted over its unmasked tokens; `merge_stats` makes means of it.
 
     d is logp − behavior_logp.
@@ -152,12 +164,22 @@ class ImportanceStats(NamedTuple):
         2.0
     """
 
-    values: Tensor
+    __slots__ = ()
 
-    SUMS = ("tokens", "k1", "k3", "count", "ratio", "weight", "weight_sq", "low", "high")
-    MINIMA = ("ratio_min",)
-    MAXIMA = ("ratio_max",)
-    FIELDS = SUMS + MINIMA + MAXIMA
+    SUMS: ClassVar[Names] = (
+        "tokens",
+        "k1",
+        "k3",
+        "count",
+        "ratio",
+        "weight",
+        "weight_sq",
+        "low",
+        "high",
+    )
+    MINIMA: ClassVar[Names] = ("ratio_min",)
+    MAXIMA: ClassVar[Names] = ("ratio_max",)
+    FIELDS: ClassVar[Names] = SUMS + MINIMA + MAXIMA
 
     @staticmethod
     def merge(rows: Tensor) -> Tensor:
@@ -183,7 +205,7 @@ class ImportanceStats(NamedTuple):
         }
 
 
-class PreferenceStats(NamedTuple):
+class PreferenceStats(Values):
     """What `preference_loss` counted over its pairs of weight other than 0.
 
     Attributes:
@@ -200,9 +222,9 @@ class PreferenceStats(NamedTuple):
         1.0
     """
 
-    values: Tensor
+    __slots__ = ()
 
-    FIELDS = ("count", "weight", "loss", "correct", "margin", "chosen", "rejected")
+    FIELDS: ClassVar[Names] = ("count", "weight", "loss", "correct", "margin", "chosen", "rejected")
 
     @staticmethod
     def merge(rows: Tensor) -> Tensor:
@@ -251,7 +273,7 @@ def tally(kind: type[PolicyStats | ImportanceStats], fields: dict[str, Tensor]) 
     return torch.stack(values)
 
 
-def check_names(module: ModuleType | None) -> None:
+def check_names(module: ModuleType) -> None:
     """Raises ImportError unless an extension names the statistics as the classes here do."""
     kinds = {kind.__name__: kind for kind in get_args(Stats)}
     for name, theirs in getattr(module, "statistics", {}).items():
@@ -264,5 +286,6 @@ def check_names(module: ModuleType | None) -> None:
             )
 
 
-check_names(_C)
-check_names(_cuda)
+for extension in (_C, _cuda):
+    if extension is not None:
+        check_names(extension)

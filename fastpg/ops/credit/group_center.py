@@ -31,36 +31,36 @@ SCALES = ("none", "std")
 class Groups(NamedTuple):
     """The group of each score."""
 
-    index: Tensor  # int64 [B], equal where scores belong together
+    key: Tensor  # int64 [B], in [0, B), equal where scores belong together
     first: Tensor  # int64 [B], the place of the first score of the group
-    count: Tensor  # fp64 [B], the number of scores of the group
+    size: Tensor  # fp64 [B], the number of scores of the group
 
 
 def groups_of(group: Tensor) -> Groups:
     """Brings any integers into the order in which groups can be added up."""
     ordered = group.sort(stable=True)
-    index = torch.searchsorted(ordered.values, group.contiguous())
-    count = group_sum(torch.ones(group.shape, dtype=torch.float64, device=group.device), index)
-    return Groups(index, ordered.indices[index], count)
+    key = torch.searchsorted(ordered.values, group.contiguous())
+    size = group_sum(torch.ones(group.shape, dtype=torch.float64, device=group.device), key)
+    return Groups(key, ordered.indices[key], size)
 
 
-def group_sum(x: Tensor, index: Tensor) -> Tensor:
-    """At each place, the sum of x over the places of the same index."""
+def group_sum(x: Tensor, key: Tensor) -> Tensor:
+    """At each place, the sum of x over the places of the same key."""
     # Unlike index_add, index_put adds in a fixed order on the GPU too.
-    return torch.zeros_like(x).index_put((index,), x, accumulate=True)[index]
+    return torch.zeros_like(x).index_put((key,), x, accumulate=True)[key]
 
 
 def centred_and_scaled(x: Tensor, groups: Groups, baseline: str, scale: str, eps: float) -> Tensor:
     """The tables at the top of this page, in fp64."""
-    alone, others = groups.count == 1, (groups.count - 1).clamp(min=1)
+    alone, others = groups.size == 1, (groups.size - 1).clamp(min=1)
     shifted = x - x.detach()[groups.first]
-    centred = shifted - group_sum(shifted, groups.index) / groups.count
+    centred = shifted - group_sum(shifted, groups.key) / groups.size
     y = x
     if baseline != "none":
-        factor = groups.count / others if baseline == "loo" else 1.0
+        factor = groups.size / others if baseline == "loo" else 1.0
         y = torch.where(alone, x, centred * factor)
     if scale == "std":
-        variance = group_sum(centred.square(), groups.index) / others
+        variance = group_sum(centred.square(), groups.key) / others
         varies = variance > 0  # The root has no derivative at 0.
         spread = torch.where(varies, torch.where(varies, variance, 1.0).sqrt(), 0.0)
         y = torch.where(alone, y, y / (spread + eps))

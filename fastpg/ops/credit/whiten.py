@@ -68,8 +68,8 @@ def reference_moments(inputs: MomentsInputs) -> MomentsOutputs:
 
 def scale_of(moments: Moments, eps: float) -> Tensor:
     """s; 1 for a single value, which has no variance."""
-    variance = moments.m2 / (moments.count - 1).clamp(min=1)
-    return torch.where(moments.count > 1, torch.rsqrt(variance + eps), 1.0)
+    variance = moments.m2 / (moments.n - 1).clamp(min=1)
+    return torch.where(moments.n > 1, torch.rsqrt(variance + eps), 1.0)
 
 
 def reference(inputs: Inputs) -> Outputs:
@@ -88,12 +88,14 @@ def reference(inputs: Inputs) -> Outputs:
 
 def reference_backward(x: BackwardInputs) -> Gradient:
     """The specification of the gradient: the last formula at the top of this page, in fp64."""
-    inputs, moments = x.inputs, Moments._make(x.inputs.moments.unbind())
-    scale, count = scale_of(moments, inputs.eps), moments.count.clamp(min=1)
+    inputs = x.inputs
+    assert inputs.moments is not None  # forward saved those that it used
+    moments = Moments._make(inputs.moments.unbind())
+    scale, n = scale_of(moments, inputs.eps), moments.n
     grad = torch.where(inputs.mask, x.grad_y, 0.0).double()
     deviation = torch.where(inputs.mask, inputs.x.double() - moments.mean, 0.0)
-    mean_grad = grad.sum() / count
-    through_variance = scale**3 * deviation * (grad * deviation).sum() / (count - 1).clamp(min=1)
+    mean_grad = grad.sum() / n.clamp(min=1)
+    through_variance = scale**3 * deviation * (grad * deviation).sum() / (n - 1).clamp(min=1)
     grad_x = scale * (grad - mean_grad) - through_variance
     if not inputs.center:
         grad_x = grad_x + mean_grad

@@ -35,7 +35,14 @@ from torch import Tensor
 from ..._autograd import Differentiable
 from ..._library import empty_like, scalar
 from ..._op import Op
-from ..common.checks import alike, check_cu_seqlens, sequence_count, to_sequences, to_tokens
+from ..common.checks import (
+    MaybeTensor,
+    alike,
+    check_cu_seqlens,
+    sequence_count,
+    to_sequences,
+    to_tokens,
+)
 from ..common.log_ratio import MAX_LOG_RATIO, log_ratio
 from ..common.sizes import ElementSizes, SequenceSizes, element_sizes, sequence_sizes
 from ..common.stats import PolicyStats, tally
@@ -100,16 +107,21 @@ class Gradients(NamedTuple):
     grad_entropy: Tensor | None
 
 
+def masked(x: MaybeTensor, kept: Tensor) -> MaybeTensor:
+    """x, contiguous, and 0 where a token is not kept: what x holds there may be NaN."""
+    return None if x is None else torch.where(kept, x, 0.0).contiguous()
+
+
 def reference(x: Inputs) -> Outputs:
     """The specification: the tables at the top of this page."""
     options = x.options
     if x.traced_options is not None:
         options = LossOptions(*x.traced_options.to(x.logp.dtype))
     kept = x.weight != 0
-    logp, advantages, weight, old_logp, given_ratio, ref_logp, entropy = (
-        None if tensor is None else torch.where(kept, tensor, 0.0).contiguous()
-        for tensor in (x.logp, x.advantages, x.weight, x.old_logp, x.ratio, x.ref_logp, x.entropy)
-    )
+    logp, advantages = masked(x.logp, kept), masked(x.advantages, kept)
+    weight = masked(x.weight, kept)
+    old_logp, given_ratio = masked(x.old_logp, kept), masked(x.ratio, kept)
+    ref_logp, entropy = masked(x.ref_logp, kept), masked(x.entropy, kept)
     d = torch.zeros_like(logp) if old_logp is None else log_ratio(logp, old_logp)
     token_ratio = d.exp()
     ratio = token_ratio if given_ratio is None else given_ratio

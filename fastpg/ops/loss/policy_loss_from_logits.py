@@ -235,7 +235,7 @@ def _checked_tokens(
         old_logp=old_logp,
         ref_logp=ref_logp,
     )
-    return Tokens(*[x if x is None else cast(x.detach(), dtype) for x in tokens])
+    return Tokens._make([x if x is None else cast(x.detach(), dtype) for x in tokens])
 
 
 def _check_inplace(logits: Tensor) -> None:

@@ -11,12 +11,14 @@ from .kl_estimate import BackwardInputs, Gradient, Inputs, Outputs, allocate, al
 
 
 @triton.jit
-def difference(logp, ref_logp, offset, inside):
+def difference(logp: tl.tensor, ref_logp: tl.tensor, offset: tl.tensor, inside: tl.tensor):
     return tl.load(logp + offset, mask=inside) - tl.load(ref_logp + offset, mask=inside)
 
 
 @jit
-def forward_kernel(logp, ref_logp, kl, count: tl.int64, KIND: tl.constexpr):
+def forward_kernel(
+    logp: tl.tensor, ref_logp: tl.tensor, kl: tl.tensor, count: tl.int64, KIND: tl.constexpr
+):
     offset = block_offsets()
     value = difference(logp, ref_logp, offset, offset < count)
     if KIND == "k2":
@@ -29,7 +31,14 @@ def forward_kernel(logp, ref_logp, kl, count: tl.int64, KIND: tl.constexpr):
 
 
 @jit
-def backward_kernel(grad_kl, logp, ref_logp, grad_logp, count: tl.int64, KIND: tl.constexpr):
+def backward_kernel(
+    grad_kl: tl.tensor,
+    logp: tl.tensor,
+    ref_logp: tl.tensor,
+    grad_logp: tl.tensor,
+    count: tl.int64,
+    KIND: tl.constexpr,
+):
     offset = block_offsets()
     slope = difference(logp, ref_logp, offset, offset < count)
     if KIND == "k3":  # 1 - e^-d without its cancellation

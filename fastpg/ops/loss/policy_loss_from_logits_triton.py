@@ -37,14 +37,14 @@ STAGES = tl.constexpr(4)
 
 @triton.jit
 def derivatives(
-    logp,
-    w,
-    row,
-    advantages,
-    old_logp,
-    ref_logp,
-    traced_options,
-    options,
+    logp: tl.tensor,
+    w: tl.tensor,
+    row: tl.tensor,
+    advantages: tl.tensor,
+    old_logp: tl.tensor,
+    ref_logp: tl.tensor,
+    traced_options: tl.tensor,
+    options: tl.tuple,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
 ):
@@ -73,19 +73,19 @@ def derivatives(
 
 @partial(jit, specialised=("logits", "out"))
 def rows_kernel(
-    logits,
-    labels,
-    temperature,
-    advantages,
-    weight,
-    old_logp,
-    ref_logp,
-    traced_options,
-    logp,
-    entropy,
-    kept_weight,
-    flag,
-    out,
+    logits: tl.tensor,
+    labels: tl.tensor,
+    temperature: tl.tensor,
+    advantages: tl.tensor,
+    weight: tl.tensor,
+    old_logp: tl.tensor,
+    ref_logp: tl.tensor,
+    traced_options: tl.tensor,
+    logp: tl.tensor,
+    entropy: tl.tensor,
+    kept_weight: tl.tensor,
+    flag: tl.tensor,
+    out: tl.tensor,
     rows: tl.int32,
     inner: tl.int32,
     outer_stride: tl.int64,
@@ -217,7 +217,7 @@ PROGRAMS = 1024  # a few on each multiprocessor: most often all that they do is 
 
 
 @jit
-def scale_kernel(gradient, factor, count: tl.int64):
+def scale_kernel(gradient: tl.tensor, factor: tl.tensor, count: tl.int64):
     """Multiplies the gradient, with nothing read or written where the factor is 1."""
     by_factor = tl.load(factor)
     length = tl.where(by_factor == 1.0, 0, count)

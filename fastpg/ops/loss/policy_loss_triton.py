@@ -49,12 +49,12 @@ RATIO_MAX = field_of(PolicyStats, "ratio_max")
 
 
 @triton.jit
-def put_sum(part, field: tl.constexpr, x: tl.tensor):
+def put_sum(part: tl.tensor, field: tl.constexpr, x: tl.tensor):
     tl.store(part + field, tl.sum(x.to(tl.float64), 0))
 
 
 @triton.jit
-def put_ratios(part, ratio: tl.tensor, kept: tl.tensor):
+def put_ratios(part: tl.tensor, ratio: tl.tensor, kept: tl.tensor):
     """The statistics of the ratios that the surrogate took."""
     real = tl.where(kept, ratio, 0.0)
     put_sum(part, RATIO, real)
@@ -66,16 +66,16 @@ def put_ratios(part, ratio: tl.tensor, kept: tl.tensor):
 
 @jit
 def forward_kernel(
-    logp,
-    advantages,
-    weight,
-    old_logp,
-    ratio,
-    ref_logp,
-    entropy,
-    traced_options,
-    coefficient,
-    parts,
+    logp: tl.tensor,
+    advantages: tl.tensor,
+    weight: tl.tensor,
+    old_logp: tl.tensor,
+    ratio: tl.tensor,
+    ref_logp: tl.tensor,
+    entropy: tl.tensor,
+    traced_options: tl.tensor,
+    coefficient: tl.tensor,
+    parts: tl.tensor,
     count: tl.int64,
     low: tl.float64,
     high: tl.float64,
@@ -125,7 +125,7 @@ def forward_kernel(
 
 
 @jit
-def merge_kernel(parts, stats, loss, rows: tl.int32):
+def merge_kernel(parts: tl.tensor, stats: tl.tensor, loss: tl.tensor, rows: tl.int32):
     """The statistics of all blocks, from a row of parts for each; and the loss among them."""
     field = tl.arange(0, FIELDS)
     total = tl.zeros([ROWS, FIELDS], tl.float64)
@@ -174,7 +174,13 @@ def policy_loss(x: Inputs) -> Outputs:
 
 @jit
 def sequence_ratio_kernel(
-    logp, old_logp, weight, cu_seqlens, ratio, length: tl.int64, tokens: tl.int64
+    logp: tl.tensor,
+    old_logp: tl.tensor,
+    weight: tl.tensor,
+    cu_seqlens: tl.tensor,
+    ratio: tl.tensor,
+    length: tl.int64,
+    tokens: tl.int64,
 ):
     """exp(mean (logp - old_logp)) at the unmasked tokens of a sequence."""
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)

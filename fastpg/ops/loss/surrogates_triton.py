@@ -13,15 +13,15 @@ from ..common.triton import bounded, exp_excess, number
 
 @triton.jit
 def options_of(
-    like,
-    traced_options,
-    low,
-    high,
-    dual_clip,
-    tau_positive,
-    tau_negative,
-    kl_coef,
-    entropy_coef,
+    like: tl.tensor,
+    traced_options: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    dual_clip: tl.tensor,
+    tau_positive: tl.tensor,
+    tau_negative: tl.tensor,
+    kl_coef: tl.tensor,
+    entropy_coef: tl.tensor,
 ):
     """The seven numbers in the dtype of `like`; from memory where they were given there."""
     if traced_options is not None:
@@ -41,7 +41,7 @@ def log_ratio(logp: tl.tensor, other: tl.tensor):
 
 
 @triton.jit
-def ppo(ratio: tl.tensor, advantage: tl.tensor, bounds):
+def ppo(ratio: tl.tensor, advantage: tl.tensor, bounds: tl.tuple):
     """-min(r A, clip(r) A), for A < 0 at most -dual_clip A: no gradient where r is held."""
     low, high, dual_clip = bounds
     gain, penalty = advantage > 0, advantage < 0
@@ -61,7 +61,7 @@ def reinforce(ratio: tl.tensor, advantage: tl.tensor, logp: tl.tensor):
 
 
 @triton.jit
-def cispo(ratio: tl.tensor, advantage: tl.tensor, logp: tl.tensor, bounds):
+def cispo(ratio: tl.tensor, advantage: tl.tensor, logp: tl.tensor, bounds: tl.tuple):
     """-clip(r) A logp with r a constant: a token whose ratio is held keeps its gradient."""
     low, high, _ = bounds
     too_low = (advantage != 0) & (ratio < low)
@@ -72,7 +72,7 @@ def cispo(ratio: tl.tensor, advantage: tl.tensor, logp: tl.tensor, bounds):
 
 
 @triton.jit
-def sapo(ratio: tl.tensor, advantage: tl.tensor, taus):
+def sapo(ratio: tl.tensor, advantage: tl.tensor, taus: tl.tuple):
     """-4/tau s A, s = sigmoid(x), x = tau (r - 1). With z = e^-|x|, s (1 - s) = z / (1 + z)^2."""
     tau = tl.where(advantage < 0, taus[1], taus[0])
     x = tau * (ratio - 1.0)
@@ -83,7 +83,14 @@ def sapo(ratio: tl.tensor, advantage: tl.tensor, taus):
 
 
 @triton.jit
-def surrogate(ratio, advantage, logp, bounds, taus, KIND: tl.constexpr):
+def surrogate(
+    ratio: tl.tensor,
+    advantage: tl.tensor,
+    logp: tl.tensor,
+    bounds: tl.tuple,
+    taus: tl.tuple,
+    KIND: tl.constexpr,
+):
     """The term, its derivative by logp, and where the bounds of the ratio are in force."""
     if KIND == "ppo":
         return ppo(ratio, advantage, bounds)
@@ -100,14 +107,14 @@ def surrogate(ratio, advantage, logp, bounds, taus, KIND: tl.constexpr):
 
 @triton.jit
 def token_loss(
-    logp,
-    advantage,
-    old_logp,
-    ratio,
-    ref_logp,
-    bounds,
-    taus,
-    kl_coef,
+    logp: tl.tensor,
+    advantage: tl.tensor,
+    old_logp: tl.tensor,
+    ratio: tl.tensor,
+    ref_logp: tl.tensor,
+    bounds: tl.tuple,
+    taus: tl.tuple,
+    kl_coef: tl.tensor,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
 ):

@@ -44,12 +44,12 @@ def clipped_value(value: tl.tensor, old: tl.tensor, clip: tl.tensor):
 
 @jit
 def forward_kernel(
-    values,
-    returns,
-    weight,
-    old_values,
-    coefficient,
-    parts,
+    values: tl.tensor,
+    returns: tl.tensor,
+    weight: tl.tensor,
+    old_values: tl.tensor,
+    coefficient: tl.tensor,
+    parts: tl.tensor,
     count: tl.int64,
     clip: tl.float64,
 ):
@@ -82,7 +82,7 @@ def forward_kernel(
 
 
 @jit
-def merge_kernel(parts, stats, loss, rows: tl.int32):
+def merge_kernel(parts: tl.tensor, stats: tl.tensor, loss: tl.tensor, rows: tl.int32):
     """The statistics of all blocks, from a row of parts for each; and the loss among them."""
     total, field = tl.zeros([CHUNK, SUMS], tl.float64), tl.arange(0, SUMS)[None, :]
     for start in range(0, rows, CHUNK):

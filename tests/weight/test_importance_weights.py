@@ -129,6 +129,7 @@ BAD = [
     ({"outside": "drop"}, ValueError, "outside must be one of clamp, zero, got 'drop'"),
     ({"low": 2.0, "high": 1.0}, ValueError, "low <= high and high > 0 must hold, got 2.0 and 1.0"),
     ({"high": math.nan}, ValueError, "must hold, got -inf and nan"),
+    ({"high": 0.0}, ValueError, "high > 0 must hold, got -inf and 0.0"),
     ({"cu_seqlens": CU}, ValueError, r"logp must be \[B, T\], or \[N\] with cu_seqlens, got"),
 ]
 
@@ -270,18 +271,20 @@ def test_every_block_is_merged(kernel, level, shape, monkeypatch):
         for module in ("common.triton", "weight.importance_weights_triton"):
             monkeypatch.setattr(f"fastpg.ops.{module}.CHUNK", few)
         shape = (1, 5000) if level == "token" else (5, 1)
-    logp, behavior, mask, _ = sample(shape=shape)
-    behavior.view(-1)[-1] = logp.view(-1)[-1] - 1.0  # The last two are the extremes.
-    behavior.view(-1)[-2] = logp.view(-1)[-2] + 1.0
-    mask.view(-1)[-2:] = True
-    _, stats = importance_weights(logp, behavior, mask, level=level)
-    _, r, w = by_hand(logp, behavior, mask, None, level)
-    merged = merge_stats(stats)
-    assert merged["count"] == len(w)
-    assert merged["ratio_mean"] == pytest.approx(r.mean().item(), rel=1e-9)
-    assert merged["ratio_min"] == pytest.approx(math.exp(-1), rel=1e-9)
-    assert merged["ratio_max"] == pytest.approx(math.exp(1), rel=1e-9)
-    assert merged["kl"] == pytest.approx((behavior - logp)[mask].mean().item(), rel=1e-9)
+    for lowest, highest in ((-1, -2), (0, 1)):  # The extremes are in the last round, or the first.
+        logp, behavior, mask, _ = sample(shape=shape)
+        behavior.view(-1)[lowest] = logp.view(-1)[lowest] + 1.0
+        behavior.view(-1)[highest] = logp.view(-1)[highest] - 1.0
+        mask.view(-1)[[lowest, highest]] = True
+        _, stats = importance_weights(logp, behavior, mask, level=level)
+        _, r, w = by_hand(logp, behavior, mask, None, level)
+        merged = merge_stats(stats)
+        assert merged["count"] == len(w)
+        assert merged["ratio_mean"] == pytest.approx(r.mean().item(), rel=1e-9)
+        assert merged["ratio_min"] == pytest.approx(math.exp(-1), rel=1e-9)
+        assert merged["ratio_max"] == pytest.approx(math.exp(1), rel=1e-9)
+        kl = (behavior - logp)[mask].mean().item()
+        assert merged["kl"] == pytest.approx(kl, rel=1e-9)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -203,6 +203,16 @@ def test_truncation_is_an_absorbing_constant(kernel):
         torch.testing.assert_close(a, b[:, :7])
 
 
+def test_a_token_that_is_terminated_and_truncated_has_no_bootstrap(kernel):
+    rewards, values, _ = inputs((2, 5))
+    both = torch.ones(2, 5, dtype=torch.bool)
+    bootstrap = torch.full((2, 5), 3.0, dtype=torch.float64, requires_grad=True)
+    out = gae(rewards, values, gamma=0.9, terminated=both, truncated=both, bootstrap=bootstrap)
+    torch.testing.assert_close(out, (rewards - values, rewards), rtol=1e-12, atol=1e-12)
+    (out[0] + out[1]).sum().backward()
+    assert (bootstrap.grad == 0).all()
+
+
 def test_long_sums_keep_their_digits(kernel):
     length = 701 if kernel == "triton" else 70001  # its interpreter is slow
     rewards = torch.rand(1, length, generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ from accuracy import GRADIENT_TOLERANCE, TOLERANCE, assert_no_worse, leaves
 
 from bench.inputs import logits_and_labels
 from fastpg import token_logprobs
+from fastpg.ops.vocabulary import token_logprobs as page
 
 OP = "token_logprobs"
 
@@ -56,6 +57,22 @@ def test_the_likeliest_token_counts_wherever_it_is(kernel, vocab, dtype):
     logits[rows, places] = 16.0
     check(logits, places)
     check(logits, (places + 1) % vocab)  # the label is another token, beyond the edge
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_label_at_an_edge_is_in_one_slice_alone(kernel, dtype):
+    """Where the gradient lies over the logits: the slice before must not write into the next."""
+    vocab = 700 if kernel == "triton" and not GPU else 17000
+    labels = torch.tensor([place for place in (*PLACES, vocab - 1) if place < vocab])
+    logits, _ = logits_and_labels(len(labels), vocab, dtype)
+    temperature = torch.tensor(0.7)
+    x = page.Inputs(logits, labels, temperature, 0.0, -100, True)
+    _, entropy, stats = page.token_logprobs_op(x)
+    grad_logp, grad_entropy = torch.randn(2, len(labels))
+    gradient = page.BackwardInputs(x, grad_logp, grad_entropy, entropy, stats)
+    want = page.token_logprobs_backward_op(gradient).grad_logits
+    page.token_logprobs_backward_out_op(page.BackwardOutInputs(gradient, logits))
+    assert torch.equal(logits, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -7,7 +7,7 @@ RUN := $(if $(HAVE),$(PY),.venv/bin/python)
 CPP := $(shell find csrc -type f)
 CPP_OF_TESTS := tests/cuda_on_cpu/cuda_runtime.h
 
-.PHONY: demo test lint format bench bench-compare gpu clean
+.PHONY: demo test test-newest mutants lint format bench bench-compare gpu clean
 
 demo: .stamp
 	$(RUN) -m fastpg train
@@ -15,6 +15,16 @@ demo: .stamp
 # On every core, where pytest-xdist is there to share the tests out.
 test: .stamp
 	$(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo "-n auto")
+
+# The quick tests of the ops on the newest torch there is: a second environment, without the trainer.
+# The extension does not link torch: it is the one that `make test` built.
+test-newest: .stamp .venv-newest
+	.venv-newest/bin/python -m pytest -n auto --durations=5 -m "not slow" \
+	  -k "not triton and not cuda-on-cpu" tests/common tests/credit tests/weight tests/loss
+
+# Puts seeded faults into copies of the tree, one at a time. It takes hours.
+mutants: .stamp
+	$(RUN) -m tests.mutants.run
 
 lint: .stamp
 	$(RUN) -m ruff check .
@@ -51,6 +61,14 @@ endif
 	$(PY) -m venv .venv
 	.venv/bin/pip install -q -c constraints.txt torch==2.13.0
 	touch .venv
+
+.venv-newest: constraints.txt
+	$(PY) -m venv .venv-newest
+	.venv-newest/bin/pip install -q torch==2.14.1
+	grep -vE "^(torch|triton)==" constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/pip install -q -c .venv-newest/constraints.txt numpy scipy hypothesis pybind11 \
+	  pytest pytest-xdist pytest-benchmark
+	touch .venv-newest
 
 .stamp: $(if $(HAVE),,.venv) pyproject.toml setup.py $(CPP)
 	FASTPG_STRICT=1 $(INSTALL)

@@ -80,8 +80,12 @@ def benchmarks() -> dict[str, str]:
 
 
 def modules() -> dict[str, ModuleType]:
-    """The benchmarks, imported, by what they measure."""
-    return {name: importlib.import_module(module) for name, module in benchmarks().items()}
+    """The benchmarks of the chapters, imported, by the op that they measure."""
+    return {
+        name: importlib.import_module(module)
+        for name, module in benchmarks().items()
+        if module.count(".") == 2  # such as bench.credit.bench_gae
+    }
 
 
 def examples(device: str = "cpu") -> Iterator[Example]:

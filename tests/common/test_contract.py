@@ -146,7 +146,11 @@ def test_the_examples_run_every_operator():
 
 
 # Operators of a path that takes several processes, or memory that is given away.
-RUN_ELSEWHERE = {"linear_token_logprobs_part", "policy_loss_from_logits_scale"}
+RUN_ELSEWHERE = {
+    "linear_token_logprobs_part",
+    "policy_loss_from_logits_scale",
+    "whiten_moments",
+}
 
 
 @every_example

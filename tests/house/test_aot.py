@@ -10,6 +10,8 @@ import pytest
 
 from fastpg._library import _cuda
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TRITON = importlib.util.find_spec("triton") is not None  # whose package brings cuobjdump
 

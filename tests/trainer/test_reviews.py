@@ -4,10 +4,13 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig
+
+pytestmark = pytest.mark.slow
 
 
 def test_grammar_accepts_its_own_sentences():

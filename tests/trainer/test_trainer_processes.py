@@ -11,6 +11,8 @@ from tiny_trainer import make_trainer
 
 from fastpg.trainer.rollout import Rollout
 
+pytestmark = pytest.mark.slow
+
 ALGORITHMS = ["ppo", "grpo", "dr_grpo"]
 EPISODES, PROMPT, LENGTH, GROUP = 20, 3, 6, 5
 

@@ -13,6 +13,8 @@ from tiny_trainer import make_trainer, metrics_of
 
 from fastpg.tasks import reviews
 
+pytestmark = pytest.mark.slow
+
 ALGORITHMS = ["ppo", "grpo", "dr_grpo"]
 ONE = [{"prompt": "the story was"}]
 NUMBERED = [{"prompt": text, "number": i} for i, text in enumerate(reviews.subjects()[:7])]

@@ -16,6 +16,8 @@ from fastpg.ops.vocabulary import head as head_module
 from fastpg.ops.vocabulary import linear_token_loss as loss_page
 from fastpg.ops.vocabulary.shards import NEVER, add_over_ranks
 
+pytestmark = pytest.mark.slow
+
 SHARDS = {2: (30, 7), 4: (9, 1, 20, 7)}  # ragged; one of a single token
 VOCAB = 37
 

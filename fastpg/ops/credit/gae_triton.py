@@ -65,6 +65,13 @@ def load_number(x: tl.tensor, token: tl.tensor, kept: tl.tensor):
 
 
 @triton.jit
+def load_or_zero(x: tl.tensor, token: tl.tensor, kept: tl.tensor):
+    """The same, but 0 everywhere where there is no x."""
+    zeros = tl.full(token.shape, 0.0, tl.float64)
+    return zeros if x is None else load_number(x, token, kept)
+
+
+@triton.jit
 def load_factor(x: tl.tensor, token: tl.tensor, kept: tl.tensor):
     """A factor per token; 1 where a token is not kept, or where there is no x."""
     ones = tl.full(token.shape, 1.0, tl.float64)
@@ -167,9 +174,7 @@ def forward_kernel(
             GAMMA_PER_TOKEN=GAMMA_PER_TOKEN,
             LAM_PER_TOKEN=LAM_PER_TOKEN,
         )
-        value, follows = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-        if values is not None:
-            value = load_number(values, token, kept)
+        value, follows = load_or_zero(values, token, kept), tl.zeros([BLOCK], tl.float64)
         if mask is None:
             value_from = tl.where(kept, value, next_value)
         else:
@@ -215,9 +220,8 @@ def backward_kernel(
     value after it.
     """
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)
-    grad_before = tl.full([], 0.0, tl.float64)
-    trace_before = tl.full([], 0.0, tl.float64)
-    sent_before = tl.full([], 0.0, tl.float64)
+    zero = tl.full([], 0.0, tl.float64)
+    grad_before, trace_before, sent_before = zero, zero, zero
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
         last = tl.minimum(start + BLOCK, end) - 1
@@ -246,9 +250,8 @@ def backward_kernel(
         reward = tl.where(kept, token_rho * grad, 0.0)
         tl.store(grad_rewards + token, reward, mask=token < end)
         if grad_values is not None:
-            received = shifted(sent, sent_before, -1, BLOCK)
-            value = tl.where(kept, to_return - reward + received, 0.0)
-            tl.store(grad_values + token, value, mask=token < end)
+            value = to_return - reward + shifted(sent, sent_before, -1, BLOCK)
+            tl.store(grad_values + token, tl.where(kept, value, 0.0), mask=token < end)
         if grad_bootstrap is not None and truncated is not None:
             own = tl.where(reads, token_gamma * reward, 0.0)
             tl.store(grad_bootstrap + token, own, mask=token < end)

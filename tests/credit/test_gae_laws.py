@@ -1,5 +1,7 @@
 """The laws of advantages, for gae."""
 
+import math
+
 import pytest
 import torch
 from accuracy import leaves
@@ -211,6 +213,21 @@ def test_a_token_that_is_terminated_and_truncated_has_no_bootstrap(kernel):
     torch.testing.assert_close(out, (rewards - values, rewards), rtol=1e-12, atol=1e-12)
     (out[0] + out[1]).sum().backward()
     assert (bootstrap.grad == 0).all()
+
+
+def test_a_nan_stays_in_its_episode(kernel):
+    rewards, values, _ = inputs((1, 300))
+    terminated, truncated = torch.zeros(2, 1, 300, dtype=torch.bool)
+    terminated[0, [2, 200]] = truncated[0, 99] = True
+    ends = {"terminated": terminated, "truncated": truncated, "bootstrap": values + 1}
+    rewards[0, 202] = math.nan
+    rewards.requires_grad_()
+    advantages, _ = gae(rewards, values, gamma=0.9, lam=0.8, **ends)
+    assert advantages.isnan().nonzero()[:, 1].tolist() == [201, 202]
+    upstream = torch.ones_like(values)
+    upstream[0, 97] = math.nan
+    advantages.backward(upstream)
+    assert rewards.grad.isnan().nonzero()[:, 1].tolist() == [97, 98, 99]
 
 
 def test_long_sums_keep_their_digits(kernel):

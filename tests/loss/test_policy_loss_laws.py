@@ -227,6 +227,16 @@ def test_log_ratios_are_bounded_by_20_and_no_less(kernel, level, d):
     assert fields["ratio_min"] == fields["ratio_max"] == pytest.approx(ratio, rel=1e-12)
 
 
+@pytest.mark.parametrize("surrogate", ["reinforce", "cispo"])
+def test_an_impossible_token_without_an_advantage_costs_nothing(kernel, surrogate):
+    logp = torch.tensor([-math.inf, -1.0], requires_grad=True)
+    advantages, weight = torch.tensor([0.0, 2.0]), torch.tensor([0.5, 0.5])
+    loss, _ = policy_loss(logp, advantages, weight, surrogate=surrogate)
+    loss.backward()
+    assert loss == 1.0
+    assert logp.grad.tolist() == [0.0, -1.0]
+
+
 def test_no_tokens_make_a_loss_of_0_and_say_what_was_computed(kernel):
     _, stats, *_ = run(sample((0,)), "all")
     fields = dict(zip(PolicyStats.FIELDS, stats.tolist(), strict=True))

@@ -4,6 +4,7 @@ h Wᵀ + b + Σ s (h Aᵀ) Bᵀ    has    hidden = [h, s h Aᵀ, …]    and    
 """
 
 import sys
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ def head_products(lm_head: nn.Module, hidden: Tensor) -> Head:
     if _is_peft(lm_head, "utils.other", "ModulesToSaveWrapper"):
         return head_products(_chosen(lm_head), hidden)
     if _is_peft(lm_head, "tuners.lora", "Linear"):
-        return _with_adapters(lm_head, head_products(lm_head.base_layer, hidden))
+        return _with_adapters(lm_head, head_products(cast(nn.Module, lm_head.base_layer), hidden))
     raise UnknownHead(f"the LM head is a {type(lm_head).__module__}.{type(lm_head).__qualname__}")
 
 
@@ -60,7 +61,7 @@ def _is_peft(module: nn.Module, home: str, name: str) -> bool:
     return type(module) is getattr(sys.modules.get(f"peft.{home}"), name, None)
 
 
-def _chosen(wrapper: nn.Module) -> nn.Module:
+def _chosen(wrapper: Any) -> nn.Module:
     """The module that a `ModulesToSaveWrapper` calls."""
     active = wrapper.active_adapters
     if wrapper.disable_adapters or not active or not set(active) <= set(wrapper.modules_to_save):
@@ -68,7 +69,7 @@ def _chosen(wrapper: nn.Module) -> nn.Module:
     return wrapper.modules_to_save[active[0]]
 
 
-def _with_adapters(lora: nn.Module, base: Head) -> Head:
+def _with_adapters(lora: Any, base: Head) -> Head:
     """The product of the base layer, and those of the active adapters."""
     if lora.disable_adapters and lora.merged:
         raise UnknownHead("the LM head has a merged LoRA adapter that is disabled")
@@ -87,6 +88,7 @@ def _with_adapters(lora: nn.Module, base: Head) -> Head:
         low_rank = nn.functional.linear(h.to(a.dtype), a) * scaling
         hidden.append(low_rank.to(h.dtype))
         head_weight.append(b.weight.to(w.dtype))
-        if b.bias is not None:  # lora_bias, which peft allows only where the base layer has one
+        # peft allows lora_bias only where the base layer has a bias.
+        if b.bias is not None and bias is not None:
             bias = bias + (b.bias * scaling).to(bias.dtype)
     return Head(hidden, head_weight, bias)

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -150,11 +150,12 @@ def _operands(policy: PreTrainedModel, inputs: dict, length: int) -> tuple[Head,
 
 def causal_lm(policy: nn.Module) -> PreTrainedModel:
     """The Hugging Face model itself: inside of what peft wraps around it."""
-    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    model: Any = policy
+    return model.get_base_model() if hasattr(policy, "get_base_model") else model
 
 
 def _inputs(policy: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict:
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs: dict[str, Tensor | bool] = {"input_ids": input_ids, "attention_mask": attention_mask}
     inputs |= {"use_cache": False, "return_dict": True}  # whatever the config says
     if "position_ids" in inspect.signature(causal_lm(policy).forward).parameters:
         # generate() counts positions from the first real token; so must every other forward.
@@ -206,7 +207,7 @@ def _positive(config: PretrainedConfig, name: str) -> float | None:
     return value
 
 
-def _compare(policy: PreTrainedModel, head: Head) -> None:
+def _compare(policy: PreTrainedModel, head: HeadTransform) -> None:
     """Raises `UnknownHead` unless the head gives the log-probs of the model's logits."""
     model = causal_lm(policy)
     generator = torch.Generator().manual_seed(0)
@@ -233,7 +234,7 @@ def _compare(policy: PreTrainedModel, head: Head) -> None:
 def _hidden_states_times(factor: Tensor, decoder: nn.Module) -> Iterator[None]:
     """Multiplies the decoder's last hidden states."""
 
-    def scale(module, inputs, output):
+    def scale(module: nn.Module, inputs: object, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state * factor.to(
             output.last_hidden_state.dtype
         )

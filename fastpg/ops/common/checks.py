@@ -234,7 +234,7 @@ def check_label_values(
     labels: Tensor,
     legal: Tensor,
     kept: Tensor,
-    vocab: int,
+    vocab: int | Tensor,
     ignore_index: int,
     temperature: Tensor,
 ) -> None:

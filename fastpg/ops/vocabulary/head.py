@@ -180,8 +180,9 @@ def write_logits(logits: Tensor, head: Head) -> None:
     if not logits.is_cuda:  # a CPU's BLAS has no product of bf16 to fp32
         hidden = [x.to(logits.dtype) for x in hidden]
         head_weight = [x.to(logits.dtype) for x in head_weight]
-    with_bias = bias is not None and hidden[0].dtype is logits.dtype
-    if with_bias:
+    with_bias = False
+    if bias is not None and hidden[0].dtype is logits.dtype:
+        with_bias = True
         torch.addmm(bias.to(logits.dtype), hidden[0], head_weight[0].t(), out=logits)
     for i, (h, w) in enumerate(zip(hidden, head_weight, strict=True)):
         if i > 0 or not with_bias:
@@ -230,7 +231,7 @@ class RowLabels(NamedTuple):
     """What the log-probs of rows [n] need besides the logits."""
 
     labels: Tensor  # counted from the first token of this head
-    legal: Tensor | None  # whether the label is a token of the whole vocabulary
+    legal: Tensor  # whether the label is a token of the whole vocabulary
     temperature: Tensor  # [n] or []
 
 
@@ -258,6 +259,7 @@ def row_results(
         found = over_ranks(found, group, rows.temperature)
     found = found._replace(log_sum=torch.where(rows.legal, found.log_sum, math.nan))
     logp = label_logprob(found, rows.temperature)
+    assert found.entropy is not None  # `statistics` makes it
     entropy = torch.where(rows.legal, found.entropy, math.nan)
     return RowResults(logp, entropy, found.top, found.log_sum)
 
@@ -331,6 +333,6 @@ def kept_rows(kept: Tensor) -> Part:
 
 def filled(rows: Part, count: int, x: Tensor) -> Tensor:
     """A tensor [count, ...] with x at its rows, and zeros elsewhere."""
-    if rows is ALL:
+    if isinstance(rows, slice):  # ALL
         return x
     return x.new_zeros((count, *x.shape[1:])).index_copy_(0, rows, x)

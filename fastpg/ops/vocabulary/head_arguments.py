@@ -55,6 +55,13 @@ def check_whole(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} is a ZeRO-3 placeholder: {needs}")
 
 
+def as_list(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """A list of one tensor, or of as many as the user passes."""
+    if isinstance(x, (list, tuple)):
+        return list(x)
+    return [x]  # type: ignore[list-item]  # what is no tensor is refused by its name
+
+
 def as_head(
     op: str,
     hidden: Tensor | Sequence[Tensor],
@@ -62,17 +69,16 @@ def as_head(
     bias: Tensor | None,
 ) -> Head:
     """What the user passes, as many hidden as weight, in the dtype that a linear layer takes."""
-    hidden = list(hidden) if isinstance(hidden, (list, tuple)) else [hidden]
-    weight = list(weight) if isinstance(weight, (list, tuple)) else [weight]
+    hiddens, weights = as_list(hidden), as_list(weight)
     biases = [] if bias is None else [bias]
-    for name, tensors in (("hidden", hidden), ("weight", weight), ("bias", biases)):
+    for name, tensors in (("hidden", hiddens), ("weight", weights), ("bias", biases)):
         for x in tensors:
             check_tensor(op, name, x)
             check_whole(op, name, x)
-    if len(hidden) != len(weight) or not weight:
-        counts = f"got {len(hidden)} and {len(weight)}"
+    if len(hiddens) != len(weights) or not weights:
+        counts = f"got {len(hiddens)} and {len(weights)}"
         raise ValueError(f"{op}: hidden and weight must be a tensor each, or as many, {counts}")
-    return autocast(Head(hidden, weight, bias))
+    return autocast(Head(hiddens, weights, bias))
 
 
 def autocast(head: Head) -> Head:

@@ -222,13 +222,15 @@ def inputs_of(x: HeadInputs, labels: Tensor, ignore_index: int) -> Inputs:
 
 def _forward(x: HeadInputs) -> tuple[tuple[Tensor, Tensor], Saved]:
     if x.group is not None:
-        return _forward_of_shard(x)
+        return _forward_of_shard(x, x.group)
     inputs = inputs_of(x, x.labels, x.ignore_index)
     logp, entropy, stats = linear_token_logprobs_op(inputs)
     return (logp, entropy), Saved(inputs, entropy, stats, None)
 
 
-def _forward_of_shard(x: HeadInputs) -> tuple[tuple[Tensor, Tensor], Saved]:
+def _forward_of_shard(
+    x: HeadInputs, group: dist.ProcessGroup
+) -> tuple[tuple[Tensor, Tensor], Saved]:
     """The results for whole rows. To backward this shard is a head of its own."""
 
     def statistics(labels: Tensor) -> Statistics:
@@ -236,10 +238,10 @@ def _forward_of_shard(x: HeadInputs) -> tuple[tuple[Tensor, Tensor], Saved]:
         return Statistics(part.label_logit, part.top, part.log_sum, part.entropy)
 
     size = len(x.head_weight[0])
-    shard = Shard(OP, x.group, size, x.labels, x.temperature, x.ignore_index)
-    whole, local = over_all_ranks(shard, statistics)
-    saved = Saved(inputs_of(x, local, NEVER), whole.entropy, whole.stats, x.group)
-    return (whole.logp, whole.entropy), saved
+    shard = Shard(OP, group, size, x.labels, x.temperature, x.ignore_index)
+    (logp, entropy, stats), local = over_all_ranks(shard, statistics)
+    assert entropy is not None  # `statistics` has one
+    return (logp, entropy), Saved(inputs_of(x, local, NEVER), entropy, stats, group)
 
 
 def _backward(

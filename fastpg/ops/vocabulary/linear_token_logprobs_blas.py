@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,19 +50,26 @@ def forward(x: Inputs) -> Outputs:
     return Outputs(logp, entropy, torch.stack([top, log_sum]))
 
 
+class PartRows(NamedTuple):
+    """What the statistics of rows [n] need besides the logits."""
+
+    labels: Tensor  # counted from the first token of this part
+    temperature: Tensor  # [n] or []
+
+
 def part(x: Inputs) -> PartOutputs:
     """The statistics of rows over a part of the vocabulary."""
     rows = kept_rows(x.labels != x.ignore_index)
     head = x.head.tile(rows, ALL)
-    labels = take(RowLabels(x.labels, None, x.temperature), rows)
+    labels = take(PartRows(x.labels, x.temperature), rows)
 
     def results(chunk: slice) -> Statistics:
         logits, of_chunk = tiles(head.tile(chunk, ALL), x.logits_dtype), take(labels, chunk)
         return statistics(logits, of_chunk.labels, of_chunk.temperature, x.softcap)
 
     found = concatenate([results(chunk) for chunk in row_chunks(labels.labels)])
-    label_logit, top, log_sum, entropy = (filled(rows, len(x.labels), field) for field in found)
-    return PartOutputs(label_logit, top, log_sum, entropy)
+    fields = [filled(rows, len(x.labels), field) for field in found if field is not None]
+    return PartOutputs._make(fields)
 
 
 def backward(x: BackwardInputs) -> Gradients:

@@ -20,7 +20,7 @@ class RowSizes(NamedTuple):
     """The integers that C++ takes first; strides count elements."""
 
     dtype: int  # of the logits, a code of DTYPE_CODE
-    count: int  # of rows
+    count: int  # type: ignore[assignment]  # of rows; it hides tuple.count
     inner: int
     outer_stride: int
     inner_stride: int

@@ -99,8 +99,9 @@ def tile_offsets(VECTORS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexp
 
 
 @triton.jit
-def add_tile(top, total, weighted, c, scale, LANES: tl.constexpr, WIDTH: tl.constexpr,
-             ENTROPY: tl.constexpr):  # fmt: skip
+def add_tile(
+    top, total, weighted, c, scale, LANES: tl.constexpr, WIDTH: tl.constexpr, ENTROPY: tl.constexpr
+):
     """Adds a tile c [vectors, LANES, vector] to the statistics [LANES] of the lanes.
 
     `total` and `weighted` are RowStats::sum and weighted of C++, the latter in units of log2.
@@ -139,10 +140,21 @@ def record_label(flag, row, label):
 
 @triton.jit
 def read_row(
-    x, label, here, legal, length, softcap, inv_temperature, ENTROPY: tl.constexpr,
-    SOFTCAP: tl.constexpr, VECTORS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    STAGES: tl.constexpr, EVICTION: tl.constexpr,
-):  # fmt: skip
+    x,
+    label,
+    here,
+    legal,
+    length,
+    softcap,
+    inv_temperature,
+    ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
     """Reads a row of `length` logits.
 
     Returns the label's logit after softcap, the label's log-prob, the maximum of the row, its log
@@ -195,10 +207,25 @@ def label_gradient(c, log2_p, slope, g_logp, g_entropy, entropy):
 
 @triton.jit
 def write_gradient(
-    x, dx, place, y, length, readable, top, log_sum, inv_temperature, g_logp, g_entropy, h, softcap,
-    ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    x,
+    dx,
+    place,
+    y,
+    length,
+    readable,
+    top,
+    log_sum,
+    inv_temperature,
+    g_logp,
+    g_entropy,
+    h,
+    softcap,
+    ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     EVICTION: tl.constexpr,
-):  # fmt: skip
+):
     """Writes the gradient of `length` logits.
 
     place, y: The label's place in x, < 0 if it is elsewhere, and its logit after softcap.

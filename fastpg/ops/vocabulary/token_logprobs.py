@@ -144,10 +144,10 @@ def reference_backward_out(x: BackwardOutInputs) -> NoOutputs:
 
 def allocate(x: Inputs) -> Outputs:
     """Makes empty log-probs, entropies and statistics."""
-    shape = x.labels.shape
-    logp = x.temperature.new_empty(shape)
-    entropy = x.temperature.new_empty(shape if x.with_entropy else 0)
-    return Outputs(logp, entropy, x.temperature.new_empty((2, *shape)))
+    labels, dtype = x.labels, x.temperature.dtype
+    logp = torch.empty_like(labels, dtype=dtype, memory_format=torch.contiguous_format)
+    entropy = empty_like(logp) if x.with_entropy else logp.new_empty(0)
+    return Outputs(logp, entropy, logp.new_empty((2, *labels.shape)))
 
 
 def allocate_gradient(x: BackwardInputs) -> Gradient:

@@ -73,12 +73,28 @@ rows_jit = partial(jit, specialised=("logits", "out"))
 
 @rows_jit
 def forward_kernel(
-    logits, labels, temperature, logp, entropy, stats, flag,
-    rows: tl.int32, inner: tl.int32, outer_stride: tl.int64, inner_stride: tl.int64,
-    vocab: tl.int64, temperature_stride: tl.int32, softcap: tl.float32, ignore_index: tl.int64,
-    ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
-    VECTORS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+    logits,
+    labels,
+    temperature,
+    logp,
+    entropy,
+    stats,
+    flag,
+    rows: tl.int32,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    vocab: tl.int64,
+    temperature_stride: tl.int32,
+    softcap: tl.float32,
+    ignore_index: tl.int64,
+    ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     """One program per row. An ignored row has length 0: it is not read."""
     row = tl.program_id(0)
     label = tl.load(labels + row)
@@ -91,10 +107,21 @@ def forward_kernel(
     length = tl.where(kept, vocab, 0)
     length = tl.multiple_of(length, VECTOR) if ALIGNED else length
     _, value, top, log_sum, h = read_row(
-        x, label, kept & legal, legal, length, softcap, inv_temperature,
-        ENTROPY=ENTROPY, SOFTCAP=SOFTCAP, VECTORS=VECTORS, LANES=LANES, VECTOR=VECTOR,
-        STAGES=None, EVICTION="",
-    )  # fmt: skip
+        x,
+        label,
+        kept & legal,
+        legal,
+        length,
+        softcap,
+        inv_temperature,
+        ENTROPY=ENTROPY,
+        SOFTCAP=SOFTCAP,
+        VECTORS=VECTORS,
+        LANES=LANES,
+        VECTOR=VECTOR,
+        STAGES=None,
+        EVICTION="",
+    )
     tl.store(logp + row, tl.where(kept, value, 0.0))
     tl.store(stats + row, tl.where(kept, top, 0.0))
     tl.store(stats + rows.to(tl.int64) + row, tl.where(kept, log_sum, 0.0))
@@ -104,13 +131,30 @@ def forward_kernel(
 
 @rows_jit
 def backward_kernel(
-    grad_logp, grad_entropy, entropy, stats, logits, labels, temperature, out,
-    rows: tl.int32, inner: tl.int32, outer_stride: tl.int64, inner_stride: tl.int64,
-    vocab: tl.int64, temperature_stride: tl.int32, softcap: tl.float32, ignore_index: tl.int64,
+    grad_logp,
+    grad_entropy,
+    entropy,
+    stats,
+    logits,
+    labels,
+    temperature,
+    out,
+    rows: tl.int32,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    vocab: tl.int64,
+    temperature_stride: tl.int32,
+    softcap: tl.float32,
+    ignore_index: tl.int64,
     slices: tl.int32,
-    ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """One program per slice of a row. A row that no gradient reaches is written, not read.
 
     out may be logits: a thread reads what it writes before it does so, the label's logit too.
@@ -142,9 +186,25 @@ def backward_kernel(
     place = tl.where(here, label - begin, -1).to(tl.int32)
     y = capped(load_kept(x, place, here), softcap, SOFTCAP)
     write_gradient(
-        x, dx, place, y, length, readable, top, log_sum, inv_temperature, g_logp, g_entropy, h,
-        softcap, ENTROPY=ENTROPY, SOFTCAP=SOFTCAP, BLOCK=BLOCK, STAGES=None, EVICTION="",
-    )  # fmt: skip
+        x,
+        dx,
+        place,
+        y,
+        length,
+        readable,
+        top,
+        log_sum,
+        inv_temperature,
+        g_logp,
+        g_entropy,
+        h,
+        softcap,
+        ENTROPY=ENTROPY,
+        SOFTCAP=SOFTCAP,
+        BLOCK=BLOCK,
+        STAGES=None,
+        EVICTION="",
+    )
 
 
 def constants(

@@ -1,1 +1,1 @@
-"""What the ops of several chapters share."""
+"""Code that the ops of several chapters share."""

@@ -1,4 +1,4 @@
-"""What several pages check and convert: token tensors, sequences, labels, temperatures.
+"""Checks and conversions of tokens, sequences, labels and temperatures, for several pages.
 
 Tokens are [B, T], or packed [N] with cu_seqlens. A check raises with the op, the argument and the
 value that it saw.
@@ -52,6 +52,7 @@ def compute_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
         if tensor is None:
             continue
         check_tensor(op, name, tensor)
+        # This is nearly every tensor of nearly every call: it passes after one comparison.
         if tensor.dtype is torch.float32:
             continue
         if not tensor.is_floating_point():
@@ -88,6 +89,7 @@ def alike(op: str, optional: tuple[str, ...] = (), /, **tensors: Any) -> list:
     Returns:
         The tensors in their order.
     """
+    # One loop looks at all tensors; only where some differ are they asked again, for the message.
     beside, first = next(iter(tensors.items()))
     check_tensor(op, beside, first)
     shape, device, dtype = first.shape, first.device, first.dtype
@@ -99,6 +101,7 @@ def alike(op: str, optional: tuple[str, ...] = (), /, **tensors: Any) -> list:
             check_tensor(op, name, x)
         if x.dtype is not dtype or x.shape != shape or x.device != device:
             others.append(name)
+    # bf16 and fp16 tensors that are all alike still have to be converted to fp32.
     if not others and (dtype is torch.float32 or dtype is torch.float64):
         return list(tensors.values())
     dtype = compute_dtype(op, **tensors)
@@ -159,6 +162,7 @@ def fractions(op: str, name: str, x: Tensor, mask: Tensor | None, dtype: torch.d
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
         return x
     least, most = (bound.item() for bound in x.aminmax())  # A mask would cost three times as much.
+    # `not` takes NaN in. What is out of bounds may be masked, so the slow question comes second.
     if not (least >= 0 and most <= 1):
         bad = ~((x >= 0) & (x <= 1))
         bad = bad & mask if mask is not None and mask.shape == x.shape else bad
@@ -179,6 +183,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, tokens: Tensor) -> None
     """
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
+    # The zero in front gives a difference for each entry, so that a place in `bad` is its index.
     bad = torch.diff(cu_seqlens, prepend=cu_seqlens.new_zeros(1)) < 0
     bad[0] |= cu_seqlens[0] != 0
     bad[-1] |= cu_seqlens[-1] != len(tokens)
@@ -193,6 +198,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, tokens: Tensor) -> None
 def segments(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:
     """The sequence of each packed token, int64 [N]."""
     positions = torch.arange(len(tokens), device=tokens.device, dtype=cu_seqlens.dtype)
+    # A position that equals the end of a sequence belongs to the next one: hence right=True.
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
 
 
@@ -214,6 +220,7 @@ def is_last(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Marks the last unmasked token of each sequence."""
     left = mask.flip(-1).cumsum(-1).flip(-1)  # How many tokens are unmasked from here to the end.
     if cu_seqlens is not None:
+        # The sum runs to the end of the batch: the tokens of later sequences are taken off again.
         beyond = torch.nn.functional.pad(left, (0, 1))[cu_seqlens[1:].long()]
         left = left - to_tokens(beyond, mask, cu_seqlens)
     return mask & (left == 1)
@@ -262,7 +269,7 @@ def check_temperature(op: str, temperature: Tensor, kept: Tensor) -> None:
 def positive(op: str, name: str, value: float, dtype: torch.dtype) -> float:
     """The value, by which kernels divide, or with whose inverse they multiply, in this dtype."""
     check_number(op, name, value)
-    most = torch.finfo(dtype).max
+    most = torch.finfo(dtype).max  # The inverse of anything below 1 / most is infinite.
     if not 1 / most < value < most:
         needs = f"and its inverse must be finite and > 0 in {dtype}"
         raise ValueError(f"{op}: {name} {needs}, got {value}")
@@ -276,6 +283,7 @@ def label_temperature(
     if not isinstance(temperature, Tensor):
         return scalar(positive(op, "temperature", temperature, dtype), dtype, labels.device)
     check_device(op, "temperature", temperature, labels)
+    # Only expand knows which shapes broadcast, so its refusal is what the message is made of.
     try:
         return temperature.detach().to(dtype).expand(labels.shape)
     except RuntimeError:

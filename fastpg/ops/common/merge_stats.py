@@ -81,6 +81,7 @@ def merge_stats(
     kind = _kind(parts)
     row = kind.merge(torch.stack([part.values for part in parts]))
     if process_group is not None:
+        # Every rank merges the same rows in the same order, and so gets the same bits.
         rows = row.new_empty(dist.get_world_size(process_group), row.numel())
         dist.all_gather(list(rows), row, group=process_group)
         row = kind.merge(rows)

@@ -23,6 +23,7 @@ class Moments(NamedTuple):
 def moments_of(x: Tensor, kept: Tensor) -> Moments:
     """The moments of the kept x, each 0-d in fp64. What is not kept may hold NaN."""
     x, n = x.double(), kept.sum().double()
+    # Two passes, the mean first: deviations from it lose no digits, whatever the mean is.
     mean = torch.where(kept, x, 0.0).sum() / n.clamp(min=1)
     return Moments(n, mean, torch.where(kept, x - mean, 0.0).square().sum())
 

@@ -75,7 +75,7 @@ class PolicyStats(Values):
     def summary(row: list[float]) -> dict[str, float]:
         """The means that `merge_stats` returns, from the values as floats."""
         s = dict(zip(PolicyStats.FIELDS, row, strict=True))
-        n = max(s["count"], 1.0)
+        n = max(s["count"], 1.0)  # Of no tokens all sums are 0, and so are their means.
         out = {
             "loss": s["loss"],
             "clip_frac_low": s["clipped_low"] / n,
@@ -88,6 +88,7 @@ class PolicyStats(Values):
             "ess": s["ratio"] ** 2 / (n * s["ratio_sq"]) if s["count"] else 0.0,
             "count": s["count"],
         }
+        # A part without the term would count as 0 in the mean, so the mean is left out then.
         means = {name: s[name] / n for name in ("ref_kl", "entropy") if s[f"has_{name}"]}
         return out | means
 
@@ -129,6 +130,7 @@ class ValueStats(Values):
     def summary(row: list[float]) -> dict[str, float]:
         """The means that `merge_stats` returns, from the values as floats."""
         s = dict(zip(ValueStats.FIELDS, row, strict=True))
+        # Returns that do not vary leave nothing to explain, and the ratio would be 0 / 0.
         explained = 1 - s["residual_m2"] / s["return_m2"] if s["return_m2"] else 0.0
         return {
             "loss": s["loss"],
@@ -190,6 +192,7 @@ class ImportanceStats(Values):
     def summary(row: list[float]) -> dict[str, float]:
         """The means that `merge_stats` returns, from the values as floats."""
         s = dict(zip(ImportanceStats.FIELDS, row, strict=True))
+        # The KL is per token at every level, the rest is per weight.
         tokens, n = max(s["tokens"], 1.0), max(s["count"], 1.0)
         return {
             "outside_low": s["low"] / n,
@@ -257,7 +260,7 @@ def merge_bounds(kind: type[PolicyStats | ImportanceStats], rows: Tensor) -> Ten
 
 
 def tally(kind: type[PolicyStats | ImportanceStats], fields: dict[str, Tensor]) -> Tensor:
-    """The statistics of a kind, from a tensor for each of its fields, of which the field is made.
+    """The statistics of a kind, each made of the elements of the tensor that has its name.
 
     An infinity stands beside the elements of a minimum or maximum, since there may be none.
     """

@@ -18,9 +18,9 @@ from .stats import Stats
 
 MAX_LOG_RATIO = tl.constexpr(log_ratio.MAX_LOG_RATIO)
 BLOCK = tl.constexpr(1024)  # A program has so many tokens at a time.
-CHUNK = tl.constexpr(256)  # So many partial results are merged at a time.
+CHUNK = tl.constexpr(256)  # A merge takes so many partial results at a time.
 
-# Without fused multiply-adds, which versions of Triton choose differently.
+# Fused multiply-adds are off: versions of Triton choose them differently, and bits would change.
 OPTIONS = {"enable_fp_fusion": False}
 
 
@@ -30,6 +30,7 @@ def jit(kernel: Callable, specialised: tuple[str, ...] = ()):
     The alignment of the pointers named in `specialised` is the exception.
     """
     arguments = inspect.signature(kernel).parameters.values()
+    # Triton otherwise compiles apart what is 1 and what 16 divides: once more for a new batch.
     plain = [a.name for a in arguments if "constexpr" not in str(a.annotation)]
     plain = [name for name in plain if name not in specialised]
     return triton.jit(do_not_specialize=plain)(kernel)
@@ -86,6 +87,7 @@ def sequence_bounds(
         begin = sequence.to(tl.int64) * length
         end = begin + length
     else:
+        # Nobody looks at the values of cu_seqlens on a GPU: wrong ones must not lead outside.
         begin = tl.maximum(tl.load(cu_seqlens + sequence).to(tl.int64), 0)
         end = tl.minimum(tl.load(cu_seqlens + sequence + 1).to(tl.int64), tokens)
     return begin, end
@@ -96,7 +98,7 @@ def exp_excess(x: tl.tensor):
     """e^x, and e^x - 1 - x: near 0 the latter by its series, where the subtractions cancel."""
     TERMS: tl.constexpr = 16 if x.dtype == tl.float64 else 10
     e = tl.exp(x)
-    p = x * (1.0 / TERMS) + 1.0
+    p = x * (1.0 / TERMS) + 1.0  # This is Horner's scheme, from the last term on.
     for i in tl.static_range(TERMS - 3):
         p = p * x * (1.0 / (TERMS - 1 - i)) + 1.0
     return e, tl.where(tl.abs(x) < 0.5, p * (x * x) * 0.5, (e - 1.0) - x)
@@ -128,6 +130,7 @@ def merged_moments(
 
     M2 = sum of M2_i + n_i (mean_i - mean)^2 (Chan): nothing cancels.
     """
+    # Each lane adds every CHUNK-th block, then the lanes are added: the order is always the same.
     n, total = tl.zeros([CHUNK], tl.float64), tl.zeros([CHUNK], tl.float64)
     for start in range(0, rows, CHUNK):
         n_i = column(parts, count, start, rows, FIELDS)
@@ -135,7 +138,7 @@ def merged_moments(
         total += n_i * column(parts, mean, start, rows, FIELDS)
     n_all = tl.sum(n, 0)
     mean_all = tl.sum(total, 0) / tl.maximum(n_all, 1.0)
-    m2 = tl.zeros([CHUNK], tl.float64)
+    m2 = tl.zeros([CHUNK], tl.float64)  # It needs the mean of all blocks: hence a second loop.
     for start in range(0, rows, CHUNK):
         d = column(parts, mean, start, rows, FIELDS) - mean_all
         n_i = column(parts, count, start, rows, FIELDS)

@@ -87,6 +87,7 @@ def as_grid(x: Tensor | None, default: float, inputs: Inputs) -> Tensor:
 
 def tokens_of(x: Inputs) -> Tokens:
     """Brings every option into one form, per token."""
+    # A masked token gets factors of 1, for it hands on what follows it; its own may hold NaN.
     kept = as_grid(x.mask, 1.0, x) != 0
     terminal = as_grid(x.terminated, 0.0, x) != 0
     cut = as_grid(x.truncated, 0.0, x) != 0
@@ -95,6 +96,7 @@ def tokens_of(x: Inputs) -> Tokens:
     rho = torch.where(kept, as_grid(x.rho, 1.0, x), 1.0)
     c = torch.where(kept, as_grid(x.c, 1.0, x), 1.0)
     length = x.rewards.shape[-1]
+    # For every token, this is where its sequence ends.
     stop: int | Tensor = length
     if x.cu_seqlens is not None:
         stop = checks.to_tokens(x.cu_seqlens[1:], x.rewards, x.cu_seqlens)
@@ -110,6 +112,7 @@ def scan_back(a: Tensor, b: Tensor) -> Tensor:
     """x_t = b_t + a_t x_{t+1}, from the last token to the first."""
     out, x = torch.empty_like(b), b.new_zeros(len(b))
     for t in reversed(range(b.shape[1])):
+        # A trace that is cut lets nothing through: 0 times an infinite x would be NaN.
         x = torch.where(a[:, t] == 0, b[:, t], b[:, t] + a[:, t] * x)
         out[:, t] = x
     return out
@@ -133,6 +136,7 @@ def reference(x: Inputs) -> Outputs:
     # A masked token hands on the value of the next unmasked one.
     hands_on = (~(tokens.kept | tokens.ends)).double()
     value_from = scan_back(hands_on, torch.where(tokens.kept, values, follows))
+    # What roll brings from the first token to the last is not read: the last token is an end.
     next_value = torch.where(tokens.ends | tokens.done, follows, value_from.roll(-1, 1))
     error = tokens.rho * (rewards + tokens.gamma * next_value - values)
     delta = torch.where(tokens.kept, error, 0.0)
@@ -149,6 +153,8 @@ def reference_backward(x: BackwardInputs) -> Gradients:
     inputs, tokens = x.inputs, tokens_of(x.inputs)
     to_advantages = torch.where(tokens.kept, as_grid(x.grad_advantages, 0.0, inputs), 0.0)
     to_returns = torch.where(tokens.kept, as_grid(x.grad_returns, 0.0, inputs), 0.0)
+    # A_t holds trace_t A_{t+1}, so a gradient arrives with the trace of the token before. The
+    # first token gets that of the last, which is 0.
     grad = scan_forward(tokens.trace.roll(1, 1), to_advantages + to_returns)
     grad = torch.where(tokens.kept, tokens.rho * grad, 0.0)
     # What a token sends to the value that follows it, past masked tokens.

@@ -22,6 +22,7 @@ def discount(
         if not 0 <= x <= 1:
             raise ValueError(f"gae: {name} must be in [0, 1], got {x}")
         return None, float(x)
+    # A 0-d tensor, as a compiled graph may hold it, is one number for every sequence.
     x = x.expand(count) if x.dim() == 0 else x
     checks.check_shape("gae", name, x, rewards, (count,), rewards.shape)
     return checks.fractions("gae", name, x, mask, dtype), 0.0
@@ -60,9 +61,11 @@ def endings(
         # A bootstrap per sequence says the same: it is read unless the sequence is terminated.
         terminated = ~truncated if terminated is None else terminated
         truncated = None
+    # From here on `terminated` may still be per sequence; `truncated` is per token, or None.
     if terminated is None or terminated.shape == rewards.shape:
         return bootstrap, terminated, truncated
     if truncated is None:
+        # The bootstrap is read once per sequence, so to terminate it is to make it 0.
         return None if bootstrap is None else bootstrap.masked_fill(terminated, 0.0), None, None
     if not torch.compiler.is_compiling():  # A graph cannot branch on values; the op checks again.
         checks.check_cu_seqlens("gae", cu_seqlens, rewards)

@@ -47,6 +47,7 @@ def scan_latest(given: tl.tensor, x: tl.tensor, carry: tl.tensor, REVERSE: tl.co
 @triton.jit
 def shifted(x: tl.tensor, carry: tl.tensor, DISTANCE: tl.constexpr, BLOCK: tl.constexpr):
     """x of the next token (1) or of the one before (-1); the carry at the edge of the block."""
+    # gather must not read outside the block, so the token at its edge reads place 0 in vain.
     source = tl.arange(0, BLOCK) + DISTANCE
     inside = (source >= 0) & (source < BLOCK)
     return tl.where(inside, tl.gather(x, tl.where(inside, source, 0), 0), carry)
@@ -151,11 +152,10 @@ def forward_kernel(
 ):
     """Scans from the last block to the first; it carries the advantage and value that follow."""
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)
-    next_advantage = tl.full([], 0.0, tl.float64)
-    next_value = tl.full([], 0.0, tl.float64)
+    next_advantage, next_value = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
     if bootstrap is not None and truncated is None:
         next_value += tl.load(bootstrap + tl.program_id(0)).to(tl.float64)
-    blocks = (end - begin + BLOCK - 1) // BLOCK
+    blocks = (end - begin + BLOCK - 1) // BLOCK  # The last may be part empty, never the first.
     for i in range(0, blocks):
         start = begin + (blocks - 1 - i) * BLOCK
         token = start + tl.arange(0, BLOCK)
@@ -176,7 +176,7 @@ def forward_kernel(
         )
         value, follows = load_or_zero(values, token, kept), tl.zeros([BLOCK], tl.float64)
         if mask is None:
-            value_from = tl.where(kept, value, next_value)
+            value_from = tl.where(kept, value, next_value)  # A scan would find the same.
         else:
             value_from = scan_latest(kept, value, next_value, True)
         after = shifted(value_from, next_value, 1, BLOCK)
@@ -188,7 +188,7 @@ def forward_kernel(
         tl.store(advantages + token, tl.where(kept, advantage, 0.0), mask=token < end)
         tl.store(returns + token, tl.where(kept, advantage + value, 0.0), mask=token < end)
         next_advantage = pick(advantage, token, start)
-        next_value = pick(value_from, token, start)
+        next_value = pick(value_from, token, start)  # The block before goes on from there.
 
 
 @jit
@@ -224,7 +224,7 @@ def backward_kernel(
     grad_before, trace_before, sent_before = zero, zero, zero
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        last = tl.minimum(start + BLOCK, end) - 1
+        last = tl.minimum(start + BLOCK, end) - 1  # The carries come from it, not from padding.
         kept, done, reads, token_gamma, token_rho, trace = load_tokens(
             mask=mask,
             gammas=gammas,
@@ -242,7 +242,7 @@ def backward_kernel(
         )
         to_return = load_number(grad_returns, token, kept)
         grad = load_number(grad_advantages, token, kept) + to_return
-        arriving = shifted(trace, trace_before, -1, BLOCK)
+        arriving = shifted(trace, trace_before, -1, BLOCK)  # The trace belongs to its sender.
         grad = scan_affine(arriving, grad, grad_before, False)
         sent = tl.where(done, 0.0, token_gamma * (token_rho * grad))
         if mask is not None:

@@ -39,6 +39,8 @@ class Groups(NamedTuple):
 def groups_of(group: Tensor) -> Groups:
     """Brings any integers into the order in which groups can be added up."""
     ordered = group.sort(stable=True)
+    # The key of a group is its first place in sorted order, and a stable sort puts its first score
+    # there.
     key = torch.searchsorted(ordered.values, group.contiguous())
     size = group_sum(torch.ones(group.shape, dtype=torch.float64, device=group.device), key)
     return Groups(key, ordered.indices[key], size)
@@ -53,6 +55,7 @@ def group_sum(x: Tensor, key: Tensor) -> Tensor:
 def centred_and_scaled(x: Tensor, groups: Groups, baseline: str, scale: str, eps: float) -> Tensor:
     """The tables at the top of this page, in fp64."""
     alone, others = groups.size == 1, (groups.size - 1).clamp(min=1)
+    # The shift is a constant and falls out of the centred scores, and so out of the gradient.
     shifted = x - x.detach()[groups.first]
     centred = shifted - group_sum(shifted, groups.key) / groups.size
     y = x
@@ -123,4 +126,5 @@ def group_center(
     if not 0 < eps < math.inf:
         raise ValueError(f"{op}: eps must be finite and > 0, got {eps}")
     y = centred_and_scaled(scores.double(), groups_of(group), baseline, scale, eps)
+    # Without the copy, fp64 scores of baseline="none" would be returned as the same tensor.
     return y.to(dtype, copy=True)

@@ -23,6 +23,7 @@ def last_kept(mask: tl.tensor, begin: tl.tensor, end: tl.tensor):
     last = tl.full([BLOCK], -1, tl.int64)
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
+        # Tokens come in rising order, so the later one of a lane replaces the earlier.
         last = tl.where(load_mask(mask, token, token < end), token, last)
     return tl.max(last, 0)
 
@@ -38,8 +39,10 @@ def forward_kernel(
     tokens: tl.int64,
     kl_coef: tl.float64,
 ):
+    """The rewards of a sequence."""
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)
     last = last_kept(mask, begin, end)
+    # The score of a sequence without an unmasked token may be NaN, and nobody gets it.
     score = tl.load(scores + tl.program_id(0), mask=last >= 0, other=0.0)
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
@@ -61,6 +64,7 @@ def backward_kernel(
     tokens: tl.int64,
     kl_coef: tl.float64,
 ):
+    """The gradients of the score and of the KL of a sequence."""
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)
     last = last_kept(mask, begin, end)
     grad_score = tl.load(grad_rewards + last, mask=last >= 0, other=0.0)

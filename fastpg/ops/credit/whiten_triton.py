@@ -106,6 +106,7 @@ def gradient_sums_kernel(
     offset = block_offsets()
     kept = load_mask(mask, offset, offset < count)
     grad = load_kept(grad_y, offset, kept).to(tl.float64)
+    # d is -mean at a masked element, where the gradient is 0: the product counts nothing.
     d = deviation(x, offset, kept, tl.load(moments + MEAN))
     part = parts + tl.program_id(0) * 2
     tl.store(part, tl.sum(grad, 0))
@@ -128,6 +129,7 @@ def gradient_kernel(
     kept = load_mask(mask, offset, offset < count)
     n, mean, scale = statistics(moments, eps)
     mean_grad = tl.load(sums) / tl.maximum(n, 1.0)
+    # The part through the variance is proportional to the deviation, with this slope.
     slope = scale * scale * scale * tl.load(sums + 1) / tl.maximum(n - 1.0, 1.0)
     constant = (-scale if CENTER else 1.0 - scale) * mean_grad
     grad = load_kept(grad_y, offset, kept).to(tl.float64)

@@ -12,6 +12,7 @@ from .kl_estimate import BackwardInputs, Gradient, Inputs, Outputs, allocate, al
 
 @triton.jit
 def difference(logp: tl.tensor, ref_logp: tl.tensor, offset: tl.tensor, inside: tl.tensor):
+    """logp - ref_logp of these tokens."""
     return tl.load(logp + offset, mask=inside) - tl.load(ref_logp + offset, mask=inside)
 
 
@@ -19,6 +20,7 @@ def difference(logp: tl.tensor, ref_logp: tl.tensor, offset: tl.tensor, inside: 
 def forward_kernel(
     logp: tl.tensor, ref_logp: tl.tensor, kl: tl.tensor, count: tl.int64, KIND: tl.constexpr
 ):
+    """The estimates of a block."""
     offset = block_offsets()
     value = difference(logp, ref_logp, offset, offset < count)
     if KIND == "k2":
@@ -26,7 +28,7 @@ def forward_kernel(
     if KIND == "k3":
         d = bounded(value)
         _, excess = exp_excess(-d)
-        value = excess + (value - d)
+        value = excess + (value - d)  # Only the exponent is bounded; the term d of k3 is not.
     tl.store(kl + offset, value, mask=offset < count)
 
 
@@ -39,6 +41,7 @@ def backward_kernel(
     count: tl.int64,
     KIND: tl.constexpr,
 ):
+    """The gradient of a block, by logp, for k2 or k3."""
     offset = block_offsets()
     slope = difference(logp, ref_logp, offset, offset < count)
     if KIND == "k3":  # 1 - e^-d without its cancellation

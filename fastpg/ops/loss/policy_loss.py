@@ -123,6 +123,7 @@ def reference(x: Inputs) -> Outputs:
     old_logp, given_ratio = masked(x.old_logp, kept), masked(x.ratio, kept)
     ref_logp, entropy = masked(x.ref_logp, kept), masked(x.entropy, kept)
     d = torch.zeros_like(logp) if old_logp is None else log_ratio(logp, old_logp)
+    # The KL of a token takes the token's own ratio, also where the surrogate is given another.
     token_ratio = d.exp()
     ratio = token_ratio if given_ratio is None else given_ratio
     term = SURROGATES[x.surrogate](ratio, advantages, logp, options)
@@ -135,6 +136,7 @@ def reference(x: Inputs) -> Outputs:
     fields = {"weight": weight, "loss": loss, "surrogate": weight * term.value}
     fields |= {"clipped_low": term.too_low, "clipped_high": term.too_high}
     stats = tally(PolicyStats, fields | ratio_fields(kept, ratio, d, ref_kl, entropy))
+    # torch wants outputs of their own memory, so the loss is a copy of the statistic.
     total = stats[PolicyStats.FIELDS.index("loss")].to(logp.dtype, copy=True)
     return Outputs(total, weight * slope, stats)
 
@@ -143,7 +145,7 @@ def ratio_fields(
     kept: Tensor, ratio: Tensor, d: Tensor, ref_kl: Tensor | None, entropy: Tensor | None
 ) -> dict[str, Tensor]:
     """What the statistics of the ratios, the KL and the entropy are made of, by their names."""
-    real = torch.where(kept, ratio, 0.0)
+    real = torch.where(kept, ratio, 0.0)  # e^0 = 1 of a masked token must not be summed.
     return {
         "count": kept,
         "ratio": real,
@@ -219,6 +221,7 @@ sequence_ratio_op = Op(
 def _forward(x: Inputs) -> tuple[tuple[Tensor, Tensor], Saved]:
     outputs = policy_loss_op(x)
     entropy_coef = x.options.entropy_coef
+    # The weights are kept for backward only where a gradient goes to the entropy.
     has_gradient = x.entropy is not None and x.entropy.requires_grad
     counts = has_gradient and (x.traced_options is not None or entropy_coef != 0)
     weight = x.weight if counts else None

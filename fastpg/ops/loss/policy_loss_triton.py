@@ -50,6 +50,7 @@ RATIO_MAX = field_of(PolicyStats, "ratio_max")
 
 @triton.jit
 def put_sum(part: tl.tensor, field: tl.constexpr, x: tl.tensor):
+    """Writes the sum of a block, in fp64 as every partial result."""
     tl.store(part + field, tl.sum(x.to(tl.float64), 0))
 
 
@@ -191,6 +192,7 @@ def sequence_ratio_kernel(
         x, old = load_kept(logp, offset, kept), load_kept(old_logp, offset, kept)
         total += x.to(tl.float64) - old.to(tl.float64)
         count += kept.to(tl.float64)
+    # The mean is clamped, not its terms: log-ratios of a long sequence cancel in it.
     mean = tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1.0)
     sequence_ratio = tl.exp(bounded(mean)).to(ratio.dtype.element_ty)
     for start in range(begin, end, BLOCK):

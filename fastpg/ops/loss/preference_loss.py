@@ -57,6 +57,7 @@ def preference_loss(
     )
     if weight is None:
         weight = torch.full_like(chosen, 1 / max(chosen.numel(), 1))
+    # Masked pairs are selected away, not multiplied by 0: their scores may be NaN.
     weight = weight.detach()
     kept = weight != 0
     chosen, rejected = torch.where(kept, chosen, 0.0), torch.where(kept, rejected, 0.0)

@@ -44,6 +44,7 @@ def ppo(ratio: Tensor, advantages: Tensor, _logp: Tensor, options: LossOptions) 
     """s = −min(r A, clip(r) A), at most −dual_clip A where A < 0; c = r A, or 0 where r is held."""
     too_low = (advantages < 0) & (ratio < options.low)
     too_high = (advantages > 0) & (ratio > options.high)
+    # Where A = 0 no bound is in force: such tokens are not counted as clipped.
     beyond = (advantages < 0) & (ratio > options.dual_clip)
     held = ratio.masked_fill(too_low, options.low).masked_fill(too_high, options.high)
     held = held.masked_fill(beyond, options.dual_clip)
@@ -57,6 +58,7 @@ def reinforce(
     """s = −sg(r) A logp; c = r A."""
     never = torch.zeros_like(ratio, dtype=torch.bool)
     slope = -ratio * advantages
+    # At A = 0 an infinite logp would make 0 · inf = NaN of a term that does not count.
     return SurrogateTerm(torch.where(advantages == 0, 0.0, slope * logp), slope, never, never)
 
 
@@ -75,6 +77,7 @@ def sapo(ratio: Tensor, advantages: Tensor, _logp: Tensor, options: LossOptions)
     tau = torch.where(advantages < 0, options.tau_negative * one, options.tau_positive * one)
     x = tau * (ratio - 1)
     value = -4 / tau * torch.sigmoid(x) * advantages
+    # σ(−x) is 1 − σ(x) without its cancellation at large x.
     slope = -4 * torch.sigmoid(x) * torch.sigmoid(-x) * ratio * advantages
     return SurrogateTerm(value, slope, never, never)
 

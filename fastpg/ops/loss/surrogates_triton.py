@@ -76,7 +76,7 @@ def sapo(ratio: tl.tensor, advantage: tl.tensor, taus: tl.tuple):
     """-4/tau s A, s = sigmoid(x), x = tau (r - 1). With z = e^-|x|, s (1 - s) = z / (1 + z)^2."""
     tau = tl.where(advantage < 0, taus[1], taus[0])
     x = tau * (ratio - 1.0)
-    z = tl.exp(tl.where(x < 0, x, -x))
+    z = tl.exp(tl.where(x < 0, x, -x))  # The exponent is never positive: nothing overflows.
     share = 1.0 / (1.0 + z)
     sigmoid = tl.where(x < 0, z * share, share)
     return -4.0 / tau * sigmoid * advantage, -4.0 * z * share * share * ratio * advantage
@@ -101,7 +101,7 @@ def surrogate(
             value, slope = sapo(ratio, advantage, taus)
         else:
             value, slope = reinforce(ratio, advantage, logp)
-        never = ratio < ratio
+        never = ratio < ratio  # false everywhere, NaN included
         return value, slope, never, never
 
 

@@ -62,6 +62,7 @@ def reference(x: Inputs) -> Outputs:
         held_error = torch.clamp(values, old_values - x.clip, old_values + x.clip) - returns
     clipped = held_error**2 > error**2
     loss = (weight * 0.5 * torch.where(clipped, held_error, error) ** 2).sum(dtype=torch.float64)
+    # The explained variance compares the spread of R − V with that of R.
     returned, residual = moments_of(returns, kept), moments_of(-error, kept)
     fields = {
         "count": kept.sum(),

@@ -92,6 +92,7 @@ def merge_kernel(parts: tl.tensor, stats: tl.tensor, loss: tl.tensor, rows: tl.i
     sums = tl.sum(total, 0)
     tl.store(stats + tl.arange(0, SUMS), sums)
     tl.store(loss, tl.sum(tl.where(tl.arange(0, SUMS) == LOSS, sums, 0.0), 0))
+    # Means cannot be added: they merge together with their m2, weighted by the counts.
     for mean in tl.static_range(SUMS, FIELDS, 2):
         _, mean_all, m2 = merged_moments(parts, rows, COUNT, mean, FIELDS)
         tl.store(stats + mean, mean_all)

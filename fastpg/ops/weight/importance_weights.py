@@ -97,7 +97,7 @@ def reference(x: Inputs) -> Outputs:
     zero = x.outside == "zero"
     weight = ratio.masked_fill(below, 0.0 if zero else x.low)
     weight = weight.masked_fill(above, 0.0 if zero else x.high)
-
+    # The statistics see the weights of sequences in fp64, before they are rounded.
     stats = statistics_of(x.mask, d, counts, ratio, weight, below, above)
     weight = weight.to(x.logp.dtype)
     if x.level != "token":
@@ -130,6 +130,7 @@ importance_weights_op = Op(
 
 def bounds(low: float | None, high: float | None) -> tuple[float, float]:
     """Checks the bounds and returns them as floats, infinite where there is none."""
+    # Infinite bounds let the kernels compare always, with no case for a bound that is missing.
     low = -math.inf if low is None else low
     high = math.inf if high is None else high
     checks.check_number("importance_weights", "low", low)

@@ -143,13 +143,15 @@ def sequence_kernel(
         _, excess = exp_excess(d)
         total, excesses = total + d.to(tl.float64), excesses + excess.to(tl.float64)
         count += kept.to(tl.int32)
-    n = tl.sum(count, 0).to(tl.float64)
+    n = tl.sum(count, 0).to(tl.float64)  # An int32 counts exactly.
     exponent = tl.sum(total, 0) / tl.maximum(n, 1.0) if MEAN else tl.sum(total, 0)
+    # A sequence is a block of one: the functions for tokens take it so.
     ratio = tl.exp(bounded(exponent)) + tl.zeros([1], tl.float64)
     weighed, below, above = weight_of(ratio, low, high, ZERO)
     part = parts + tl.program_id(0).to(tl.int64) * FIELDS
     put_tokens(part, total, excesses, count)
     put_weights(part, ratio, weighed, below, above, n + tl.zeros([1], tl.float64) > 0)
+    # The sum over one element makes a scalar of it again.
     of_sequence = tl.sum(weighed, 0).to(weight.dtype.element_ty)
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
@@ -168,6 +170,7 @@ def merge_kernel(parts: tl.tensor, stats: tl.tensor, programs: tl.int32):
     least, most = tl.full([CHUNK], INFINITY, tl.float64), tl.full([CHUNK], -INFINITY, tl.float64)
     ratios = tl.zeros([CHUNK], tl.float64)
     for start in range(0, programs, CHUNK):
+        # Beyond the last program a load gives 0, which could pass for the least ratio.
         inside = start + tl.arange(0, CHUNK) < programs
         ratios += column(parts, RATIO, start, programs, FIELDS)
         lowest = column(parts, RATIO_MIN, start, programs, FIELDS)

@@ -45,6 +45,7 @@ def reference(x: Inputs) -> Outputs:
     """The specification: the table at the top of this page."""
     checks.check_cu_seqlens("token_weights", x.cu_seqlens, x.mask)
     lengths = checks.to_sequences(x.mask.double(), x.cu_seqlens)
+    # A sequence of which every token is masked does not count in any mean.
     denom = x.denom
     if denom is None and x.reduce == "token":
         denom = lengths.sum()

@@ -40,6 +40,7 @@ def weight_kernel(
 ):
     """Writes 1 / denom, or a share of it for each token of a sequence; 0 if denom is 0."""
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)
+    # The quotient is taken in fp64 and rounded once, as in the reference.
     divisor = tl.load(denom).to(tl.float64)
     if PER_SEQUENCE:
         divisor *= tl.load(lengths + tl.program_id(0))
@@ -60,6 +61,7 @@ def token_weights(x: Inputs) -> Outputs:
     batch |= {"tokens": x.mask.numel(), **OPTIONS}
     per_sequence = x.reduce == "sequence"
     lengths = x.mask.new_empty(sequence_count, dtype=torch.int32)
+    # A denom that is given spares the counting, unless the lengths themselves are wanted.
     if x.denom is None or per_sequence:
         length_kernel[(sequence_count,)](lengths=lengths, **batch)
     denom = x.denom

@@ -242,8 +242,7 @@ def backward_kernel(
         )
         to_return = load_number(grad_returns, token, kept)
         grad = load_number(grad_advantages, token, kept) + to_return
-        arriving = shifted(trace, trace_before, -1, BLOCK)  # The trace belongs to its sender.
-        grad = scan_affine(arriving, grad, grad_before, False)
+        grad = scan_affine(shifted(trace, trace_before, -1, BLOCK), grad, grad_before, False)
         sent = tl.where(done, 0.0, token_gamma * (token_rho * grad))
         if mask is not None:
             sent = scan_latest(kept, sent, sent_before, False)

@@ -154,6 +154,7 @@ LABELS = torch.tensor([1, 2])
         (ValueError, "temperature .* got 1e[+]39", LOGITS, LABELS, {"temperature": 1e39}),
         (ValueError, "temperature .* got nan", LOGITS, LABELS, {"temperature": math.nan}),
         (ValueError, "temperature holds -1.0", LOGITS, LABELS, {"temperature": -LABELS}),
+        (ValueError, "temperature holds 0.0", LOGITS, LABELS, {"temperature": 0 * LABELS}),
         (ValueError, r"temperature \(3,\) does", LOGITS, LABELS, {"temperature": torch.ones(3)}),
         (ValueError, "softcap .* finite and > 0 .* got -1", LOGITS, LABELS, {"softcap": -1.0}),
     ],

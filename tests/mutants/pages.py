@@ -332,7 +332,10 @@ MUTANTS = [
         FROM_LOGITS,
         "        torch.autograd.graph.increment_version(logits)  #",
         "        pass  #",
-        ("tests/loss/test_policy_loss_from_logits.py", *ON_REFERENCE),
+        (
+            "tests/loss/test_policy_loss_from_logits.py"
+            "::test_who_saved_the_logits_raises_once_they_are_overwritten",
+        ),
     ),
     Mutant(
         "a-gradient-is-handed-over-twice",

@@ -201,8 +201,8 @@ def importance_weights(
     checks.check_choice(op, "outside", outside, OUTSIDE)
     low, high = bounds(low, high)
     inputs = Inputs(
-        logp=logp.detach(),
-        behavior_logp=behavior_logp.detach(),
+        logp=logp.detach() if logp.requires_grad else logp,
+        behavior_logp=behavior_logp.detach() if behavior_logp.requires_grad else behavior_logp,
         mask=checks.as_bool(mask),
         cu_seqlens=cu_seqlens,
         level=level,

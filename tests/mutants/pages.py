@@ -157,7 +157,7 @@ MUTANTS = [
     Mutant(
         "moments-of-parts-are-merged-without-their-counts",
         MOMENTS,
-        "(parts.m2 + parts.count * (parts.mean - mean) ** 2)",
+        "(parts.m2 + parts.n * (parts.mean - mean) ** 2)",
         "(parts.m2 + (parts.mean - mean) ** 2)",
         MERGING,
     ),
@@ -237,8 +237,8 @@ MUTANTS = [
     Mutant(
         "one-value-is-divided-by-eps",
         WHITEN,
-        "torch.where(moments.count > 1,",
-        "torch.where(moments.count > 0,",
+        "torch.where(moments.n > 1,",
+        "torch.where(moments.n > 0,",
         ("tests/credit/test_whiten.py", *ON_REFERENCE),
     ),
     Mutant(

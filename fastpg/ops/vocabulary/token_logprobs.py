@@ -297,7 +297,7 @@ def checked_inputs(
     dtype = compute_dtype(OP, logits=logits)
     return Inputs(
         logits=logits,
-        labels=labels.long(),
+        labels=labels if labels.dtype is torch.int64 else labels.long(),
         temperature=label_temperature(OP, temperature, dtype, labels),
         softcap=0.0 if softcap is None else positive(OP, "softcap", softcap, dtype),
         ignore_index=ignore_index,

@@ -79,12 +79,14 @@ def merge_stats(
     """
     parts = [stats] if isinstance(stats, Stats) else list(stats)
     kind = _kind(parts)
+    # Sums add up, minima and maxima compare, moments merge: no mean of means is taken.
     row = kind.merge(torch.stack([part.values for part in parts]))
     if process_group is not None:
         # Every rank merges the same rows in the same order, and so gets the same bits.
         rows = row.new_empty(dist.get_world_size(process_group), row.numel())
         dist.all_gather(list(rows), row, group=process_group)
         row = kind.merge(rows)
+    # This is the one place where the device is waited for.
     return kind.summary(row.tolist())
 
 

@@ -123,6 +123,7 @@ class ValueStats(Values):
         """The statistics [8] of all tokens, from those [M, 8] of their parts."""
         sums, moments = rows.split([len(ValueStats.SUMS), len(ValueStats.MOMENTS)], dim=1)
         count = sums[:, ValueStats.SUMS.index("count"), None]
+        # Every mean is followed by its M2; both kinds of values share the count.
         _, mean, m2 = merge_moments(Moments(count, moments[:, 0::2], moments[:, 1::2]))
         return torch.cat([sums.sum(0), torch.stack([mean, m2], 1).flatten()])
 
@@ -232,6 +233,7 @@ class PreferenceStats(Values):
     @staticmethod
     def merge(rows: Tensor) -> Tensor:
         """The statistics [7] of all pairs, from those [M, 7] of their parts."""
+        # All of them are sums.
         return rows.sum(0)
 
     @staticmethod
@@ -254,6 +256,7 @@ Stats = PolicyStats | ValueStats | ImportanceStats | PreferenceStats
 
 def merge_bounds(kind: type[PolicyStats | ImportanceStats], rows: Tensor) -> Tensor:
     """One row of statistics that are sums, minima or maxima, from a row for each part."""
+    # FIELDS is these three in this order, and so is a row.
     lengths = [len(kind.SUMS), len(kind.MINIMA), len(kind.MAXIMA)]
     sums, minima, maxima = rows.split(lengths, dim=1)
     return torch.cat([sums.sum(0), minima.amin(0), maxima.amax(0)])

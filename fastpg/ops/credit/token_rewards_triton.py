@@ -67,6 +67,7 @@ def backward_kernel(
     """The gradients of the score and of the KL of a sequence."""
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)
     last = last_kept(mask, begin, end)
+    # Only the last unmasked token got the score; without one nothing goes back.
     grad_score = tl.load(grad_rewards + last, mask=last >= 0, other=0.0)
     tl.store(grad_scores + tl.program_id(0), grad_score)
     if grad_kl is not None:

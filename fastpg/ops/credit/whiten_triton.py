@@ -64,6 +64,7 @@ def merge_kernel(parts: tl.tensor, moments: tl.tensor, blocks: tl.int32):
 def statistics(moments: tl.tensor, eps: tl.tensor):
     """n, mean and 1 / sqrt(var + eps), which is 1 for a single value."""
     n, mean, m2 = tl.load(moments + COUNT), tl.load(moments + MEAN), tl.load(moments + M2)
+    # The variance is unbiased; a single value has none, and is only centred.
     scale = 1.0 / tl.sqrt(m2 / tl.maximum(n - 1.0, 1.0) + eps)
     return n, mean, tl.where(n > 1.0, scale, 1.0)
 
@@ -87,6 +88,7 @@ def whiten_kernel(
     offset = block_offsets()
     kept = load_mask(mask, offset, offset < count)
     _, mean, scale = statistics(moments, eps)
+    # In fp64, as everything here: a large mean would cost a small deviation its digits.
     value = deviation(x, offset, kept, mean) * scale
     if not CENTER:
         value += mean

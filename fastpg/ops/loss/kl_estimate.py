@@ -116,6 +116,7 @@ def _forward(x: Inputs) -> tuple[Outputs, Inputs]:
 
 
 def _backward(x: Inputs, grad_kl: Tensor) -> Gradients:
+    # The derivative of k1 is 1: no kernel is needed.
     grad_logp = grad_kl
     if x.kind != "k1":
         grad_logp = kl_estimate_backward_op(BackwardInputs(x, grad_kl)).grad_logp

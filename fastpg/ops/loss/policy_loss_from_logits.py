@@ -96,6 +96,7 @@ def reference(x: Inputs) -> Outputs:
             traced_options=x.traced_options,
         )
     )
+    # The loss subtracts entropy_coef times the entropy of each token, weighted like the token.
     grad_entropy = None
     if rows.with_entropy:
         entropy_coef: float | Tensor = x.options.entropy_coef
@@ -109,6 +110,7 @@ def reference(x: Inputs) -> Outputs:
         entropy=entropy if rows.with_entropy else None,
         stats=row_stats,
     )
+    # `out` may be the logits themselves: everything that reads them is done by now.
     x.out.copy_(rows_page.reference_backward(gradient).grad_logits)
     return Outputs(loss.loss, loss.stats)
 
@@ -185,12 +187,14 @@ class Gradients(NamedTuple):
 
 
 def _forward(x: Call) -> tuple[tuple[Tensor, Tensor], Saved]:
+    # The operator must not see a graph: the gradient is made here, not by torch.
     logits = x.logits.detach()
     out = logits if x.inplace else empty_like(logits)
     rows = x.inputs.rows._replace(logits=logits)
     outputs = policy_loss_from_logits_op(x.inputs._replace(rows=rows, out=out))
     if x.inplace:
         torch.autograd.graph.increment_version(logits)  # whoever saved them raises
+    # A second backward would scale a gradient that has been scaled already.
     once = None if torch.compiler.is_compiling() else Once()
     return (outputs.loss, outputs.stats), Saved(out, once)
 
@@ -201,6 +205,7 @@ def _backward(saved: Saved, grad_loss: Tensor, _grad_stats: None) -> Gradients:
     if saved.handed_over.done:
         raise RuntimeError(f"{OP}: one backward a forward; this is the second")
     saved.handed_over.done = True
+    # The gradient was made for a factor of 1, which most losses have: then nothing is read.
     scale_op(ScaleInputs(saved.gradient, grad_loss))
     return Gradients(saved.gradient)
 
@@ -239,6 +244,7 @@ def _checked_tokens(
 
 
 def _check_inplace(logits: Tensor) -> None:
+    # A view of a leaf is as much in use as the leaf: the optimiser reads it later.
     base = logits if logits._base is None else logits._base
     if base.is_leaf and base.requires_grad:
         raise ValueError(f"{OP}: inplace=True would overwrite logits that are a leaf of the graph")
@@ -249,6 +255,7 @@ def _check_inplace(logits: Tensor) -> None:
 
 def _two_ops(rows: rows_page.Inputs, tokens: Tokens, **terms: Any) -> tuple[Tensor, PolicyStats]:
     """The loss by token_logprobs and policy_loss, whose gradient is made in backward."""
+    # Both ops must leave out the same tokens, or a masked label would be read.
     labels, weight = masked(rows.labels, tokens.weight, rows.ignore_index)
     logprobs = partial(
         rows_page.token_logprobs,

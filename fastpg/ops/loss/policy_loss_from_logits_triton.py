@@ -62,6 +62,7 @@ def derivatives(
         entropy_coef,
     )
     kept = w != 0
+    # Masked tokens are not read: their advantages and log-probs may be NaN.
     advantage = load_kept(advantages, row, kept)
     old = None if old_logp is None else load_kept(old_logp, row, kept)
     ref = None if ref_logp is None else load_kept(ref_logp, row, kept)
@@ -158,6 +159,7 @@ def programs(x: torch.Tensor, rows: int, row_bytes: int) -> int:
     """One to four on each multiprocessor, as their rows fit the cache. The bits do not change."""
     if not x.is_cuda:
         return min(rows, 2)
+    # A row is read twice: as many programs run at a time as have their rows in the L2 cache.
     device = torch.cuda.get_device_properties(x.device)
     count = device.multi_processor_count
     return min(rows, count * min(max(device.L2_cache_size // (row_bytes * count), 1), 4))
@@ -166,6 +168,7 @@ def programs(x: torch.Tensor, rows: int, row_bytes: int) -> int:
 def constants(**features: Any) -> dict[str, int | bool]:
     """The compile-time arguments: those of the two kernels of token_logprobs."""
     backward = token_logprobs_triton.constants(forward=False, **features)
+    # One program writes a whole row here, so it does not count the tiles of a slice.
     del backward["BLOCKS"]
     return backward | token_logprobs_triton.constants(forward=True, **features)
 
@@ -174,6 +177,7 @@ def policy_loss_from_logits(x: Inputs) -> Outputs:
     """Launches programs that go through the rows; then policy_loss, for the loss of its tokens."""
     if x.out.dtype is torch.float64 or x.out.numel() == 0:
         return reference(x)
+    # The rows keep their strides, since a copy of the logits would cost what this op saves.
     rows, tokens = token_logprobs_triton.LogitRows(x.rows), contiguous(x.tokens)
     weight, with_entropy = tokens.weight, x.rows.with_entropy
     logp, kept_weight = torch.empty_like(weight), torch.empty_like(weight)

@@ -62,6 +62,7 @@ def preference_loss(
     kept = weight != 0
     chosen, rejected = torch.where(kept, chosen, 0.0), torch.where(kept, rejected, 0.0)
     margin = chosen - rejected
+    # softplus(-m) is -log sigmoid(m), without an overflow at large margins.
     loss = (weight * softplus(-margin)).sum(dtype=torch.float64)
     fields = {
         "count": kept,

@@ -29,6 +29,7 @@ def options_of(
         dual_clip = tl.load(traced_options + 2)
         tau_positive, tau_negative = tl.load(traced_options + 3), tl.load(traced_options + 4)
         kl_coef, entropy_coef = tl.load(traced_options + 5), tl.load(traced_options + 6)
+    # A Python float arrives as fp64, and would make everything that it meets fp64.
     bounds = number(low, like), number(high, like), number(dual_clip, like)
     taus = number(tau_positive, like), number(tau_negative, like)
     return bounds, taus, number(kl_coef, like), number(entropy_coef, like)
@@ -44,6 +45,7 @@ def log_ratio(logp: tl.tensor, other: tl.tensor):
 def ppo(ratio: tl.tensor, advantage: tl.tensor, bounds: tl.tuple):
     """-min(r A, clip(r) A), for A < 0 at most -dual_clip A: no gradient where r is held."""
     low, high, dual_clip = bounds
+    # A = 0 is neither: its loss is exactly 0, and no bound of its ratio is in force.
     gain, penalty = advantage > 0, advantage < 0
     most = tl.where(gain, high, dual_clip)
     too_low = penalty & (ratio < low)
@@ -57,6 +59,7 @@ def ppo(ratio: tl.tensor, advantage: tl.tensor, bounds: tl.tuple):
 def reinforce(ratio: tl.tensor, advantage: tl.tensor, logp: tl.tensor):
     """-r A logp with r a constant."""
     slope = -(ratio * advantage)
+    # A = 0 is selected away, since logp may be -inf and 0 times it NaN.
     return tl.where(advantage == 0, 0.0, slope * logp), slope
 
 
@@ -74,6 +77,7 @@ def cispo(ratio: tl.tensor, advantage: tl.tensor, logp: tl.tensor, bounds: tl.tu
 @triton.jit
 def sapo(ratio: tl.tensor, advantage: tl.tensor, taus: tl.tuple):
     """-4/tau s A, s = sigmoid(x), x = tau (r - 1). With z = e^-|x|, s (1 - s) = z / (1 + z)^2."""
+    # The temperature of a penalty may be larger, so that its gradient fades faster.
     tau = tl.where(advantage < 0, taus[1], taus[0])
     x = tau * (ratio - 1.0)
     z = tl.exp(tl.where(x < 0, x, -x))  # The exponent is never positive: nothing overflows.
@@ -122,6 +126,7 @@ def token_loss(
 
     r is what the surrogate took, d = logp - old_logp. old_logp, ratio and ref_logp may be None.
     """
+    # Without old_logp the policy sampled itself: the ratio is exactly 1, its logarithm 0.
     zero = tl.zeros_like(logp)
     d, excess, token_ratio = zero, zero, zero + 1.0
     if old_logp is not None:
@@ -129,6 +134,7 @@ def token_loss(
         token_ratio, excess = exp_excess(d)
     r = token_ratio if ratio is None else ratio
     value, slope, too_low, too_high = surrogate(r, advantage, logp, bounds, taus, SURROGATE)
+    # The KL takes the token's own ratio, also where the surrogate takes that of its sequence.
     ref_kl = zero
     if ref_logp is not None:
         ref_kl, kl_slope = reference_kl(log_ratio(logp, ref_logp), token_ratio, KL)
@@ -139,6 +145,7 @@ def token_loss(
 @triton.jit
 def reference_kl(d: tl.tensor, ratio: tl.tensor, KIND: tl.constexpr):
     """KL to the reference and its derivative, d = logp - ref_logp; r' = r: of r k3 it is r d."""
+    # exp_excess has e^-d - 1 + d by its series near 0, where the subtractions would cancel.
     if KIND == "k2":
         return d * d * 0.5, d
     else:

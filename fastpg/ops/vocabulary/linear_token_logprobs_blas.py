@@ -38,6 +38,7 @@ def forward(x: Inputs) -> Outputs:
     """Log-probs, entropies and statistics; rows that are ignored go through no product."""
     vocab = len(x.head_weight[0])
     kept, legal, _ = legal_labels(OP, x.labels, vocab, x.temperature, x.ignore_index)
+    # Ignored rows are left out before the first product: they would cost as much as any.
     rows = kept_rows(kept)
     head, labels = x.head.tile(rows, ALL), take(RowLabels(x.labels, legal, x.temperature), rows)
 
@@ -76,6 +77,7 @@ def backward(x: BackwardInputs) -> Gradients:
     """The gradients; rows that none reaches go through no product."""
     inputs, dtype = x.inputs, x.inputs.head_weight[0].dtype
     labels, temperature = inputs.labels, inputs.temperature
+    # A clipped token, and one of advantage 0, has no gradient: its row needs no product.
     live = (labels != inputs.ignore_index) & reached(x.grad_logp, x.grad_entropy)
     rows = kept_rows(live)
     head = inputs.head.tile(rows, ALL)
@@ -84,6 +86,7 @@ def backward(x: BackwardInputs) -> Gradients:
         Upstream(x.grad_logp, x.grad_entropy, x.entropy, top, log_sum, labels, temperature), rows
     )
     gradients = empty_gradients(head, x.wanted, hidden_dtype=temperature.dtype, weight_dtype=dtype)
+    # The tiles come slice by slice, so that a slice's gradient is complete before the next.
     all_tiles = tiles(head, inputs.logits_dtype)
     for tokens, slice_tiles in groupby(all_tiles, key=lambda tile: tile.tokens):
         write_slice(slice_tiles, tokens, head, gradients, upstream, inputs.softcap)

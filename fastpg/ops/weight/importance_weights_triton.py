@@ -184,6 +184,7 @@ def merge_kernel(parts: tl.tensor, stats: tl.tensor, programs: tl.int32):
 
 def importance_weights(x: Inputs) -> Outputs:
     """Launches a program for each block of tokens or each sequence, and one that merges them."""
+    # An empty batch has no block to launch, but its statistics must be written all the same.
     if x.logp.numel() == 0:
         return reference(x)
     x, outputs = contiguous(x), allocate(x)
@@ -211,5 +212,6 @@ def importance_weights(x: Inputs) -> Outputs:
             MEAN=x.level == "geometric",
             **batch,
         )
+    # One program merges the parts in their order, so that no bit depends on the timing.
     merge_kernel[(1,)](parts=parts, stats=outputs.stats, programs=programs, **OPTIONS)
     return outputs

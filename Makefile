@@ -16,11 +16,11 @@ demo: .stamp
 test: .stamp
 	$(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo "-n auto")
 
-# The quick tests of the ops on the newest torch there is: a second environment, without the trainer.
+# The contract of every op on the newest torch there is: a second environment, without the trainer.
 # The extension does not link torch: it is the one that `make test` built.
 test-newest: .stamp .venv-newest
 	.venv-newest/bin/python -m pytest -n auto --durations=5 -m "not slow" \
-	  -k "not triton and not cuda-on-cpu" tests/common tests/credit tests/weight tests/loss
+	  -k "not triton and not cuda-on-cpu" tests/common/test_contract.py tests/loss/test_kl_estimate.py
 
 # Puts seeded faults into copies of the tree, one at a time. It takes hours.
 mutants: .stamp

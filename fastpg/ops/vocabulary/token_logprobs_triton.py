@@ -129,6 +129,35 @@ def forward_kernel(
         tl.store(entropy + row, tl.where(kept, h, 0.0))
 
 
+@triton.jit
+def incoming_gradients(
+    grad_logp: tl.tensor, grad_entropy: tl.tensor, row: tl.tensor, ENTROPY: tl.constexpr
+):
+    """The gradients of a row's outputs, and whether one of them is other than 0."""
+    g_logp, g_entropy = tl.load(grad_logp + row), 0.0
+    reached = g_logp != 0.0
+    if ENTROPY:
+        g_entropy = tl.load(grad_entropy + row)
+        reached = reached | (g_entropy != 0.0)
+    return g_logp, g_entropy, reached
+
+
+@triton.jit
+def label_in_slice(
+    x: tl.tensor,
+    label: tl.tensor,
+    begin: tl.tensor,
+    length: tl.tensor,
+    live: tl.tensor,
+    softcap: tl.tensor,
+    SOFTCAP: tl.constexpr,
+):
+    """The label's place in a slice of its row, -1 if it is in another; and its capped logit."""
+    here = live & (label >= begin) & (label < begin + length)
+    place = tl.where(here, label - begin, -1).to(tl.int32)
+    return place, capped(load_kept(x, place, here), softcap, SOFTCAP)
+
+
 @rows_jit
 def backward_kernel(
     grad_logp,
@@ -163,11 +192,7 @@ def backward_kernel(
     begin = (tl.program_id(0) % slices).to(tl.int64) * (BLOCK * BLOCKS)
     length = tl.minimum(vocab - begin, BLOCK * BLOCKS).to(tl.int32)
     label = tl.load(labels + row)
-    g_logp, g_entropy = tl.load(grad_logp + row), 0.0
-    reached = g_logp != 0.0
-    if ENTROPY:
-        g_entropy = tl.load(grad_entropy + row)
-        reached = reached | (g_entropy != 0.0)
+    g_logp, g_entropy, reached = incoming_gradients(grad_logp, grad_entropy, row, ENTROPY)
     live = reached & (label != ignore_index)
     readable, written = tl.where(live, length, 0), row.to(tl.int64) * vocab
     if ALIGNED:
@@ -182,9 +207,7 @@ def backward_kernel(
     log_sum = load_kept(stats, rows.to(tl.int64) + row, live)
     inv_temperature = inverse_temperature(temperature + row * temperature_stride, live)
     h = load_kept(entropy, row, live) if ENTROPY else 0.0
-    here = live & (label >= begin) & (label < begin + length)
-    place = tl.where(here, label - begin, -1).to(tl.int32)
-    y = capped(load_kept(x, place, here), softcap, SOFTCAP)
+    place, y = label_in_slice(x, label, begin, length, live, softcap, SOFTCAP)
     write_gradient(
         x,
         dx,

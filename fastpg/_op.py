@@ -70,7 +70,7 @@ class Op(Generic[InputsT, OutputsT]):
         page: The module that defines the op.
         reference: The specification; it serves every device that has no kernel.
         allocate: Makes empty, contiguous outputs. torch.compile takes shapes and dtypes from it.
-        sizes: The NamedTuple of integers that C++ takes first, from the prepared inputs.
+        sizes: Takes the inputs; returns the NamedTuple of integers that C++ takes first.
         codes: For each input that is a string, the integer that C++ knows each value by.
         statistics: How many statistics of all tokens the op reduces to; 0 if it does not reduce.
         mutates: The name of an input that the op writes to.

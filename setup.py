@@ -36,7 +36,9 @@ ISA_FLAGS = {
     ],
 }
 NVCCFLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-GPUS = (80, 90, 100)  # in machine code; for others from Turing on the driver compiles PTX
+# The machine code is for A100; RTX 30; RTX 40 and L4; H100 and H200; B200; RTX 50.
+# For every other GPU from Turing on, the driver compiles the PTX when a kernel is first used.
+GPUS = (80, 86, 89, 90, 100, 120)
 GENCODE = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
 GENCODE += ["-gencode=arch=compute_75,code=compute_75"]
 FILE_FLAGS = {"bind_cuda": [f"-DFPG_GPUS='\"{' '.join(f'sm_{g}' for g in GPUS)}\"'"]}

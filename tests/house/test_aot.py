@@ -33,4 +33,4 @@ def test_cuda_kernels_are_built_for_every_gpu_and_spill_nothing():
     print(done.stdout, done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     built = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("sm_")}
-    assert built == {"sm_80", "sm_90", "sm_100"}
+    assert built == set(_cuda.gpus.split())

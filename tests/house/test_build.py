@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from fastpg._library import _C, _cuda
 from fastpg._op import OPS
 
 ROOT = Path(__file__).parents[2]
+GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 def python(code):
@@ -55,7 +58,7 @@ def test_the_cuda_extension_is_built_where_there_is_an_nvcc():
 
 @pytest.mark.skipif(_cuda is None or torch.cuda.is_available(), reason="needs _cuda, and no GPU")
 def test_the_cuda_extension_imports_without_a_driver_and_says_so():
-    assert "built for sm_80 sm_90 sm_100, no GPU here" in fastpg.extension_status()
+    assert f"built for {' '.join(GPUS)}, no GPU here" in fastpg.extension_status()
     assert fastpg.kernels_of()["value_loss"]["CUDA"] == "CUDA C++"
     fields = dict.fromkeys(_cuda.fields("value_loss"))
     fields |= {"dtype": 0, "count": 0, "clip": 0.0, "blocks": 1, "stream": 0}
@@ -64,6 +67,23 @@ def test_the_cuda_extension_imports_without_a_driver_and_says_so():
     fields["count"] = 1025
     with pytest.raises(ValueError, match="scratch memory of the wrong size"):
         _cuda.value_loss(*fields.values())
+
+
+@pytest.mark.skipif(_cuda is None, reason="needs _cuda")
+def test_the_cuda_extension_holds_machine_code_for_each_gpu_and_ptx_for_others():
+    backends = pytest.importorskip("triton.backends.nvidia", reason="Triton brings cuobjdump")
+    cuobjdump = Path(backends.__path__[0], "bin", "cuobjdump")
+
+    def contents(kind):
+        command = [cuobjdump, f"--list-{kind}", _cuda.__file__]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return set(re.findall(r"(\w+)\.(sm_\d+)\.\w+$", listed, re.MULTILINE))
+
+    sources = [path.stem for path in Path(ROOT, "csrc").rglob("*.cu")]
+    assert contents("elf") >= {(source, gpu) for source in sources for gpu in GPUS}
+    assert contents("ptx") == {(source, "sm_75") for source in sources}
+    in_a_wheel = len(zlib.compress(Path(_cuda.__file__).read_bytes()))
+    assert in_a_wheel < 20e6
 
 
 def test_an_extension_of_other_fields_is_not_imported():

@@ -100,9 +100,12 @@ def forward_kernel(
     old = None if old_logp is None else load_kept(old_logp, offset, kept)
     given = None if ratio is None else load_kept(ratio, offset, kept)
     ref = None if ref_logp is None else load_kept(ref_logp, offset, kept)
-    (value, too_low, too_high), (r, d, excess), ref_kl, slope = token_loss(
+    # Triton 3.6 cannot compile a tuple that is unpacked within a tuple.
+    term, ratios, ref_kl, slope = token_loss(
         x, a, old, given, ref, bounds, taus, kl_coef, SURROGATE, KL
     )
+    value, too_low, too_high = term
+    r, d, excess = ratios
     loss, h = w * value, tl.zeros_like(x)
     put_sum(part, SURROGATE_LOSS, loss)
     if ref_logp is not None:

@@ -116,12 +116,7 @@ def _are_none(grads: tuple) -> bool:
 
 def _save(ctx: Any, layout: Layout[SavedT], saved: SavedT) -> None:
     """Keeps the tensors of a record where torch checks and frees them, the rest as it is."""
-    values = layout.flatten(saved)
-    if layout.is_all_tensors:
-        ctx.save_for_backward(*values)
-        return
-    tensors = [values[place] for place in layout.tensors]
-    ctx.others = [values[place] for place in layout.others]
+    tensors, ctx.others = layout.split(saved)
     if layout.has_lists:
         ctx.lengths = [len(value) if isinstance(value, list) else None for value in tensors]
         tensors = without_lists(tensors)
@@ -131,32 +126,27 @@ def _save(ctx: Any, layout: Layout[SavedT], saved: SavedT) -> None:
 def _restore(ctx: Any, layout: Layout[SavedT]) -> SavedT:
     """The record that `_save` kept."""
     tensors: Sequence = ctx.saved_tensors
-    if layout.is_all_tensors:
-        return layout.restore(tensors)
     if layout.has_lists:
         each = iter(tensors)
         tensors = [
             next(each) if length is None else [next(each) for _ in range(length)]
             for length in ctx.lengths
         ]
-    values: list = [None] * len(layout.types)
-    for place, tensor in zip(layout.tensors, tensors, strict=True):
-        values[place] = tensor
-    for place, value in zip(layout.others, ctx.others, strict=True):
-        values[place] = value
-    return layout.restore(values)
+    return layout.join(tensors, ctx.others)
 
 
 def _gradients(op: Differentiable, ctx: Any, grads: tuple) -> list[Tensor | None]:
     """The gradients of the differentiable inputs; None for one that wants none."""
-    wanted = ctx.needs_input_grad[1:]
+    _, *wanted = ctx.needs_input_grad
     saved = _restore(ctx, op.saved)
     if op.selective:
-        gradients: Sequence = op.backward(saved, *grads, wanted=list(wanted))
+        gradients: Sequence = op.backward(saved, *grads, wanted=wanted)
     else:
         gradients = op.backward(saved, *grads)
     if op.inputs.has_lists:
         gradients = without_lists(gradients)
+    if all(wanted):
+        return list(gradients)
     return [x if want else None for x, want in zip(gradients, wanted, strict=True)]
 
 

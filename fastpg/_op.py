@@ -20,13 +20,16 @@ The inputs of an op are named once, in a NamedTuple on the op's page, a tensor f
     )
 
 `kl_estimate_op(Inputs(...)).kl` runs torch's operator `fastpg::kl_estimate`. Its schema comes from
-the records, and torch dispatches it to the first of these that exists for the device:
+the records, and the first of these that exists for the device serves it:
 
     C++, CUDA C++   The function of this name in fastpg._C or fastpg._cuda. It takes the fields of
                     sizes, inputs and outputs in this order (csrc/common/bind.h). The names that it
                     exports are compared with those of the records when the page is imported.
     Triton          The function of this name in `<page>_triton.py`, from Inputs to Outputs.
     reference       The specification itself.
+
+A kernel is a function from Inputs to Outputs, however it is written. torch's dispatcher finds it
+for whoever calls the operator; where the dispatcher would do nothing besides, it is called at once.
 
 A record may hold another: the inputs of a backward op hold the `Inputs` of its forward op.
 `_autograd.Differentiable` makes the public function's gradient from two such ops.
@@ -44,6 +47,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ._library import _C, LIBRARY, _cuda, kernels, reduction_scratch
 from ._record import Layout
@@ -58,6 +62,8 @@ OPS: dict[str, Op] = {}  # every op by its name
 REDUCTION = ("parts", "blocks", "ticket")
 NO_SCRATCH = (None, 0, None)
 STREAM = "stream"
+
+PLAIN_TENSORS = (Tensor, Parameter)  # other subclasses of Tensor are torch's dispatcher's business
 
 
 class Op(Generic[InputsT, OutputsT]):
@@ -97,16 +103,23 @@ class Op(Generic[InputsT, OutputsT]):
         names = list(self.inputs.types)
         self.codes = {names.index(field): table for field, table in (codes or {}).items()}
         self.single = len(self.outputs.types) == 1  # torch returns a lone output without a tuple
+        self.mutates = mutates
+        self.kernels: dict[str, Callable[[InputsT], OutputsT]] = {}  # by the type of the device
         OPS[name] = self
-        self.overload = self._define(mutates)
+        self.overload = self._define()
         if sizes is not None:
             self._attach_cpp()
         self._attach_triton()
 
     def __call__(self, x: InputsT) -> OutputsT:
         """Runs the fastest kernel that there is for the device of the inputs."""
-        values = self.inputs.flatten(x) if self.inputs.nested else x
-        result = self.overload(*values)
+        if self.kernels and not torch.compiler.is_compiling():
+            tensors, _ = self.inputs.split(x)
+            first = tensors[0]
+            kernel = self.kernels.get("cpu" if first.is_cpu else first.device.type)
+            if kernel is not None and are_plain(tensors):
+                return kernel(x)
+        result = self.overload(*self.inputs.flatten(x))
         if self.single:
             result = (result,)
         return self.outputs.record._make(result or ())  # torch returns None for no outputs
@@ -121,39 +134,42 @@ class Op(Generic[InputsT, OutputsT]):
 
         return call
 
-    def attach(self, device: str, label: str, call: Callable) -> None:
-        """Makes a function of flat values the kernel of "CPU" or "CUDA"; kernels_of() shows it."""
-        LIBRARY.impl(self.name, call, device)
+    def attach(self, device: str, label: str, kernel: Callable[[InputsT], OutputsT]) -> None:
+        """Makes a function the kernel of "CPU" or "CUDA"; kernels_of() shows it by its label."""
+        LIBRARY.impl(self.name, self.flat(kernel), device)
         kernels[self.name][device] = label
+        # torch's dispatcher counts what is written to a tensor, and knows what is in a list.
+        if self.mutates is None and not self.inputs.has_lists:
+            self.kernels[device.lower()] = kernel
 
-    def cpp_kernel(self, module: ModuleType, *, on_gpu: bool) -> Callable:
-        """The function of this op in an extension, as torch calls it.
+    def cpp_kernel(self, module: ModuleType, *, on_gpu: bool) -> Callable[[InputsT], OutputsT]:
+        """The function of this op in an extension, from record to record.
 
         A call costs microseconds, and so do the lookups in it: they are made here, once.
         """
         function = getattr(module, self.name)
-        restore, allocate, sizes = self.inputs.restore, self.allocate, self.sizes
-        single, codes, statistics = self.single, self.codes, self.statistics
+        flatten, allocate, sizes = self.inputs.flatten, self.allocate, self.sizes
+        codes, statistics = self.codes, self.statistics
         assert sizes is not None  # an op without sizes has no kernel in C++
 
-        def call(*values: Any) -> Any:
-            x = restore(values)
+        def kernel(x: InputsT) -> OutputsT:
             outputs = allocate(x)
-            passed: Sequence = values
+            values = flatten(x)
+            device_of = values[0]
             if codes:
-                passed = coded = list(values)
+                values = list(values)
                 for place, table in codes.items():
-                    coded[place] = table[values[place]]
+                    values[place] = table[values[place]]
             scratch: tuple = ()
             if statistics:  # it lives until the launch is made
-                scratch = reduction_scratch(values[0], statistics) if on_gpu else NO_SCRATCH
-            stream = current_stream(values[0]) if on_gpu else 0
-            function(*sizes(x), *passed, *outputs, *scratch, stream)
-            return outputs[0] if single else outputs or None
+                scratch = reduction_scratch(device_of, statistics) if on_gpu else NO_SCRATCH
+            stream = current_stream(device_of) if on_gpu else 0
+            function(*sizes(x), *values, *outputs, *scratch, stream)
+            return outputs
 
-        return call
+        return kernel
 
-    def _define(self, mutates: str | None) -> torch._ops.OpOverload:
+    def _define(self) -> torch._ops.OpOverload:
         kinds = list(self.outputs.types.values())
         result = kinds[0] if self.single else GenericAlias(tuple, tuple(kinds))
         signature = inspect.Signature(
@@ -168,7 +184,7 @@ class Op(Generic[InputsT, OutputsT]):
             """Carries the signature that torch infers the schema from."""
 
         prototype.__signature__ = signature  # type: ignore[attr-defined]
-        mutated = () if mutates is None else (mutates,)
+        mutated = () if self.mutates is None else (self.mutates,)
         schema = torch.library.infer_schema(prototype, op_name=self.name, mutates_args=mutated)
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self.flat(self.reference), "CompositeExplicitAutograd")
@@ -187,8 +203,8 @@ class Op(Generic[InputsT, OutputsT]):
             self.attach("CPU", "C++", self.cpp_kernel(_C, on_gpu=False))
         if _cuda is not None and hasattr(_cuda, self.name):
             self.check_fields(_cuda)
-            call = self.cpp_kernel(_cuda, on_gpu=True)
-            self.attach("CUDA", "CUDA C++", on_device_of_first(call))
+            kernel = self.cpp_kernel(_cuda, on_gpu=True)
+            self.attach("CUDA", "CUDA C++", on_device_of_first(kernel))
 
     def fields(self) -> list[str]:
         """The names of what C++ takes, in their order."""
@@ -219,8 +235,27 @@ class Op(Generic[InputsT, OutputsT]):
         def launcher() -> Callable[[InputsT], OutputsT]:
             return getattr(import_module(module), self.name)
 
-        call = self.flat(lambda x: launcher()(x))
-        self.attach("CUDA", "Triton", on_device_of_first(call))
+        self.attach("CUDA", "Triton", on_device_of_first(lambda x: launcher()(x)))
+
+
+def are_plain(tensors: Sequence) -> bool:
+    """Whether torch's dispatcher would do nothing but call the kernel: it takes 5 of 15 us.
+
+    It has more to do in a mode (of fake tensors, of a tracer, of a profiler), in a transform of
+    torch.func, for a subclass of Tensor, and for a tensor whose sign is still to be applied.
+    """
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.is_neg()):
+            return False
+    return True
 
 
 def current_stream(tensor: Tensor) -> int:
@@ -228,13 +263,16 @@ def current_stream(tensor: Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0
 
 
-def on_device_of_first(call: Callable) -> Callable:
-    """The same function, with the device of its first value as the current one."""
+def on_device_of_first(kernel: Callable[[InputsT], OutputsT]) -> Callable[[InputsT], OutputsT]:
+    """The same kernel, with the device of its first tensor as the current one."""
 
-    def on_device(*values: Any) -> Any:
-        if values[0].get_device() == torch.cuda.current_device():
-            return call(*values)
-        with torch.cuda.device_of(values[0]):
-            return call(*values)
+    def on_device(x: InputsT) -> OutputsT:
+        first: Any = x
+        while isinstance(first, tuple):  # a record may begin with another
+            first = first[0]
+        if first.get_device() == torch.cuda.current_device():
+            return kernel(x)
+        with torch.cuda.device_of(first):
+            return kernel(x)
 
     return on_device

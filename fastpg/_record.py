@@ -7,7 +7,7 @@ flat list of values. A `Layout` goes from one to the other.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
@@ -19,68 +19,93 @@ class Layout(Generic[RecordT]):
     """How the fields of a record, those of a record inside it in its place, make a flat list.
 
     Attributes:
-        types: The type of each flat field, by its name.
-        tensors: The places of the flat fields that are tensors, or lists of them.
-        others: The places of all other flat fields.
+        types: The type of each flat field, by its name. The record of an op's inputs or outputs has
+            a name once; only a saved record may hold two records with a name in common.
+        kinds: The type of each flat field.
         has_lists: Whether a field is a list of tensors.
-        is_all_tensors: Whether every flat field is a tensor, and none a list of them.
         flatten: Gives every value of a record, in the order of `types`.
         restore: Gives the record that holds these values.
+        split: Gives the tensors of a record, lists of them included, and all its other values.
+        join: Gives the record that holds these tensors and others.
     """
 
     def __init__(self, record: type[RecordT]) -> None:
         self.record = record
         self.nested: dict[str, Layout] = {}
         self.types: dict[str, Any] = {}
+        self.kinds: list[Any] = []
         for name, kind in get_type_hints(record).items():
             if inspect.isclass(kind) and issubclass(kind, tuple):
                 self.nested[name] = Layout(kind)
                 self.types |= self.nested[name].types
+                self.kinds += self.nested[name].kinds
             else:
                 self.types[name] = kind
-        kinds = list(self.types.values())
-        self.tensors = [i for i, kind in enumerate(kinds) if Tensor in (kind, *get_args(kind))]
-        self.others = [i for i in range(len(kinds)) if i not in self.tensors]
-        self.has_lists = any(kind == list[Tensor] for kind in kinds)
-        self.is_all_tensors = not self.others and not self.has_lists
-        makers: list[Callable] = []
-        made, _ = _record_source(self, 0, makers)
-        names = ", ".join(f"make_{i}" for i in range(len(makers)))
-        # Both are called with every op, and loops would cost microseconds: as namedtuple does, they
-        # are compiled from an expression, such as (record[0], record[1][0], record[1][1]).
-        flatten = f"lambda record: ({_values_source(self)})"
-        restore = f"lambda {names}: lambda values: {made}"
-        self.flatten: Callable[[RecordT], Sequence] = eval(flatten)
-        self.restore: Callable[[Sequence], RecordT] = eval(restore)(*makers)
+                self.kinds.append(kind)
+        self.has_lists = list[Tensor] in self.kinds
+        self.flatten: Callable[[RecordT], Sequence]
+        self.restore: Callable[[Sequence], RecordT]
+        self.split: Callable[[RecordT], tuple[Sequence, Sequence]]
+        self.join: Callable[[Sequence, Sequence], RecordT]
+        self._compile()
+
+    def _compile(self) -> None:
+        """Makes the four functions. They are called with every op, and loops would cost a tenth.
+
+        As namedtuple does, they are compiled, from an expression for each flat field: its place in
+        the record, as in record[1][0], in the flat values, or in one of the two parts of a split.
+        """
+        in_record = _places(self)
+        in_values = [f"values[{i}]" for i in range(len(in_record))]
+        parts: dict[str, list[str]] = {"tensors": [], "others": []}
+        in_parts = []
+        for place, kind in zip(in_record, self.kinds, strict=True):
+            part = "tensors" if _holds_tensors(kind) else "others"
+            in_parts.append(f"{part}[{len(parts[part])}]")
+            parts[part].append(place)
+        types: dict[str, type] = {}
+        restored = _construction(self, iter(in_values), types)
+        joined = _construction(self, iter(in_parts), types)
+        names = {"new": tuple.__new__, **types}
+        self.flatten = eval(f"lambda record: {_tuple(in_record)}")
+        self.restore = eval(f"lambda values: {restored}", names)
+        self.split = eval(f"lambda record: ({_tuple(parts['tensors'])}, {_tuple(parts['others'])})")
+        self.join = eval(f"lambda tensors, others: {joined}", names)
         if not self.nested:
-            self.flatten, self.restore = lambda record: record, record._make
+            self.flatten = lambda record: record
 
 
-def _values_source(layout: Layout, record: str = "record") -> str:
-    """An expression for the values of a record, in the order of `types`, a comma after each."""
-    source = ""
+def _holds_tensors(kind: Any) -> bool:
+    """Whether this is the type of a tensor, of a list of them, or of a tensor or None."""
+    return Tensor in (kind, *get_args(kind))
+
+
+def _tuple(members: Sequence[str]) -> str:
+    """An expression for the tuple of these."""
+    return f"({', '.join(members)},)" if members else "()"
+
+
+def _places(layout: Layout, record: str = "record") -> list[str]:
+    """An expression for each flat field of a record."""
+    places: list[str] = []
     for place, name in enumerate(layout.record._fields):
-        value = f"{record}[{place}]"
-        source += (
-            _values_source(layout.nested[name], value) if name in layout.nested else f"{value},"
-        )
-    return source
+        field = f"{record}[{place}]"
+        places += _places(layout.nested[name], field) if name in layout.nested else [field]
+    return places
 
 
-def _record_source(layout: Layout, start: int, makers: list[Callable]) -> tuple[str, int]:
-    """An expression for the record of the values from the start on, and where those after it begin.
+def _construction(layout: Layout, values: Iterator[str], types: dict[str, type]) -> str:
+    """An expression for the record of these values.
 
-    `makers` receives the functions that the expression calls make_0, make_1 and so on.
+    `types` receives the records by the names that they have in the expression.
     """
-    source = ""
-    for name in layout.record._fields:
-        if name in layout.nested:
-            inner, start = _record_source(layout.nested[name], start, makers)
-            source += f"{inner},"
-        else:
-            source, start = f"{source}values[{start}],", start + 1
-    makers.append(layout.record._make)
-    return f"make_{len(makers) - 1}(({source}))", start
+    fields = [
+        _construction(layout.nested[name], values, types) if name in layout.nested else next(values)
+        for name in layout.record._fields
+    ]
+    name = f"{layout.record.__name__}_{len(types)}"
+    types[name] = layout.record
+    return f"new({name}, {_tuple(fields)})"
 
 
 def without_lists(values: Sequence) -> list:

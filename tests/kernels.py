@@ -55,17 +55,23 @@ def run_with(monkeypatch, kind, page_name, cache):
     """
     if kind == "reference":
         for op in OPS.values():
-            monkeypatch.setattr(op, "overload", op.flat(op.reference))
+            use(monkeypatch, op, op.reference)
     elif kind == "triton":
         launchers = importlib.import_module(f"{PAGES[page_name]}_triton")
         for op in ops_of(page_name):
-            monkeypatch.setattr(op, "overload", op.flat(getattr(launchers, op.name)))
+            use(monkeypatch, op, getattr(launchers, op.name))
     elif kind == "cuda-on-cpu":
         module = cuda_on_cpu.load(cache.mkdir("cuda_on_cpu"))
         for op in ops_of(page_name):
             if hasattr(module, op.name):
                 op.check_fields(module)
-                monkeypatch.setattr(op, "overload", op.cpp_kernel(module, on_gpu=True))
+                use(monkeypatch, op, op.cpp_kernel(module, on_gpu=True))
+
+
+def use(monkeypatch, op, kernel):
+    """Makes a function from record to record the kernel of an op on every device."""
+    monkeypatch.setattr(op, "overload", op.flat(kernel))
+    monkeypatch.setattr(op, "kernels", {})
 
 
 @contextmanager

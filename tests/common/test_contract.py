@@ -153,6 +153,53 @@ RUN_ELSEWHERE = {
 }
 
 
+class Seen(TorchDispatchMode):
+    """Notes the operators of fastpg that torch's dispatcher is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastpg":
+            self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@every_example
+def test_an_op_that_goes_past_the_dispatcher_gives_the_same_bits(example):
+    """A call takes a third less so; whoever listens to torch's dispatcher still hears of it."""
+    if not has_operators(example):
+        pytest.skip("it has no operator of its own")
+    results = example.call()
+    results += gradients(example) if example.differentiable else []
+    with Seen() as seen:
+        dispatched = example.call()
+        dispatched += gradients(example) if example.differentiable else []
+    assert all(torch.equal(a, b) for a, b in zip(results, dispatched, strict=True))
+    with torch.profiler.profile() as profile:
+        example.call()
+    first = f"fastpg::{recorded_calls(example)[0][0].name}"
+    assert first in seen.names
+    assert first in {event.key for event in profile.key_averages()}
+
+
+@every_example
+def test_a_sign_that_is_still_to_be_applied_is_applied(example):
+    """torch.Tensor.imag of a conjugate holds the numbers with the other sign, and a mark."""
+    floats = {
+        name: value
+        for name, value in example.arguments.items()
+        if isinstance(value, torch.Tensor) and value.dtype is torch.float32
+    }
+    if not floats:
+        pytest.skip("no argument is a float")
+    marked = {name: torch.complex(-x, -x).conj().imag for name, x in floats.items()}
+    assert all(x.is_neg() for x in marked.values())
+    for ours, plain in zip(example.call(**marked), example.call(), strict=True):
+        assert torch.equal(ours, plain)
+
+
 @every_example
 def test_registration(example):
     for op, x in recorded_calls(example):

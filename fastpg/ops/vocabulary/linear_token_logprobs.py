@@ -195,9 +195,8 @@ def attach_blas(op: Op, name: str) -> None:
     def function() -> Callable:
         return getattr(import_module(f"{__name__}_blas"), name)
 
-    call = op.flat(lambda x: function()(x))
     for device in ("CPU", "CUDA"):
-        op.attach(device, "BLAS", call)
+        op.attach(device, "BLAS", lambda x: function()(x))
 
 
 attach_blas(linear_token_logprobs_op, "forward")

@@ -74,14 +74,15 @@ class RowsOp(Op):
     """An op that reads rows of logits; its kernel in C++ gets them addressable."""
 
     def cpp_kernel(self, module: ModuleType, *, on_gpu: bool) -> Callable:
-        run = super().cpp_kernel(module, on_gpu=on_gpu)
+        kernel = super().cpp_kernel(module, on_gpu=on_gpu)
         place = list(self.inputs.types).index("logits")
 
-        def call(*values: Any) -> Any:
+        def on_addressable_rows(x: Any) -> Any:
+            values = self.inputs.flatten(x)
             logits = values[place]
             prepared = addressable(logits)
-            if prepared is not logits:
-                values = (*values[:place], prepared, *values[place + 1 :])
-            return run(*values)
+            if prepared is logits:
+                return kernel(x)
+            return kernel(self.inputs.restore((*values[:place], prepared, *values[place + 1 :])))
 
-        return call
+        return on_addressable_rows

@@ -145,7 +145,7 @@ def reference_backward_out(x: BackwardOutInputs) -> NoOutputs:
 def allocate(x: Inputs) -> Outputs:
     """Makes empty log-probs, entropies and statistics."""
     labels, dtype = x.labels, x.temperature.dtype
-    logp = torch.empty_like(labels, dtype=dtype, memory_format=torch.contiguous_format)
+    logp = empty_like(labels, dtype)
     entropy = empty_like(logp) if x.with_entropy else logp.new_empty(0)
     return Outputs(logp, entropy, logp.new_empty((2, *labels.shape)))
 

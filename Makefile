@@ -7,13 +7,15 @@ RUN := $(if $(HAVE),$(PY),.venv/bin/python)
 CPP := $(shell find csrc -type f)
 CPP_OF_TESTS := tests/cuda_on_cpu/cuda_runtime.h
 
-.PHONY: demo test test-newest mutants lint format bench bench-compare gpu clean
+TRITON_OLDEST := triton==3.6.0 numpy==2.3.5
+
+.PHONY: demo test test-newest test-oldest aot mutants lint format bench bench-compare gpu clean
 
 demo: .stamp
 	$(RUN) -m fastpg train
 
 # On every core, where pytest-xdist is there to share the tests out.
-test: .stamp
+test: .stamp $(if $(HAVE),,.triton-oldest)
 	$(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo "-n auto")
 
 # The contract of every op on the newest torch there is: a second environment, without the trainer.
@@ -21,6 +23,17 @@ test: .stamp
 test-newest: .stamp .venv-newest
 	.venv-newest/bin/python -m pytest -n auto --durations=5 -m "not slow" \
 	  -k "not triton and not cuda-on-cpu" tests/common/test_contract.py tests/loss/test_kl_estimate.py
+
+# The kernels in Triton in the interpreter of the oldest Triton, which needs a numpy before 2.4.
+test-oldest: .stamp .triton-oldest
+	PYTHONPATH=.triton-oldest $(RUN) -m pytest -n auto --durations=5 -m "not slow" -k "triton"
+
+# Reads the machine code of every kernel, compiled by the oldest and by the installed Triton for
+# sm_80, sm_90 and sm_100. All variants take half an hour of two cores; make aot FEW=--few takes two
+# minutes, and a second time seconds: build/triton keeps what was compiled.
+aot: .stamp .triton-oldest
+	$(RUN) -m bench.aot $(FEW)
+	PYTHONPATH=.triton-oldest $(RUN) -m bench.aot $(FEW)
 
 # Puts seeded faults into copies of the tree, one at a time. It takes hours.
 mutants: .stamp
@@ -69,6 +82,12 @@ endif
 	.venv-newest/bin/pip install -q -c .venv-newest/constraints.txt numpy scipy hypothesis pybind11 \
 	  pytest pytest-xdist pytest-benchmark
 	touch .venv-newest
+
+# The oldest Triton that pyproject.toml allows, beside the environment: it goes first on PYTHONPATH.
+.triton-oldest: Makefile | .stamp
+	rm -rf .triton-oldest
+	$(RUN) -m pip install -q --no-deps --target .triton-oldest $(TRITON_OLDEST)
+	touch .triton-oldest
 
 .stamp: $(if $(HAVE),,.venv) pyproject.toml setup.py $(CPP)
 	FASTPG_STRICT=1 $(INSTALL)

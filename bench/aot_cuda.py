@@ -1,7 +1,8 @@
 """python -m bench.aot_cuda: what the kernels of fastpg._cuda take of each GPU; needs no GPU.
 
-Registers, shared memory, and 16-byte loads, read from the machine code that nvcc built. Exits with
-1 if any kernel spills registers.
+Registers, shared memory, and how wide its accesses are, read from the machine code that nvcc built.
+Exits with 1 if any kernel spills registers, or has no loads or no stores of 16 bytes, unless it is
+one that writes little.
 """
 
 from __future__ import annotations
@@ -9,18 +10,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
-
-import triton.backends.nvidia
 
 from fastpg._library import _cuda
 
-BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
-COLUMNS = "{:8}{:>5}{:>7}{:>8}{:>9}  {}"
+from .sass import run
 
-
-def run(*command: object) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+NARROW = ("sequence_ratio_kernel",)  # A warp sums a sequence, which may begin at any address.
+COLUMNS = "{:8}{:>5}{:>7}{:>8}{:>9}{:>9}{:>6}  {}"
 
 
 def readable(names: list[str]) -> list[str]:
@@ -32,30 +28,37 @@ def readable(names: list[str]) -> list[str]:
 
 def kernels(machine: str) -> list[tuple[str, int, int, int]]:
     """(mangled name, registers, bytes spilled, bytes of shared memory) of each."""
-    usage = run(BIN / "cuobjdump", "-res-usage", "-arch", machine, _cuda.__file__)
+    usage = run("cuobjdump", "-res-usage", "-arch", machine, _cuda.__file__)
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     return [(name, int(r), int(stack) + int(local), int(s)) for name, r, stack, s, local in found]
 
 
-def wide_loads(machine: str) -> dict[str, int]:
-    """The loads of 16 bytes in each kernel."""
-    code = run(BIN / "cuobjdump", "-sass", "-arch", machine, _cuda.__file__)
-    functions = re.split(r"Function : (\S+)", code)[1:]
-    bodies = zip(functions[::2], functions[1::2], strict=True)
-    return {name: len(re.findall(r"LDG\.E\S*\.128", body)) for name, body in bodies}
+def code_of(machine: str) -> dict[str, str]:
+    """The disassembled code of each kernel, by its mangled name."""
+    functions = re.split(
+        r"Function : (\S+)", run("cuobjdump", "-sass", "-arch", machine, _cuda.__file__)
+    )
+    return dict(zip(functions[1::2], functions[2::2], strict=True))
 
 
 def main() -> int:
-    print(COLUMNS.format("arch", "regs", "spill", "shared", "LDG.128", "kernel"))
-    spilled = 0
+    header = "arch", "regs", "spill", "shared", "LDG.128", "STG.128", "code", "kernel"
+    print(COLUMNS.format(*header))
+    faults = []
     for machine in _cuda.gpus.split():
-        rows, loads = kernels(machine), wide_loads(machine)
+        rows, code = kernels(machine), code_of(machine)
         names = readable([row[0] for row in rows])
         for name, (mangled, registers, spill, shared) in sorted(zip(names, rows, strict=True)):
-            spilled += spill > 0
-            print(COLUMNS.format(machine, registers, spill, shared, loads[mangled], name))
-    print(f"{spilled} spill registers" if spilled else "no kernel spills registers")
-    return 1 if spilled else 0
+            loads = len(re.findall(r"LDG\.E\S*\.128", code[mangled]))
+            stores = len(re.findall(r"STG\.E\S*\.128", code[mangled]))
+            size = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code[mangled], re.MULTILINE))
+            cells = machine, registers, spill, shared, loads, stores, size, name
+            print(COLUMNS.format(*cells))
+            narrow = not (loads and stores) and not name.startswith(NARROW)
+            if spill or narrow:
+                faults.append(f"{machine} {name}")
+    print(*(f"spills, or is narrow: {fault}" for fault in faults), sep="\n")
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

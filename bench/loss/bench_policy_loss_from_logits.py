@@ -3,8 +3,6 @@
 In place, the logits hold their gradient after a call, and the next call takes that for its logits.
 """
 
-import itertools
-
 import torch
 
 import fastpg
@@ -12,7 +10,7 @@ from fastpg import policy_loss, policy_loss_from_logits, token_logprobs
 
 from .._example import Example
 from .._timing import Case
-from .._variant import BOTH, VOCABS, VOCABULARY_TYPES, Variant
+from .._variant import VOCABULARY_TYPES, Variant, features_of_rows
 from ..inputs import logits_and_labels
 from ..vocabulary import bench_token_logprobs
 from . import bench_policy_loss
@@ -124,22 +122,14 @@ def variants(few, capability):
 
     absent = dict.fromkeys(("old_logp", "ref_logp", "traced_options", "entropy"))
     losses = [{"SURROGATE": kind, "KL": "k3"} for kind in ("sapo", "ppo", "cispo", "reinforce")]
-    flags, dtypes = BOTH[:1] if few else BOTH, list(VOCABULARY_TYPES)[:2]
-    cases = itertools.product(flags, flags, BOTH, dtypes, VOCABS[: 1 if few else None])
-    for entropy, softcap, aligned, dtype, vocab in cases:
-        constants = page.constants(
-            entropy=entropy,
-            softcap=softcap,
-            aligned=aligned,
-            dtype=dtype,
-            vocab=vocab,
-            capability=capability // 10,
-        )
+    dtypes = list(VOCABULARY_TYPES)[:2]
+    for features in features_of_rows(few, capability, dtypes):
+        constants = page.constants(**features)
         options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-        types = dict.fromkeys(("logits", "out"), VOCABULARY_TYPES[dtype])
+        types = dict.fromkeys(("logits", "out"), VOCABULARY_TYPES[features["dtype"]])
         types |= {"labels": "i64", "flag": "i64"}
-        given = {} if entropy else absent
-        plain = aligned and not (entropy or softcap)
+        given = {} if features["entropy"] else absent
+        plain = features["aligned"] and not (features["entropy"] or features["softcap"])
         for loss in losses if plain and not few else losses[:1]:
             yield Variant(
                 page.rows_kernel,
@@ -147,7 +137,8 @@ def variants(few, capability):
                 given | loss | constants,
                 options,
                 pointers=types,
-                aligned=("logits", "out") if aligned else (),
+                aligned=("logits", "out") if features["aligned"] else (),
+                vocab=features["vocab"],
             )
     for dtype in ("fp64",) if few else ("fp64", "fp32", "bf16"):
         factor = {"factor": "fp64" if dtype == "fp64" else "fp32"}

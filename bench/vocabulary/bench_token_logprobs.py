@@ -12,7 +12,7 @@ from fastpg import token_logprobs
 
 from .._example import Example
 from .._timing import Case
-from .._variant import BOTH, VOCABS, VOCABULARY_TYPES, Variant
+from .._variant import BOTH, VOCABULARY_TYPES, Variant, features_of_rows
 from ..inputs import logits_and_labels
 
 ROWS, VOCAB = 256, 151936
@@ -160,17 +160,13 @@ def variants(few, capability):
     """What a GPU may be asked to compile."""
     from fastpg.ops.vocabulary import token_logprobs_triton as page
 
-    flags = BOTH[:1] if few else BOTH
-    dtypes = list(VOCABULARY_TYPES)[: 2 if few else None]
-    vocabs = VOCABS[: 1 if few else None]
-    cases = itertools.product(BOTH, flags, flags, BOTH, dtypes, vocabs)
-    for forward, entropy, softcap, aligned, dtype, vocab in cases:
-        features = {"entropy": entropy, "softcap": softcap, "aligned": aligned}
-        features |= {"dtype": dtype, "vocab": vocab, "capability": capability // 10}
+    for features, forward in itertools.product(features_of_rows(few, capability), BOTH):
         constants = page.constants(forward=forward, **features)
         options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
         kernel = page.forward_kernel if forward else page.backward_kernel
         tensors = {"labels": "i64", "flag": "i64", "stats": "fp32"}
-        tensors |= dict.fromkeys(("logits", "out"), VOCABULARY_TYPES[dtype])
-        names = tuple(n for n in ("logits", "out") if aligned and n in kernel.arg_names)
-        yield Variant(kernel, "fp32", constants, options, tensors, names)
+        tensors |= dict.fromkeys(("logits", "out"), VOCABULARY_TYPES[features["dtype"]])
+        aligned = [n for n in ("logits", "out") if features["aligned"] and n in kernel.arg_names]
+        yield Variant(
+            kernel, "fp32", constants, options, tensors, tuple(aligned), features["vocab"]
+        )

@@ -136,11 +136,27 @@ class Op(Generic[InputsT, OutputsT]):
 
     def attach(self, device: str, label: str, kernel: Callable[[InputsT], OutputsT]) -> None:
         """Makes a function the kernel of "CPU" or "CUDA"; kernels_of() shows it by its label."""
+        if self.mutates is not None:
+            kernel = self.counting(kernel)
         LIBRARY.impl(self.name, self.flat(kernel), device)
         kernels[self.name][device] = label
-        # torch's dispatcher counts what is written to a tensor, and knows what is in a list.
-        if self.mutates is None and not self.inputs.has_lists:
+        if not self.inputs.has_lists:  # a list is left to torch's dispatcher
             self.kernels[device.lower()] = kernel
+
+    def counting(self, kernel: Callable[[InputsT], OutputsT]) -> Callable[[InputsT], OutputsT]:
+        """The kernel, with the tensor that it writes to marked as changed.
+
+        torch counts what its own ops write: whoever saved the tensor for backward then raises.
+        """
+        assert self.mutates is not None
+        flatten, place = self.inputs.flatten, list(self.inputs.types).index(self.mutates)
+
+        def run(x: InputsT) -> OutputsT:
+            outputs = kernel(x)
+            torch.autograd.graph.increment_version(flatten(x)[place])
+            return outputs
+
+        return run
 
     def cpp_kernel(self, module: ModuleType, *, on_gpu: bool) -> Callable[[InputsT], OutputsT]:
         """The function of this op in an extension, from record to record.

@@ -21,7 +21,7 @@ from ..._op import Op
 from ..common.checks import alike, cast, check_shape, check_tensors
 from ..common.stats import PolicyStats
 from ..vocabulary import token_logprobs as rows_page
-from ..vocabulary.logit_rows import RowSizes, RowsOp
+from ..vocabulary.logit_rows import RowSizes, RowsOp, check_overwritable
 from . import policy_loss as tokens_page
 from .policy_loss import as_traced, policy_loss
 from .surrogates import (
@@ -192,8 +192,6 @@ def _forward(x: Call) -> tuple[tuple[Tensor, Tensor], Saved]:
     out = logits if x.inplace else empty_like(logits)
     rows = x.inputs.rows._replace(logits=logits)
     outputs = policy_loss_from_logits_op(x.inputs._replace(rows=rows, out=out))
-    if x.inplace:
-        torch.autograd.graph.increment_version(logits)  # whoever saved them raises
     # A second backward would scale a gradient that has been scaled already.
     once = None if torch.compiler.is_compiling() else Once()
     return (outputs.loss, outputs.stats), Saved(out, once)
@@ -241,16 +239,6 @@ def _checked_tokens(
         ref_logp=ref_logp,
     )
     return Tokens._make([x if x is None else cast(x.detach(), dtype) for x in tokens])
-
-
-def _check_inplace(logits: Tensor) -> None:
-    # A view of a leaf is as much in use as the leaf: the optimiser reads it later.
-    base = logits if logits._base is None else logits._base
-    if base.is_leaf and base.requires_grad:
-        raise ValueError(f"{OP}: inplace=True would overwrite logits that are a leaf of the graph")
-    if not logits.is_contiguous():
-        shape, strides = tuple(logits.shape), logits.stride()
-        raise ValueError(f"{OP}: inplace=True needs contiguous logits, got {shape} by {strides}")
 
 
 def _two_ops(rows: rows_page.Inputs, tokens: Tokens, **terms: Any) -> tuple[Tensor, PolicyStats]:
@@ -388,7 +376,7 @@ def policy_loss_from_logits(
         )
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
-        _check_inplace(logits)
+        check_overwritable(OP, "inplace", logits)
     options, traced = as_traced(options, logits.device)
     inputs = Inputs(rows, rows.logits, tokens, surrogate, kl, options, traced)
     loss, stats = _policy_loss_from_logits(Call(logits, inplace, inputs))

@@ -70,6 +70,19 @@ def _leading_axes_are_one(logits: Tensor) -> bool:
     return True
 
 
+def check_overwritable(op: str, argument: str, logits: Tensor) -> None:
+    """The gradient may lie where the logits lie, as an argument of this name asks for."""
+    # A view of a leaf is as much in use as the leaf: the optimiser reads it later.
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        raise ValueError(
+            f"{op}: {argument}=True would overwrite logits that are a leaf of the graph"
+        )
+    if not logits.is_contiguous():
+        shape, strides = tuple(logits.shape), logits.stride()
+        raise ValueError(f"{op}: {argument}=True needs contiguous logits, got {shape} by {strides}")
+
+
 class RowsOp(Op):
     """An op that reads rows of logits; its kernel in C++ gets them addressable."""
 

@@ -29,7 +29,7 @@ from ..common.checks import (
     label_temperature,
     positive,
 )
-from .logit_rows import RowSizes, RowsOp, row_sizes
+from .logit_rows import RowSizes, RowsOp, check_overwritable, row_sizes
 from .shards import NEVER, Shard, Statistics, finite_max, label_logit, over_all_ranks
 
 OP = "token_logprobs"
@@ -220,12 +220,27 @@ def _forward(x: Inputs) -> tuple[tuple[Tensor, ...], Saved]:
     return (logp,), Saved(x, None, stats)
 
 
-def _backward(x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None = None) -> Gradient:
+def _backward_inputs(
+    x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None
+) -> BackwardInputs:
     if grad_logp is None:
         grad_logp = torch.zeros_like(x.stats[0])
-    return token_logprobs_backward_op(
-        BackwardInputs(x.inputs, grad_logp, grad_entropy, x.entropy, x.stats)
-    )
+    return BackwardInputs(x.inputs, grad_logp, grad_entropy, x.entropy, x.stats)
+
+
+def _backward(x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None = None) -> Gradient:
+    return token_logprobs_backward_op(_backward_inputs(x, grad_logp, grad_entropy))
+
+
+def _backward_inplace(
+    x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None = None
+) -> Gradient:
+    # torch counts that the logits are written to: whoever saved them and needs them later raises,
+    # and so does a second backward through here.
+    out = x.inputs.logits.detach()
+    inputs = _backward_inputs(x, grad_logp, grad_entropy)
+    token_logprobs_backward_out_op(BackwardOutInputs(inputs, out))
+    return Gradient(out)
 
 
 _token_logprobs = Differentiable(
@@ -235,6 +250,14 @@ _token_logprobs = Differentiable(
     differentiable=("logits",),
     forward=_forward,
     backward=_backward,
+)
+_token_logprobs_inplace = Differentiable(
+    OP,
+    inputs=Inputs,
+    saved=Saved,
+    differentiable=("logits",),
+    forward=_forward,
+    backward=_backward_inplace,
 )
 
 
@@ -277,6 +300,14 @@ _token_logprobs_of_shard = Differentiable(
     forward=_forward_of_shard,
     backward=_backward,
 )
+_token_logprobs_of_shard_inplace = Differentiable(
+    OP,
+    inputs=ShardInputs,
+    saved=Saved,
+    differentiable=("logits",),
+    forward=_forward_of_shard,
+    backward=_backward_inplace,
+)
 
 
 def checked_inputs(
@@ -315,6 +346,7 @@ def token_logprobs(
     ignore_index: int = ...,
     return_entropy: Literal[False] = ...,
     process_group: dist.ProcessGroup | None = ...,
+    inplace_backward: bool = ...,
 ) -> Tensor: ...
 
 
@@ -328,6 +360,7 @@ def token_logprobs(
     ignore_index: int = ...,
     return_entropy: Literal[True],
     process_group: dist.ProcessGroup | None = ...,
+    inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -340,6 +373,7 @@ def token_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Log-probs of labels under softmax(softcap(logits) / temperature), and the entropy.
 
@@ -359,13 +393,18 @@ def token_logprobs(
         process_group: If given, the vocabulary is in shards, one on each rank in turn: logits are
             [..., V_rank], labels count in the whole vocabulary and are the same on each rank. Each
             rank gets the same results, and the gradient of its shard.
+        inplace_backward: Whether backward may write the gradient over the logits, which then must
+            be contiguous and no leaf of the graph: half the memory. Whatever else needs their
+            values in a later backward raises, a second backward through this op too. In
+            torch.compile, whose own matter this is, and where no gradient is wanted, they stay.
 
     Returns:
         logp [...], or (logp, entropy), each [...], in nats; fp32, or fp64 for fp64 logits.
 
     Raises:
         TypeError: logits or labels are no tensors, or have a dtype that they cannot have.
-        ValueError: A shape, a device, temperature or softcap does not fit; the message names it.
+        ValueError: A shape, a device, temperature or softcap does not fit, or logits cannot be
+            overwritten; the message names it.
         IndexError: A label is outside [0, V) and not ignore_index. Only the CPU raises at once;
             elsewhere the row of such a label is NaN, and `fastpg.check()` raises.
 
@@ -389,8 +428,13 @@ def token_logprobs(
         with_entropy=return_entropy,
         group=process_group,
     )
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    if inplace and torch.is_grad_enabled() and logits.requires_grad:
+        check_overwritable(OP, "inplace_backward", logits)
     if process_group is None:
-        results = _token_logprobs(inputs)
+        of_rows = _token_logprobs_inplace if inplace else _token_logprobs
+        results = of_rows(inputs)
     else:
-        results = _token_logprobs_of_shard(ShardInputs(*inputs, process_group))
+        of_shard = _token_logprobs_of_shard_inplace if inplace else _token_logprobs_of_shard
+        results = of_shard(ShardInputs(*inputs, process_group))
     return results if return_entropy else results[0]

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fastpg
 from bench._example import examples, tensors_of
 from fastpg._op import OPS, Op
+from fastpg.ops.common.stats import Values
 
 EXAMPLES = list(examples())
 NOT_OPS = {"check", "extension_status", "kernels_of", "merge_stats"}
@@ -120,6 +121,16 @@ def test_a_gradient_can_be_read_but_a_penalty_on_it_raises(example, checkpointed
     message = f"{example.op}: its gradient is not differentiable, double backward"
     with pytest.raises(RuntimeError, match=message):
         sum(grad.square().sum() for grad in grads).backward()
+
+
+@with_gradient
+def test_statistics_have_no_gradient(example):
+    results = example.function(**example.arguments | example.leaves())
+    records = results if type(results) is tuple else (results,)
+    statistics = [x.values for x in records if isinstance(x, Values)]
+    if not statistics:
+        pytest.skip("it returns none")
+    assert not any(x.requires_grad for x in statistics)
 
 
 @every_example

@@ -60,7 +60,7 @@ MUTANTS = [
         AUTOGRAD,
         "            if op.constants:\n",
         "            if op.constants and False:\n",
-        POLICY_TESTS,
+        ("tests/common/test_contract.py",),
     ),
     Mutant(
         "a-second-derivative-is-dropped-in-silence",
@@ -93,8 +93,8 @@ MUTANTS = [
     Mutant(
         "every-string-has-code-0",
         OP,
-        "coded[place] = table[values[place]]",
-        "coded[place] = 0",
+        "values[place] = table[values[place]]",
+        "values[place] = 0",
         ("tests/weight/test_token_weights.py::test_matches_a_loop_over_the_sequences",),
     ),
     Mutant(
@@ -110,7 +110,7 @@ MUTANTS = [
         CHECKS,
         "dtype = compute_dtype(op, **tensors)",
         "dtype = compute_dtype(op, **{beside: first})",
-        ("tests/common",),
+        ("tests/common/test_checks.py",),
     ),
     Mutant(
         "a-discount-of-nan-is-a-fraction",

@@ -1,0 +1,20 @@
+"""The checks and conversions that several ops share."""
+
+import torch
+
+from fastpg.ops.common.checks import alike
+
+
+def test_any_fp64_tensor_makes_all_of_them_fp64():
+    x, y = torch.ones(2), torch.ones(2, dtype=torch.float64)
+    for first, second in ((x, y), (y, x), (x.bfloat16(), y), (y, None)):
+        converted = alike("op", ("second",), first=first, second=second)
+        assert all(z is None or z.dtype is torch.float64 for z in converted)
+
+
+def test_half_precision_is_computed_in_fp32():
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.ones(2, dtype=dtype)
+        for tensors in ((x, x), (x, torch.ones(2))):
+            first, second = alike("op", first=tensors[0], second=tensors[1])
+            assert first.dtype is second.dtype is torch.float32

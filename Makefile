@@ -57,11 +57,11 @@ bench: .stamp
 bench-compare: .stamp
 	bench/compare.sh $(RUN) $(or $(BASE),$(error say which revision to compare with: BASE=main))
 
-# Tests, sanitizer and benchmarks on a machine with a GPU, within nine minutes; results go to
-# bench/results/, a short table comes last.
+# Tests, benchmarks, counters and sanitizer on a machine with a GPU, within ten minutes, the most
+# valuable first. Rows go to bench/results/ as they come, and to OUT=DIR; a short table comes last.
 gpu: .stamp
 	$(RUN) -c "import torch; torch.cuda.is_available() or exit('make gpu: torch sees no GPU')"
-	$(RUN) -m bench.gpu
+	$(RUN) -m bench.gpu $(if $(OUT),--out $(OUT)) $(STEPS)
 
 ifeq ($(HAVE),1)
 INSTALL = $(PY) -m pip install -q --no-build-isolation --no-deps -e .

@@ -1,9 +1,14 @@
-"""Interleaved timing: every candidate once per round, so that a busy machine is busy for all."""
+"""Interleaved timing: every candidate once per round, so that a busy machine is busy for all.
+
+On a GPU its own events tell the time of many calls in a row, so many that a sample takes 5 ms: less
+than that and the clock, and the launches of one call, would show in the figure.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+SAMPLE_MS = 5.0  # at least, on a GPU
 
 
 @dataclass
@@ -23,11 +30,16 @@ class Case:
     candidates: dict[str, Callable[[], object]]
     ours: str = "fastpg"
     targets: dict[str, str] = field(default_factory=dict)  # candidate -> its time over ours
-    calls: int = 1  # calls per timing, for what takes microseconds
+    calls: int = 1  # at least so many per timing, for what takes microseconds
     device: str = "cpu"
     results_mib: float = 0.0  # of what a call returns: any candidate must allocate that
     least: int = 5  # rounds
     memory_target: str = ""  # of ours, in MiB beside the results
+    gates: dict[str, Callable[[], None]] = field(default_factory=dict)  # of other candidates
+    graphs: tuple[str, ...] = ()  # candidates that a CUDA graph replays
+    # What a candidate does in a call and its unit: 3000 MB and "GB/s" if that is what it moves.
+    # Divided by milliseconds, megabytes are GB/s, and thousands of cycles are MHz.
+    rates: dict[str, tuple[float, str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,12 +57,13 @@ def measure(case: Case, *, rounds: int, seconds: float) -> dict[str, Timing]:
     """At most `rounds`, for about `seconds`, but the least of the case; after one not counted."""
     samples: dict[str, list[float]] = {name: [] for name in case.candidates}
     memory = {name: _extra_mib(call, case) for name, call in case.candidates.items()}
+    calls = {name: _calls(call, case) for name, call in case.candidates.items()}
     end = time.perf_counter() + seconds
     while (done := len(samples[case.ours])) < rounds and (
         done < case.least or time.perf_counter() < end
     ):
         for name, call in case.candidates.items():
-            samples[name].append(_time(call, case))
+            samples[name].append(_time(call, calls[name], case.device))
     ours = samples[case.ours]
     return {name: _summary(times, ours, memory[name]) for name, times in samples.items()}
 
@@ -71,24 +84,55 @@ def keep_freed_memory() -> None:
     libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 
-def _time(call: Callable[[], object], case: Case) -> float:
-    _synchronise(case.device)
-    start = time.perf_counter()
-    for _ in range(case.calls):
+def under_graph(call: Callable[[], object]) -> Callable[[], object]:
+    """What a call launches, captured once in a CUDA graph. To replay it costs almost no Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # The first calls compile and allocate, which no graph can hold.
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         call()
-    _synchronise(case.device)
-    return (time.perf_counter() - start) / case.calls * 1e3
+    return graph.replay
+
+
+def _calls(call: Callable[[], object], case: Case) -> int:
+    """How many calls a timing takes: on a GPU enough for a sample of SAMPLE_MS."""
+    if case.device != "cuda":
+        return case.calls
+    pilot = _time(call, max(case.calls // 10, 2), case.device)
+    return max(case.calls, math.ceil(SAMPLE_MS / max(pilot, 1e-4)))
+
+
+def _time(call: Callable[[], object], calls: int, device: str) -> float:
+    """The milliseconds of one call, from `calls` in a row."""
+    if device == "cuda":
+        return _time_by_events(call, calls)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls * 1e3
+
+
+def _time_by_events(call: Callable[[], object], calls: int) -> float:
+    """The same, from the moment the GPU begins until it has done the last call."""
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
 
 
 def _summary(times: list[float], ours: list[float], extra_mib: float | None) -> Timing:
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     ratio = statistics.median(t / o for t, o in zip(times, ours, strict=True))
     return Timing(statistics.median(times), deciles[0], deciles[-1], ratio, extra_mib)
-
-
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_extra_mib(call: Callable[[], object], device: str) -> float | None:

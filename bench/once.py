@@ -1,6 +1,8 @@
-"""python -m bench.once [cpu]: the ops in CUDA C++, once on each of their paths, for a sanitizer.
+"""python -m bench.once [cuda|cpu] [paths|vocabulary]: runs ops once, for a tool that watches them.
 
-On the CPU this only tells whether the script runs.
+"paths" are those of the ops in CUDA C++, each once, for a sanitizer. "vocabulary" are the kernels
+that walk along rows of logits, at a size that fills a GPU, for a profiler. On the CPU this only
+tells whether the script runs.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ import sys
 
 import torch
 
-from fastpg import gae, policy_loss, value_loss
+from fastpg import gae, policy_loss, policy_loss_from_logits, token_logprobs, value_loss
 
+SIZE = 8192, 151936  # rows and vocabulary: 2.5 GB in bf16
 LENGTHS = (1, 127, 1500)  # less than a lane's four, less than a warp's tile, more than a block's
 
 
@@ -48,14 +51,31 @@ def run_losses(length: int, dtype: torch.dtype) -> None:
     backward(policy_loss(logp, returns, weight, old_logp=old, level="sequence"))
 
 
-def main(device: str) -> None:
+def run_vocabulary(rows: int, vocab: int) -> None:
+    logits = torch.randn(rows, vocab, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(vocab, (rows,))
+    logp, entropy = token_logprobs(logits, labels, return_entropy=True)
+    backward((logp, entropy))
+    tokens = {"advantages": torch.randn(rows), "weight": torch.full((rows,), 1 / rows)}
+    loss, _ = policy_loss_from_logits(logits, labels, **tokens, old_logp=logp.detach())
+    loss.backward()
+
+
+def run_paths() -> None:
+    for length, dtype in itertools.product(LENGTHS, (torch.float32, torch.float64)):
+        run_gae(length, dtype)
+        run_losses(length, dtype)
+
+
+def main(device: str = "cuda", what: str = "paths") -> None:
     with torch.device(device):
-        for length, dtype in itertools.product(LENGTHS, (torch.float32, torch.float64)):
-            run_gae(length, dtype)
-            run_losses(length, dtype)
+        if what == "vocabulary":
+            run_vocabulary(*(SIZE if device == "cuda" else (4, 1000)))
+        else:
+            run_paths()
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+    main(*sys.argv[1:])

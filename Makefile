@@ -24,9 +24,11 @@ test-newest: .stamp .venv-newest
 	.venv-newest/bin/python -m pytest -n auto --durations=5 -m "not slow" \
 	  -k "not triton and not cuda-on-cpu" tests/common/test_contract.py tests/loss/test_kl_estimate.py
 
-# The kernels in Triton in the interpreter of the oldest Triton, which needs a numpy before 2.4.
+# The kernels in Triton in the interpreter of the oldest Triton, with the numpy that it was made for.
+# The contract tests run every kernel once: make test-oldest TESTS=tests/common/test_contract.py
 test-oldest: .stamp .triton-oldest
-	PYTHONPATH=.triton-oldest $(RUN) -m pytest -n auto --durations=5 -m "not slow" -k "triton"
+	PYTHONPATH=.triton-oldest $(RUN) -m pytest -n auto --durations=5 -m "not slow" -k "triton" \
+	  -W "ignore:Conversion of an array with ndim:DeprecationWarning" $(TESTS)
 
 # Reads the machine code of every kernel, compiled by the oldest and by the installed Triton for
 # sm_80, sm_90 and sm_100. All variants take half an hour of two cores; make aot FEW=--few takes two

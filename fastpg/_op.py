@@ -72,7 +72,7 @@ class Op(Generic[InputsT, OutputsT]):
     Args:
         name: The operator's name in torch.ops.fastpg, and that of its kernels.
         inputs: The NamedTuple of its inputs. The first is a tensor.
-        outputs: The NamedTuple of its outputs, tensors or one list of tensors.
+        outputs: The NamedTuple of its outputs, tensors or lists of tensors.
         page: The module that defines the op.
         reference: The specification; it serves every device that has no kernel.
         allocate: Makes empty, contiguous outputs. torch.compile takes shapes and dtypes from it.

@@ -16,6 +16,7 @@ from ..inputs import head_and_labels
 CPU_SHAPES = [
     (rows, 896, 151936, dtype) for rows in (1024, 4096) for dtype in (torch.bfloat16, torch.float32)
 ]
+FROZEN_SHAPES = [(2048, 576, 49152, torch.float32), *CPU_SHAPES[:2]]
 CUDA_SHAPES = [(8192, 4096, 131072, torch.bfloat16)]
 
 
@@ -32,6 +33,18 @@ def training(function, hidden, weight, labels):
     leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     upstream = torch.ones_like(labels, dtype=torch.float32)
     return lambda: torch.autograd.grad(function(*leaves, labels), leaves, upstream)
+
+
+def with_a_frozen_head(function, hidden, weight, labels):
+    """The same to hidden alone."""
+    hidden = hidden.detach().requires_grad_()
+    upstream = torch.ones_like(labels, dtype=torch.float32)
+    return lambda: torch.autograd.grad(function(hidden, weight, labels), hidden, upstream)[0]
+
+
+def by_two_passes(hidden, weight, labels):
+    """The same log-probs; a call that returns the entropy makes no gradient in forward."""
+    return linear_token_logprobs(hidden, weight, labels, return_entropy=True)[0]
 
 
 def with_an_adapter(function, hidden, weight, labels, rank=16):
@@ -93,6 +106,31 @@ def cases(device):
         if shape in (CPU_SHAPES[0], *CUDA_SHAPES):
             yield adapted_head(inputs, name, device)
 
+    for shape in CUDA_SHAPES if device == "cuda" else FROZEN_SHAPES:
+        inputs, name, _ = problem(*shape, device)
+        yield frozen_head(inputs, name, device)
+
+
+def frozen_head(inputs, name, device):
+    functions = {"fastpg": linear_token_logprobs, "two passes": by_two_passes}
+
+    def check():
+        few = inputs[0][:16], inputs[1], inputs[2][:16]
+        got, want = (with_a_frozen_head(f, *few)() for f in functions.values())
+        error = (got - want).float().norm() / want.float().norm()
+        assert error < (6e-3 if got.dtype is torch.bfloat16 else 5e-7), f"gradient: {error}"
+
+    return Case(
+        "linear_token_logprobs",
+        f"forward + backward, frozen head, {name}",
+        check,
+        {key: with_a_frozen_head(function, *inputs) for key, function in functions.items()},
+        targets={"two passes": ">= 1.43"},
+        device=device,
+        results_mib=inputs[0].nbytes / 2**20,
+        least=3,
+    )
+
 
 def whole_head(inputs, name, gradients, device, quick):
     candidates = {"fastpg": training(linear_token_logprobs, *inputs)}
@@ -149,4 +187,9 @@ def examples(device):
         fastpg.linear_token_logprobs,
         {"hidden": hidden, "weight": head_weight, "labels": labels, "bias": head_weight[:, 0]},
         differentiable=("hidden", "weight", "bias"),
+    )
+    yield Example(
+        fastpg.linear_token_logprobs,
+        {"hidden": hidden, "weight": head_weight, "labels": labels},
+        differentiable=("hidden",),
     )

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from registration import check_registration
 
-import fastpg.ops.vocabulary.linear_token_logprobs as page
+import fastpg.ops.vocabulary.linear_rows as page
 from bench.inputs import head_and_labels
 from fastpg import linear_token_logprobs, linear_token_loss, token_logprobs
 from fastpg.ops.vocabulary import head as head_module

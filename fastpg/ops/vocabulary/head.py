@@ -8,7 +8,7 @@ slices here or the shards of several processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
@@ -207,13 +207,22 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
 
 
 def statistics(
-    tiles: Iterable[Tile], labels: Tensor, temperature: Tensor, softcap: float
+    tiles: Iterable[Tile],
+    labels: Tensor,
+    temperature: Tensor,
+    softcap: float,
+    then: Callable[[Tile, Tensor], None] | None = None,
 ) -> Statistics:
-    """The statistics of rows [N] over the tokens of the tiles, each of which has all the rows."""
+    """The statistics of rows [N] over the tokens of the tiles, each of which has all the rows.
+
+    `then` is called with each tile, when its statistics are taken, and with the maxima of its rows.
+    It may overwrite the logits.
+    """
     label_logit = torch.zeros_like(labels, dtype=temperature.dtype)
     placeholders = torch.zeros_like(labels)  # labels that every tile has; their log-prob is unused
     each = []
-    for _, tokens, logits in tiles:
+    for tile in tiles:
+        tokens, logits = tile.tokens, tile.logits
         _, entropy, stats = token_logprobs_op(
             Inputs(logits, placeholders, temperature, softcap, NEVER, with_entropy=True)
         )
@@ -221,6 +230,8 @@ def statistics(
         here = (labels >= tokens.start) & (labels < tokens.stop)
         column = torch.where(here, labels - tokens.start, 0)[:, None]
         label_logit = torch.where(here, logits.gather(1, column)[:, 0], label_logit)
+        if then is not None:
+            then(tile, stats[0])
     if softcap:
         label_logit = softcap * torch.tanh(label_logit / softcap)
     top, log_sum, entropy = torch.stack(each, 1)

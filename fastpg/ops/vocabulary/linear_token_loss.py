@@ -43,7 +43,7 @@ from .head import (
     write_gradients,
 )
 from .head_arguments import HeadInputs, head_inputs, labels_of_shard
-from .linear_token_logprobs import logprobs
+from .linear_rows import logprobs
 from .token_loss import OP, TokenLoss, checked, differentiated
 
 # The rows of a chunk, by the bytes of a logit. With fewer, head_weight would be read, and its

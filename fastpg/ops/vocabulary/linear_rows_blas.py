@@ -30,7 +30,7 @@ from .head import (
     write_gradients,
 )
 from .head_arguments import legal_labels
-from .linear_token_logprobs import OP, BackwardInputs, Gradients, Inputs, Outputs, PartOutputs
+from .linear_rows import OP, BackwardInputs, Gradients, Inputs, Outputs, PartOutputs
 from .shards import Statistics
 
 

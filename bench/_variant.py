@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 VOCABULARY_TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
-VOCABS = (151936, 50257, 1000)  # a row that 16 bytes divide, one that they do not, a short one
+VOCABS = (151936, 50257, 1000, 32000)  # all but 50257 are whole vectors of 16 bytes
+OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")  # of a launch, among its constants
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 TOKENS = 1024  # A program takes so many at a time, unless its constant BLOCK says otherwise.
 
@@ -94,8 +95,9 @@ def features_of_rows(
     for dtype, vocab, entropy, softcap in itertools.product(dtypes, VOCABS, BOTH, BOTH):
         for aligned in BOTH if vocab % 8 == 0 else (False,):
             usual = entropy and not softcap and aligned == (vocab == VOCABS[0])
-            largest = entropy and softcap and vocab == VOCABS[1] and dtype is torch.bfloat16
-            wanted = (usual and vocab != VOCABS[2] and dtype is not torch.float16) or largest
+            odd = vocab == VOCABS[1] or (vocab == VOCABS[0] and not aligned)
+            largest = entropy and softcap and odd and dtype is torch.bfloat16
+            wanted = (usual and vocab in VOCABS[:2] and dtype is not torch.float16) or largest
             if wanted or not few:
                 yield {
                     "entropy": entropy,

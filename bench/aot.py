@@ -88,6 +88,8 @@ def read(op: str, variant: Variant, capability: int) -> list[Line]:
     code = machine_code(binary.asm["cubin"])
     here = resident(code.registers, shared, warps, gpu, programs_by_cache(variant, gpu))
     found = sweeps(code, variant.element_bytes, variant.elements_of_thread(warps))
+    if variant.vocab:  # Zeros for the rows that no gradient reaches are no sweep of the logits.
+        found = [sweep for sweep in found if sweep.loads]
     lines = []
     for sweep in found:
         limit = bound(sweep, here, gpu, from_cache=variant.sweeps_twice and bool(sweep.stores))

@@ -12,7 +12,7 @@ from fastpg import token_logprobs
 
 from .._example import Example
 from .._timing import Case
-from .._variant import BOTH, VOCABULARY_TYPES, Variant, features_of_rows
+from .._variant import BOTH, OPTIONS, VOCABULARY_TYPES, Variant, features_of_rows
 from ..inputs import logits_and_labels
 
 ROWS, VOCAB = 256, 151936
@@ -162,7 +162,7 @@ def variants(few, capability):
 
     for features, forward in itertools.product(features_of_rows(few, capability), BOTH):
         constants = page.constants(forward=forward, **features)
-        options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+        options = {name: constants.pop(name) for name in OPTIONS if name in constants}
         kernel = page.forward_kernel if forward else page.backward_kernel
         tensors = {"labels": "i64", "flag": "i64", "stats": "fp32"}
         tensors |= dict.fromkeys(("logits", "out"), VOCABULARY_TYPES[features["dtype"]])

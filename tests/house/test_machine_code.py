@@ -81,7 +81,7 @@ def line(**changed):
         "sweep": "read+write",
         "registers": 40,
         "spilled": 0,
-        "instructions": 12.0,
+        "instructions": 10.0,
         "shuffles": 0.0,
         "load": 16,
         "store": 16,

@@ -1,5 +1,7 @@
 """policy_loss_from_logits against the two ops that it is made of."""
 
+import importlib
+import importlib.util
 import math
 
 import pytest
@@ -9,7 +11,7 @@ from registration import check_registration
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bench.inputs import DEVICE, logits_and_labels
-from fastpg import policy_loss, policy_loss_from_logits, token_logprobs
+from fastpg import check, policy_loss, policy_loss_from_logits, token_logprobs
 from fastpg.ops.loss import policy_loss_from_logits as page
 from fastpg.ops.loss.surrogates import LossOptions
 from fastpg.ops.vocabulary import token_logprobs as rows_page
@@ -66,7 +68,9 @@ def run(function, inputs, case, scale=1, **options):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_matches_the_two_ops_in_fp64(kernel, case, dtype):
-    for rows, vocab in [((1,), 1), ((2, 3), 129)] + [((35,), 8195)] * (kernel != "triton"):
+    for rows, vocab in [((1,), 1), ((2, 3), 129), ((2, 3), 136)] + [((35,), 8195)] * (
+        kernel != "triton"
+    ):
         inputs = sample(rows, vocab, dtype)
         logits, labels, tokens = inputs
         exact = logits.double(), labels, {name: x.double() for name, x in tokens.items()}
@@ -91,7 +95,7 @@ def test_it_is_the_two_ops(kernel, case, dtype):
 
 @pytest.mark.parametrize("case", CASES)
 def test_in_place_is_out_of_place(kernel, case):
-    inputs = sample((3, 2), 150, torch.bfloat16)
+    inputs = sample((3, 2), 152, torch.bfloat16)
     plain = run(policy_loss_from_logits, inputs, case)
     assert all(map(torch.equal, plain, run(policy_loss_from_logits, inputs, case, inplace=True)))
 
@@ -311,3 +315,63 @@ def test_who_saved_the_logits_raises_once_they_are_overwritten():
     loss, _ = policy_loss_from_logits(y, labels, *given, **ROWS, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (square + loss).backward()
+
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def launcher():
+    """The page of the kernels, which needs Triton."""
+    return importlib.import_module("fastpg.ops.loss.policy_loss_from_logits_triton")
+
+
+# (multiprocessors, bytes of L2 cache, registers and threads of a multiprocessor)
+H100, B200 = (132, 50 << 20, 65536, 2048), (148, 126 << 20, 65536, 2048)
+PROGRAMS = [
+    (H100, 151936 * 2, 16, 124, 1),
+    (H100, 128256 * 4, 16, 92, 0),  # 132 such rows take 68 MB
+    (B200, 128256 * 4, 16, 92, 1),
+    (H100, 32000 * 4, 8, 80, 2),  # as many as have their rows in the cache
+    (H100, 32000 * 2, 8, 80, 3),  # as many as there are registers for
+    (H100, 32000 * 2, 8, 128, 2),
+    (H100, 1000 * 2, 4, 96, 4),  # more would hide nothing more
+    (H100, 50257 * 2, 8, 64, 0),  # no whole vectors
+    (H100, 131072 * 2**14, 16, 64, 0),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("device, row_bytes, warps, registers, count", PROGRAMS)
+def test_as_many_programs_as_have_their_rows_in_the_cache(
+    device, row_bytes, warps, registers, count
+):
+    page = launcher()
+    assert page.programs(page.Device(*device), row_bytes, warps, registers) == count
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_do_not_fit_the_cache_take_the_two_ops(kernel, case, monkeypatch):
+    if kernel != "triton":
+        pytest.skip("of the kernels in Triton")
+    inputs = sample((2, 3), 136)
+    rows = run(policy_loss_from_logits, inputs, case)
+    page = launcher()
+    monkeypatch.setattr(page, "device_of", lambda x: page.Device(1, 600, 65536, 2048))
+    monkeypatch.setattr(page, "rows_kernel", None)
+    for got, want in zip(run(policy_loss_from_logits, inputs, case), rows, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    inplace = run(policy_loss_from_logits, inputs, case, inplace=True)
+    assert torch.equal(inplace[2], run(policy_loss_from_logits, inputs, case)[2])
+
+
+def test_a_device_spoils_the_row_of_a_bad_label_alone(kernel):
+    if kernel not in DEVICE:
+        pytest.skip("the CPU raises")
+    logits, labels, tokens = sample((3,), 136)
+    labels[:], tokens["weight"][:] = torch.tensor([5, 138, 7]), 1.0  # 138: in the row after
+    grad = run(policy_loss_from_logits, (logits, labels, tokens), "all")[2]
+    assert grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
+    with pytest.raises(IndexError, match="policy_loss_from_logits: labels holds 138 at row 1"):
+        check()

@@ -102,3 +102,19 @@ def test_a_temperature_of_its_own_serves_each_row(kernel):
     got = token_logprobs(logits.transpose(0, 1), labels.t(), temperature=temperature.t())
     want = by_torch(logits.double() / temperature.double()[..., None], labels)[0]
     torch.testing.assert_close(got.double(), want.t(), rtol=0, atol=math.sqrt(2) * 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [136, 129])  # whole vectors, and not
+def test_bits_do_not_depend_on_where_a_row_begins(kernel, vocab, dtype):
+    if kernel == "reference":
+        pytest.skip("the reference computes as torch does")
+    logits, labels = logits_and_labels(3, vocab, dtype)
+    results = []
+    for begin in (0, 1, 3):
+        x = torch.empty(3 * vocab + begin, dtype=dtype)[begin:].view(3, vocab)
+        x = x.copy_(logits).requires_grad_()
+        logp, entropy = token_logprobs(x, labels, return_entropy=True)
+        (grad,) = torch.autograd.grad(logp.sum() + entropy.sum(), x)
+        results.append(torch.cat([logp.detach(), entropy.detach(), grad.float().flatten()]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

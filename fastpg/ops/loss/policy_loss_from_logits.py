@@ -9,6 +9,7 @@ once, where the two ops read it twice and write it once. Backward only hands the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,26 +77,29 @@ def masked(labels: Tensor, weight: Tensor, ignore_index: int) -> tuple[Tensor, T
     return torch.where(kept, labels, ignore_index), torch.where(kept, weight, 0.0)
 
 
-def reference(x: Inputs) -> Outputs:
-    """The specification: the two ops, forward and backward. It writes dL/dlogits to `out`."""
+def loss_inputs(
+    x: Inputs, logp: Tensor, weight: Tensor, entropy: Tensor | None
+) -> tokens_page.Inputs:
+    """The inputs of policy_loss, for tokens with these log-probs, weights and entropies."""
+    return tokens_page.Inputs(
+        logp=logp,
+        ratio=None,
+        entropy=entropy,
+        surrogate=x.surrogate,
+        kl=x.kl,
+        options=x.options,
+        traced_options=x.traced_options,
+        **x.tokens._replace(weight=weight)._asdict(),
+    )
+
+
+def by_two_ops(x: Inputs, logprobs: Callable, loss_of: Callable, backward_out: Callable) -> Outputs:
+    """The two ops, forward and backward, by these kernels. It writes dL/dlogits to `out`."""
     labels, weight = masked(x.rows.labels, x.tokens.weight, x.rows.ignore_index)
     rows = x.rows._replace(labels=labels)
-    logp, entropy, row_stats = rows_page.reference(rows)
-    loss = tokens_page.reference(
-        tokens_page.Inputs(
-            logp=logp,
-            advantages=x.tokens.advantages,
-            weight=weight,
-            old_logp=x.tokens.old_logp,
-            ratio=None,
-            ref_logp=x.tokens.ref_logp,
-            entropy=entropy if rows.with_entropy else None,
-            surrogate=x.surrogate,
-            kl=x.kl,
-            options=x.options,
-            traced_options=x.traced_options,
-        )
-    )
+    logp, row_entropy, row_stats = logprobs(rows)
+    entropy = row_entropy if rows.with_entropy else None
+    loss = loss_of(loss_inputs(x, logp, weight, entropy))
     # The loss subtracts entropy_coef times the entropy of each token, weighted like the token.
     grad_entropy = None
     if rows.with_entropy:
@@ -103,16 +107,17 @@ def reference(x: Inputs) -> Outputs:
         if x.traced_options is not None:
             entropy_coef = x.traced_options[tokens_page.ENTROPY_COEF].to(logp.dtype)
         grad_entropy = -entropy_coef * weight
-    gradient = rows_page.BackwardInputs(
-        inputs=rows,
-        grad_logp=loss.coefficient,
-        grad_entropy=grad_entropy,
-        entropy=entropy if rows.with_entropy else None,
-        stats=row_stats,
-    )
-    # `out` may be the logits themselves: everything that reads them is done by now.
-    x.out.copy_(rows_page.reference_backward(gradient).grad_logits)
+    gradient = rows_page.BackwardInputs(rows, loss.coefficient, grad_entropy, entropy, row_stats)
+    # `out` may be the logits themselves: everything else that reads them is done by now.
+    backward_out(rows_page.BackwardOutInputs(gradient, x.out))
     return Outputs(loss.loss, loss.stats)
+
+
+def reference(x: Inputs) -> Outputs:
+    """The specification: the two ops by theirs."""
+    return by_two_ops(
+        x, rows_page.reference, tokens_page.reference, rows_page.reference_backward_out
+    )
 
 
 def allocate(x: Inputs) -> Outputs:

@@ -7,7 +7,7 @@ as have their rows in it, each with several tiles under way; each goes through i
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,21 +18,43 @@ from ..._record import contiguous
 from ..common.triton import BLOCK as TOKENS
 from ..common.triton import OPTIONS, blocks_of, jit, load_kept
 from ..vocabulary import token_logprobs_triton
+from ..vocabulary.row_gradient_triton import write_gradient
 from ..vocabulary.rows_triton import (
     inverse_temperature,
     read_row,
     record_label,
     row_offset,
-    write_gradient,
 )
-from . import policy_loss as tokens_page
-from .policy_loss_from_logits import OP, Inputs, NoOutputs, Outputs, ScaleInputs, reference
+from ..vocabulary.token_logprobs_triton import Tiles
+from .policy_loss_from_logits import (
+    OP,
+    Inputs,
+    NoOutputs,
+    Outputs,
+    ScaleInputs,
+    by_two_ops,
+    loss_inputs,
+    reference,
+)
 from .policy_loss_triton import policy_loss
 from .surrogates_triton import options_of, token_loss
 
-# Tiles of 8 KB under way in a program, as bandwidth times latency asks for where it is alone on its
-# multiprocessor.
+# Tiles under way in a program, the one that it computes with among them.
 STAGES = tl.constexpr(4)
+
+# Bytes of a row from -> tiles: the first that fits. The larger rows leave a program alone on its
+# multiprocessor, which then has 48 KB under way; latency times bandwidth asks for 25 (H200).
+TABLE = {
+    131072: Tiles(warps=16, vectors=2, blocks=2),
+    16384: Tiles(warps=8, vectors=2, blocks=2),
+    0: Tiles(warps=4, vectors=1, blocks=2),
+}
+VECTOR_BYTES = 16
+MOST_PROGRAMS = 4  # on a multiprocessor: more would hide nothing more
+CACHE_SHARE = 0.8
+MOST_REGISTERS = 128  # 16 warps have no more; told so, ptxas does not spill to keep to 64
+
+registers_of: dict[tuple, int] = {}  # what a compiled kernel took, which its first launch tells
 
 
 @triton.jit
@@ -114,7 +136,7 @@ def rows_kernel(
 ):
     """Log-prob, entropy, weight (0 at what is masked) and dL/dlogits of every row.
 
-    out may be logits: all of a row is read, up to a barrier, before its gradient is begun.
+    out may be logits: a thread has read what it writes.
     """
     options = low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -125,14 +147,15 @@ def rows_kernel(
             record_label(flag, row, label)
         inv_temperature = inverse_temperature(temperature + row * temperature_stride, kept)
         x = logits + row_offset(row, inner, outer_stride, inner_stride, VECTOR, ALIGNED)
-        length, written = tl.where(kept, vocab, 0), row * vocab
+        width, written = vocab.to(tl.int32), row * vocab
         if ALIGNED:
-            vocab, length = tl.multiple_of(vocab, VECTOR), tl.multiple_of(length, VECTOR)
-            written = tl.multiple_of(written, VECTOR)
+            # tl.multiple_of would say so of an argument, but no mask that is made of it would know.
+            width, written = width // VECTOR * VECTOR, tl.multiple_of(written, VECTOR)
+        length = tl.where(kept, width, 0)
         y, value, top, log_sum, h = read_row(
             x, label, kept & legal, legal, length, softcap, inv_temperature,
-            ENTROPY=ENTROPY, SOFTCAP=SOFTCAP, VECTORS=VECTORS, LANES=LANES, VECTOR=VECTOR,
-            STAGES=STAGES, EVICTION="evict_last",
+            ENTROPY=ENTROPY, SOFTCAP=SOFTCAP, ALIGNED=ALIGNED, VECTORS=VECTORS, LANES=LANES,
+            VECTOR=VECTOR, STAGES=STAGES, EVICTION="evict_last",
         )  # fmt: skip
         w, value, h = tl.where(kept, w, 0.0), tl.where(kept, value, 0.0), tl.where(kept, h, 0.0)
         tl.store(kept_weight + row, w)
@@ -144,50 +167,98 @@ def rows_kernel(
         )
         g_entropy = g_entropy if ENTROPY else 0.0
         live = (g_logp != 0) | (g_entropy != 0)  # else, what the row holds is no one's matter
-        readable = tl.where(live, length, 0)
-        readable = tl.multiple_of(readable, VECTOR) if ALIGNED else readable
         y, top = tl.where(live, y, 0.0), tl.where(live, top, 0.0)
         log_sum = tl.where(live, log_sum, 0.0)
+        place = tl.where(legal, label, -1).to(tl.int32)
         write_gradient(
-            x, out + written, label, y, vocab, readable, top, log_sum, inv_temperature, g_logp,
-            g_entropy, h, softcap, ENTROPY=ENTROPY, SOFTCAP=SOFTCAP, BLOCK=BLOCK, STAGES=STAGES,
-            EVICTION="evict_first",
+            x, out + written, place, y, width, live, top, log_sum, inv_temperature, g_logp,
+            g_entropy, h, softcap, ENTROPY=ENTROPY, SOFTCAP=SOFTCAP,
+            ALIGNED=ALIGNED, BLOCK=BLOCK, STAGES=STAGES, EVICTION="evict_first",
         )  # fmt: skip
 
 
-def programs(x: torch.Tensor, rows: int, row_bytes: int) -> int:
-    """One to four on each multiprocessor, as their rows fit the cache. The bits do not change."""
+class Device(NamedTuple):
+    """What of a GPU decides how many programs run: properties that torch knows by these names."""
+
+    multi_processor_count: int
+    L2_cache_size: int
+    regs_per_multiprocessor: int
+    max_threads_per_multi_processor: int
+
+
+INTERPRETER = Device(1, 1 << 40, 1 << 16, 2048)  # any that all rows fit
+
+
+def device_of(x: torch.Tensor) -> Device:
+    """The GPU that a tensor is on."""
     if not x.is_cuda:
-        return min(rows, 2)
-    # A row is read twice: as many programs run at a time as have their rows in the L2 cache.
-    device = torch.cuda.get_device_properties(x.device)
-    count = device.multi_processor_count
-    return min(rows, count * min(max(device.L2_cache_size // (row_bytes * count), 1), 4))
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(x.device)
+    return Device._make([getattr(properties, name) for name in Device._fields])
 
 
-def constants(**features: Any) -> dict[str, int | bool]:
-    """The compile-time arguments: those of the two kernels of token_logprobs."""
+def programs(device: Device, row_bytes: int, warps: int, registers: int) -> int:
+    """How many programs a multiprocessor runs at a time. 0: take the two ops, which are faster.
+
+    A row is read twice, and the second time costs nothing only if it comes from the L2 cache. So
+    all rows under way must fit CACHE_SHARE of it; the rest is for gradients on their way to memory.
+
+    The model, predicted and not measured, counts passes over the logits at the bandwidth of a copy:
+    2.2 to 2.5 on an H100 or H200 if the rows fit, by the instructions of the two sweeps and the
+    cycles of a row that nothing hides; 3.1 to 3.2 if they do not. The two ops take 3.0 to 3.1,
+    since many programs at a time hide everything. So if not one row fits a multiprocessor's share,
+    they are faster. Rows that are no whole vectors cannot be loaded asynchronously, which takes
+    2.5 (H100), 3.1 (H200) or 4.6 passes (B200): the two ops serve these everywhere.
+
+    Args:
+        device: The GPU.
+        row_bytes: The bytes of a row of logits.
+        warps: The warps of a program.
+        registers: The registers of a thread, which tell how many programs there is room for.
+    """
+    if row_bytes % VECTOR_BYTES:
+        return 0
+    share = CACHE_SHARE * device.L2_cache_size / device.multi_processor_count
+    in_cache = int(share // row_bytes)
+    threads = 32 * warps
+    # The hardware allocates registers by eights.
+    by_registers = device.regs_per_multiprocessor // (-(-registers // 8) * 8 * threads)
+    by_threads = device.max_threads_per_multi_processor // threads
+    return min(in_cache, max(min(by_registers, by_threads), 1), MOST_PROGRAMS)
+
+
+def constants(*, dtype: torch.dtype, vocab: int, **features: Any) -> dict[str, int | bool]:
+    """The compile-time arguments: those of the two kernels of token_logprobs, with other tiles."""
+    row_bytes = vocab * dtype.itemsize
+    shape = next(tiles for size, tiles in TABLE.items() if row_bytes >= size)
+    features |= {"dtype": dtype, "vocab": vocab, "shape": shape}
     backward = token_logprobs_triton.constants(forward=False, **features)
     # One program writes a whole row here, so it does not count the tiles of a slice.
     del backward["BLOCKS"]
-    return backward | token_logprobs_triton.constants(forward=True, **features)
+    forward = token_logprobs_triton.constants(forward=True, **features)
+    return backward | forward | {"maxnreg": MOST_REGISTERS}
 
 
 def policy_loss_from_logits(x: Inputs) -> Outputs:
-    """Launches programs that go through the rows; then policy_loss, for the loss of its tokens."""
+    """Launches programs that go through the rows, or the two ops where they are faster."""
     if x.out.dtype is torch.float64 or x.out.numel() == 0:
         return reference(x)
     # The rows keep their strides, since a copy of the logits would cost what this op saves.
-    rows, tokens = token_logprobs_triton.LogitRows(x.rows), contiguous(x.tokens)
-    weight, with_entropy = tokens.weight, x.rows.with_entropy
-    logp, kept_weight = torch.empty_like(weight), torch.empty_like(weight)
-    entropy = torch.empty_like(weight) if with_entropy else None
-    rows_kernel[(programs(x.out, rows.count, rows.vocab * x.out.itemsize),)](
+    x, rows = x._replace(tokens=contiguous(x.tokens)), token_logprobs_triton.LogitRows(x.rows)
+    constant = constants(**rows.features(entropy=x.rows.with_entropy))
+    absent = [tensor is None for tensor in (x.tokens.old_logp, x.tokens.ref_logp, x.traced_options)]
+    compiled = x.out.device, x.surrogate, x.kl, *absent, *constant.values()
+    device, warps = device_of(x.out), int(constant["num_warps"])
+    registers = registers_of.get(compiled, MOST_REGISTERS)
+    count = programs(device, rows.vocab * x.out.itemsize, warps, registers)
+    if count == 0:
+        backward_out = token_logprobs_triton.token_logprobs_backward_out
+        return by_two_ops(x, token_logprobs_triton.token_logprobs, policy_loss, backward_out)
+    logp, kept_weight = torch.empty_like(x.tokens.weight), torch.empty_like(x.tokens.weight)
+    entropy = torch.empty_like(logp) if x.rows.with_entropy else None
+    kernel = rows_kernel[(min(rows.count, count * device.multi_processor_count),)](
         **rows.arguments,
-        advantages=tokens.advantages,
-        weight=weight,
-        old_logp=tokens.old_logp,
-        ref_logp=tokens.ref_logp,
+        **x.tokens._asdict(),
         traced_options=x.traced_options,
         logp=logp,
         entropy=entropy,
@@ -197,23 +268,11 @@ def policy_loss_from_logits(x: Inputs) -> Outputs:
         **x.options._asdict(),
         SURROGATE=x.surrogate,
         KL=x.kl,
-        **constants(**rows.features(entropy=with_entropy)),
+        **constant,
     )
-    outputs = policy_loss(
-        tokens_page.Inputs(
-            logp=logp,
-            advantages=tokens.advantages,
-            weight=kept_weight,
-            old_logp=tokens.old_logp,
-            ratio=None,
-            ref_logp=tokens.ref_logp,
-            entropy=entropy,
-            surrogate=x.surrogate,
-            kl=x.kl,
-            options=x.options,
-            traced_options=x.traced_options,
-        )
-    )
+    if x.out.is_cuda:
+        registers_of[compiled] = kernel.n_regs
+    outputs = policy_loss(loss_inputs(x, logp, kept_weight, entropy))
     return Outputs(outputs.loss, outputs.stats)
 
 

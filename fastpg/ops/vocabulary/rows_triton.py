@@ -1,4 +1,4 @@
-"""A row of logits in Triton: its statistics and its gradient.
+"""A row of logits in Triton: its statistics. `row_gradient_triton` has its gradient.
 
 The maths is that of csrc/vocabulary/online_softmax.h: z = c / T with c the logits after softcap,
 exponentials in units of log2, a row as (max c, sum of e^d, sum of e^d d). A lane keeps the
@@ -24,9 +24,12 @@ INFINITY = tl.constexpr(math.inf)
 
 
 @triton.jit
-def bounded_exponent(y):
-    """Bounds y below, so that 2^y y is 0, not 0 * inf, where 2^y vanishes. A NaN stays."""
-    return tl.maximum(y, -1000.0, propagate_nan=tl.PropagateNan.ALL)
+def exponent(y, ENTROPY: tl.constexpr):
+    """y; for an entropy bounded below, so that 2^y y is 0, not 0 * inf, where 2^y vanishes.
+
+    A NaN stays. Without an entropy the bound would be for nothing: 2^-inf is 0.
+    """
+    return tl.maximum(y, -1000.0, propagate_nan=tl.PropagateNan.ALL) if ENTROPY else y
 
 
 @triton.jit
@@ -38,6 +41,8 @@ def finite_max(top):
 @triton.jit
 def fold(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sums [ROWS] of x [ROWS, COLUMNS], in pairs: a + b is b + a, whatever the layout."""
+    if COLUMNS == 1:
+        x = tl.reshape(x, [ROWS])
     for i in tl.static_range(16):
         if (COLUMNS >> i) > 1:
             x = tl.sum(tl.reshape(x, [ROWS * COLUMNS >> (i + 1), 2]), 1)
@@ -55,19 +60,6 @@ def tanh(x):
     p = p * z - 3.33332819422e-1
     elsewhere = 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2E)) + 1.0)
     return tl.where(z < 0.390625, p * z * x + x, elsewhere)
-
-
-@triton.jit
-def expm1(x):
-    """e^x - 1 for x <= 0: its series near 0, where the subtraction would cancel."""
-    p = 1.0 / 40320
-    p = p * x + 1.0 / 5040
-    p = p * x + 1.0 / 720
-    p = p * x + 1.0 / 120
-    p = p * x + 1.0 / 24
-    p = p * x + 1.0 / 6
-    p = p * x + 0.5
-    return tl.where(x > -0.5, p * (x * x) + x, tl.exp2(x * LOG2E) - 1.0)
 
 
 @triton.jit
@@ -92,40 +84,164 @@ def row_offset(row, inner, outer_stride, inner_stride, VECTOR: tl.constexpr, ALI
 
 
 @triton.jit
-def tile_offsets(VECTORS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets [VECTORS, LANES, VECTOR] of a tile: neighbouring lanes read neighbouring vectors."""
-    vectors = tl.arange(0, VECTORS)[:, None, None] * (LANES * VECTOR)
-    return vectors + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)
+def words(x):
+    """A pointer to bf16 as one to words of two bf16 each."""
+    return x.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
-def add_tile(
-    top, total, weighted, c, scale, LANES: tl.constexpr, WIDTH: tl.constexpr, ENTROPY: tl.constexpr
+def widened(pairs):
+    """The lower and the upper bf16 of words in fp32: a bf16 is the upper half of an fp32.
+
+    So each takes one operation; a conversion takes one and a half.
+    """
+    lower = (pairs << 16).to(tl.float32, bitcast=True)
+    return lower, (pairs & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inside_or_lowest(x, inside, softcap, SOFTCAP: tl.constexpr):
+    """The logits after softcap; -inf, if they are not `inside`. None: all are."""
+    c = capped(x, softcap, SOFTCAP)
+    return c if inside is None else tl.where(inside, c, -INFINITY)
+
+
+@triton.jit
+def load_vectors(
+    x,
+    left,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
-    """Adds a tile c [vectors, LANES, vector] to the statistics [LANES] of the lanes.
+    """The parts of a tile whose vectors are aligned: each vector of a lane is loaded at once.
+
+    Two parts hold a vector of bf16, for the lower and for the upper half of its words.
+    """
+    PAIRS: tl.constexpr = VECTOR // 2
+    parts = ()
+    lane = tl.arange(0, LANES)[:, None]
+    for vector in tl.static_range(VECTORS):
+        if x.dtype.element_ty == tl.bfloat16:
+            offsets = (vector * LANES + lane) * PAIRS + tl.arange(0, PAIRS)
+            inside = None if left is None else offsets * 2 < left
+            pairs = tl.load(words(x) + offsets, inside, eviction_policy=EVICTION)
+            lower, upper = widened(pairs)
+            parts += (inside_or_lowest(lower, inside, softcap, SOFTCAP),)
+            parts += (inside_or_lowest(upper, inside, softcap, SOFTCAP),)
+        else:
+            offsets = (vector * LANES + lane) * VECTOR + tl.arange(0, VECTOR)
+            inside = None if left is None else offsets < left
+            c = tl.load(x + offsets, inside, eviction_policy=EVICTION)
+            parts += (inside_or_lowest(c, inside, softcap, SOFTCAP),)
+    return parts
+
+
+@triton.jit
+def load_singly(
+    x,
+    left,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """The parts of a tile that may begin anywhere: one logit of each lane is loaded at once.
+
+    They are in the order in which `sum_parts` adds the same logits as it does those of vectors.
+    """
+    parts = ()
+    lane = tl.arange(0, LANES)[:, None] * VECTOR
+    HALVES: tl.constexpr = 2 if (x.dtype.element_ty == tl.bfloat16 and VECTOR > 1) else 1
+    for i in tl.static_range(VECTORS * VECTOR):
+        vector = i // HALVES % VECTORS
+        column = i // (HALVES * VECTORS) * HALVES + i % HALVES
+        offsets = vector * LANES * VECTOR + column + lane
+        inside = None if left is None else offsets < left
+        c = tl.load(x + offsets, inside, eviction_policy=EVICTION)
+        parts += (inside_or_lowest(c, inside, softcap, SOFTCAP),)
+    return parts
+
+
+@triton.jit
+def load_tile(
+    x,
+    left,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """The logits of a tile after softcap: a tuple of parts, each [LANES, columns].
+
+    Each lane owns VECTORS vectors of VECTOR neighbouring logits. A part holds one of its vectors,
+    or less, for all lanes. In a single tensor [VECTORS, LANES, VECTOR] Triton 3.6 would give the
+    vectors of a lane to several threads, which then had to exchange numbers in the loop.
+
+    left: How many logits there are, and -inf beyond; None: a whole tile.
+    """
+    if ALIGNED:
+        return load_vectors(x, left, softcap, SOFTCAP, VECTORS, LANES, VECTOR, EVICTION)
+    else:
+        return load_singly(x, left, softcap, SOFTCAP, VECTORS, LANES, VECTOR, EVICTION)
+
+
+@triton.jit
+def sum_parts(parts):
+    """The sum of each lane's numbers [LANES], in pairs: neighbouring parts first, then columns."""
+    for _ in tl.static_range(8):
+        if len(parts) > 1:
+            sums = ()
+            for i in tl.static_range(len(parts) // 2):
+                sums += (parts[2 * i] + parts[2 * i + 1],)
+            parts = sums
+    LANES: tl.constexpr = parts[0].shape[0]
+    COLUMNS: tl.constexpr = parts[0].shape[1]
+    return fold(parts[0], LANES, COLUMNS)
+
+
+@triton.jit
+def add_tile(top, total, weighted, parts, scale, ENTROPY: tl.constexpr):
+    """Adds the parts of a tile to the statistics [LANES] of the lanes.
 
     `total` and `weighted` are RowStats::sum and weighted of C++, the latter in units of log2.
     """
-    new_top = tl.maximum(top, tl.max(tl.max(c, 2), 0))
+    most = parts[0]
+    for i in tl.static_range(1, len(parts)):
+        most = tl.maximum(most, parts[i])
+    new_top = tl.maximum(top, tl.max(most, 1))
     origin = finite_max(new_top)
-    y = bounded_exponent((c - origin[None, :, None]) * scale)
-    e = tl.exp2(y)
-    shift = bounded_exponent((top - origin) * scale)
+    exponentials, products = (), ()
+    for i in tl.static_range(len(parts)):
+        y = exponent((parts[i] - origin[:, None]) * scale, ENTROPY)
+        e = tl.exp2(y)
+        exponentials += (e,)
+        if ENTROPY:
+            products += (e * y,)
+    shift = exponent((top - origin) * scale, ENTROPY)
     factor = tl.exp2(shift)
     if ENTROPY:
-        ey = fold(tl.permute(e * y, 1, 0, 2), LANES, WIDTH)
-        weighted = factor * (weighted + shift * total) + ey
-    e = fold(tl.permute(e, 1, 0, 2), LANES, WIDTH)
-    return new_top, factor * total + e, weighted
+        weighted = factor * (weighted + shift * total) + sum_parts(products)
+    return new_top, factor * total + sum_parts(exponentials), weighted
 
 
 @triton.jit
-def merge_lanes(top, total, weighted, scale, LANES: tl.constexpr):
+def merge_lanes(top, total, weighted, scale, LANES: tl.constexpr, ENTROPY: tl.constexpr):
     """The statistics of the row, from those of its lanes."""
     row_top = tl.max(top, 0)
-    shift = bounded_exponent((top - finite_max(row_top)) * scale)
+    shift = exponent((top - finite_max(row_top)) * scale, ENTROPY)
     factor = tl.exp2(shift)
-    weighted = fold(factor * (weighted + shift * total), 1, LANES)
+    if ENTROPY:
+        weighted = factor * (weighted + shift * total)
+    weighted = fold(weighted, 1, LANES)
     total = fold(factor * total, 1, LANES)
     return row_top, tl.sum(total, 0), tl.sum(weighted, 0)  # each of one element
 
@@ -149,6 +265,7 @@ def read_row(
     inv_temperature,
     ENTROPY: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     VECTORS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -162,23 +279,22 @@ def read_row(
     """
     scale = inv_temperature * LOG2E
     c_label = capped(load_kept(x, label, here), softcap, SOFTCAP)
-    WIDTH: tl.constexpr = VECTORS * VECTOR
-    TILE: tl.constexpr = WIDTH * LANES
-    offsets = tile_offsets(VECTORS, LANES, VECTOR)
+    TILE: tl.constexpr = VECTORS * VECTOR * LANES
     top = tl.full([LANES], -INFINITY, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
     whole = length // TILE * TILE
     for start in tl.range(0, whole, TILE, num_stages=STAGES):
-        c = tl.load(x + start + offsets, eviction_policy=EVICTION)
-        c = capped(c, softcap, SOFTCAP)
-        top, total, weighted = add_tile(top, total, weighted, c, scale, LANES, WIDTH, ENTROPY)
+        parts = load_tile(
+            x + start, None, softcap, SOFTCAP, ALIGNED, VECTORS, LANES, VECTOR, EVICTION
+        )
+        top, total, weighted = add_tile(top, total, weighted, parts, scale, ENTROPY)
     for start in range(whole, length, TILE):  # one tile that is not full, or none
-        inside = offsets < length - start
-        c = capped(tl.load(x + start + offsets, mask=inside, other=0.0), softcap, SOFTCAP)
-        c = tl.where(inside, c, -INFINITY)
-        top, total, weighted = add_tile(top, total, weighted, c, scale, LANES, WIDTH, ENTROPY)
-    row_top, total_sum, weighted_sum = merge_lanes(top, total, weighted, scale, LANES)
+        parts = load_tile(
+            x + start, length - start, softcap, SOFTCAP, ALIGNED, VECTORS, LANES, VECTOR, EVICTION
+        )
+        top, total, weighted = add_tile(top, total, weighted, parts, scale, ENTROPY)
+    row_top, total_sum, weighted_sum = merge_lanes(top, total, weighted, scale, LANES, ENTROPY)
     log_sum = tl.log(tl.where(total_sum == 0, 1.0, total_sum))
     log_sum = tl.where(legal, log_sum, float("nan"))  # spoils the gradient of the row too
     value = (c_label - finite_max(row_top)) * inv_temperature - log_sum
@@ -188,66 +304,3 @@ def read_row(
         h = tl.where(h < 0, 0.0, h)  # rounding must not make it negative
         h = tl.where(total_sum != 0, h, 0.0)
     return c_label, value, row_top, log_sum, h
-
-
-@triton.jit
-def softcap_slope(c, softcap, SOFTCAP: tl.constexpr):
-    """The derivative of a logit after softcap by the logit."""
-    t = c * tl.div_rn(1.0, softcap) if SOFTCAP else 0.0
-    return 1.0 - t * t
-
-
-@triton.jit
-def label_gradient(c, log2_p, slope, g_logp, g_entropy, entropy):
-    """The gradient at the label, where -expm1(log p) keeps the digits of 1 - p as p -> 1."""
-    through_entropy = tl.exp2(log2_p) * (g_entropy * (log2_p * LN2 + entropy))
-    d = (-expm1(log2_p * LN2) * g_logp - through_entropy) * slope
-    return tl.where(c == -INFINITY, 0.0, d)
-
-
-@triton.jit
-def write_gradient(
-    x,
-    dx,
-    place,
-    y,
-    length,
-    readable,
-    top,
-    log_sum,
-    inv_temperature,
-    g_logp,
-    g_entropy,
-    h,
-    softcap,
-    ENTROPY: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVICTION: tl.constexpr,
-):
-    """Writes the gradient of `length` logits.
-
-    place, y: The label's place in x, < 0 if it is elsewhere, and its logit after softcap.
-    readable: Equal to length; or 0 if no gradient reaches the row, and then all other numbers that
-        are given of it are 0.
-    """
-    origin, log2_sum = finite_max(top), log_sum * LOG2E
-    slope = inv_temperature
-    # But for the label, dL/dx_j = -slope p_j (g_logp + g_entropy (log p_j + H)), and that is
-    # p_j (a + b log2 p_j).
-    a = -slope * (g_logp + g_entropy * h)
-    b = -slope * (g_entropy * LN2)
-    scale = slope * LOG2E
-    log2_y = bounded_exponent((y - origin) * scale - log2_sum)
-    slope *= softcap_slope(y, softcap, SOFTCAP)
-    d_label = label_gradient(y, log2_y, slope, g_logp, g_entropy, h)
-    for start in tl.range(0, length, BLOCK, num_stages=STAGES):
-        offsets = start + tl.arange(0, BLOCK)
-        c = tl.load(x + offsets, mask=offsets < readable, other=0.0, eviction_policy=EVICTION)
-        c = capped(c, softcap, SOFTCAP)
-        log2_p = bounded_exponent((c - origin) * scale - log2_sum)
-        d = tl.exp2(log2_p) * (a + b * log2_p if ENTROPY else a)
-        d = d * softcap_slope(c, softcap, SOFTCAP) if SOFTCAP else d
-        d = tl.where(offsets == place, d_label, d).to(dx.dtype.element_ty)
-        tl.store(dx + offsets, d, mask=offsets < length, eviction_policy=EVICTION)

@@ -13,13 +13,13 @@ from torch import Tensor
 from ..._flags import label_flag
 from ..common.triton import jit, load_kept
 from .logit_rows import addressable
+from .row_gradient_triton import write_gradient
 from .rows_triton import (
     capped,
     inverse_temperature,
     read_row,
     record_label,
     row_offset,
-    write_gradient,
 )
 from .token_logprobs import (
     OP,
@@ -46,16 +46,15 @@ class Tiles(NamedTuple):
     """How one program walks along a row."""
 
     warps: int
-    vectors: int  # of 16 bytes that a thread has in flight: forward
+    vectors: int  # of 16 bytes, or of 4 single logits, that a thread has in flight: forward
     blocks: int  # tiles of one vector per thread that a program writes: backward
 
 
 # (compute capability from, bytes of a row from): the first that fits. The number of rows does not
 # count, and nothing is tuned at run time: either would show in the bits.
 TABLE = {
-    # 32 bytes a thread, five programs at 48 registers: 40 KB in flight on a multiprocessor, where
-    # latency times bandwidth asks for 12 (A100), 25 (H200), 38 (B200). Four vectors take 80
-    # registers: half the programs, as much in flight, and a spill on sm_100 if rows are unaligned.
+    # 32 bytes a thread, four programs or more at 63 registers or less: 32 KB in flight on a
+    # multiprocessor, where latency times bandwidth asks for 12 (A100), 25 (H200), 38 (B200).
     (0, 16384): Tiles(warps=8, vectors=2, blocks=32),
     # A tile of 16 KB would be mostly empty; a short row ends in its merge of lanes, so few of them.
     (0, 0): Tiles(warps=4, vectors=1, blocks=8),
@@ -116,6 +115,7 @@ def forward_kernel(
         inv_temperature,
         ENTROPY=ENTROPY,
         SOFTCAP=SOFTCAP,
+        ALIGNED=ALIGNED,
         VECTORS=VECTORS,
         LANES=LANES,
         VECTOR=VECTOR,
@@ -186,7 +186,7 @@ def backward_kernel(
 ):
     """One program per slice of a row. A row that no gradient reaches is written, not read.
 
-    out may be logits: a thread reads what it writes before it does so, the label's logit too.
+    out may be logits: a thread reads what it writes before it does so.
     """
     row = tl.program_id(0) // slices
     begin = (tl.program_id(0) % slices).to(tl.int64) * (BLOCK * BLOCKS)
@@ -194,10 +194,9 @@ def backward_kernel(
     label = tl.load(labels + row)
     g_logp, g_entropy, reached = incoming_gradients(grad_logp, grad_entropy, row, ENTROPY)
     live = reached & (label != ignore_index)
-    readable, written = tl.where(live, length, 0), row.to(tl.int64) * vocab
+    written = row.to(tl.int64) * vocab
     if ALIGNED:
-        length, readable = tl.multiple_of(length, VECTOR), tl.multiple_of(readable, VECTOR)
-        written = tl.multiple_of(written, VECTOR)
+        length, written = length // VECTOR * VECTOR, tl.multiple_of(written, VECTOR)
     dx = out + written + begin
     x = logits + row_offset(row, inner, outer_stride, inner_stride, VECTOR, ALIGNED) + begin
 
@@ -214,7 +213,7 @@ def backward_kernel(
         place,
         y,
         length,
-        readable,
+        live,
         top,
         log_sum,
         inv_temperature,
@@ -224,6 +223,7 @@ def backward_kernel(
         softcap,
         ENTROPY=ENTROPY,
         SOFTCAP=SOFTCAP,
+        ALIGNED=ALIGNED,
         BLOCK=BLOCK,
         STAGES=None,
         EVICTION="",
@@ -239,10 +239,14 @@ def constants(
     dtype: torch.dtype,
     vocab: int,
     capability: int,
+    shape: Tiles | None = None,
 ) -> dict[str, int | bool]:
     """The compile-time arguments, for a launch and for compilation ahead of time alike."""
-    shape = tiles(capability, vocab * dtype.itemsize)
+    shape = shape or tiles(capability, vocab * dtype.itemsize)
     lanes, vector = 32 * shape.warps, 16 // dtype.itemsize
+    vectors = shape.vectors
+    if vocab % vector:  # then no vector is aligned in each row: a lane owns single logits
+        vectors, vector, aligned = 4 * vectors, 1, False
     found: dict[str, int | bool] = {
         "ENTROPY": entropy,
         "SOFTCAP": softcap,
@@ -252,8 +256,8 @@ def constants(
         "enable_fp_fusion": FP_FUSION,
     }
     if forward:
-        return found | {"VECTORS": shape.vectors, "LANES": lanes}
-    return found | {"BLOCK": 2 * lanes * vector, "BLOCKS": shape.blocks // 2}
+        return found | {"VECTORS": vectors, "LANES": lanes}
+    return found | {"BLOCK": 2 * lanes * (16 // dtype.itemsize), "BLOCKS": shape.blocks // 2}
 
 
 class LogitRows:

@@ -11,6 +11,9 @@ _flags: dict[tuple[str, torch.device], Tensor] = {}
 def label_flag(op: str, device: torch.device) -> Tensor:
     """int64 [3] on the device: bad labels the op met since check(), row and label of the first."""
     if (op, device) not in _flags:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # In the memory of a graph it would hold anything until the graph is replayed.
+            raise RuntimeError(f"{op}: call it once on {device} before a CUDA graph captures it")
         with torch.inference_mode(False):  # a tensor that check() may clear from anywhere
             _flags[op, device] = torch.zeros(3, dtype=torch.int64, device=device)
     return _flags[op, device]

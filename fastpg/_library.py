@@ -96,16 +96,25 @@ def scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tens
     """A 0-d tensor of a number that changes from call to call, without compiling anew for each."""
     if torch.compiler.is_compiling():  # only arithmetic keeps a Python float symbolic there
         return torch.ones((), dtype=dtype, device=device) * value
-    if device.type == "cpu" and not torch._C._len_torch_dispatch_stack():  # no fake tensors now
-        return _cpu_scalar(float(value), dtype)
+    if not torch._C._len_torch_dispatch_stack():  # no fake tensors now
+        if device.type == "cpu":
+            return _kept_scalar(float(value), dtype, device, 0)
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            return _kept_scalar(float(value), dtype, device, stream)
     return torch.scalar_tensor(value, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=256)
-def _cpu_scalar(value: float, dtype: torch.dtype) -> torch.Tensor:
-    """The same tensor for the same number: to make one takes a tenth of a small call."""
+def _kept_scalar(
+    value: float, dtype: torch.dtype, device: torch.device, stream: int
+) -> torch.Tensor:
+    """The same tensor for the same number: to make one takes a tenth of a small call.
+
+    On a GPU it also takes a launch, which is over before whatever the same stream runs later.
+    """
     with torch.inference_mode(False):  # it may be saved for backward later
-        return torch.scalar_tensor(value, dtype=dtype, device="cpu")
+        return torch.scalar_tensor(value, dtype=dtype, device=device)
 
 
 def _share_thread_pool(extension: ModuleType) -> None:

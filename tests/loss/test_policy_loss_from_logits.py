@@ -68,9 +68,10 @@ def run(function, inputs, case, scale=1, **options):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_matches_the_two_ops_in_fp64(kernel, case, dtype):
-    for rows, vocab in [((1,), 1), ((2, 3), 129), ((2, 3), 136)] + [((35,), 8195)] * (
-        kernel != "triton"
-    ):
+    shapes = [((1,), 1), ((2, 3), 129), ((35,), 8195), ((2, 3), 136)]
+    if kernel == "triton":
+        shapes.remove(((35,), 8195))  # the interpreter is slow
+    for rows, vocab in shapes:
         inputs = sample(rows, vocab, dtype)
         logits, labels, tokens = inputs
         exact = logits.double(), labels, {name: x.double() for name, x in tokens.items()}

@@ -15,7 +15,8 @@ import torch
 from fastpg import gae, policy_loss, policy_loss_from_logits, token_logprobs, value_loss
 
 SIZE = 8192, 151936  # rows and vocabulary: 2.5 GB in bf16
-LENGTHS = (1, 127, 1500)  # less than a lane's four, less than a warp's tile, more than a block's
+# Less than a lane's four, less than a warp's tile; more than a block scans at a time; shared.
+LENGTHS = (1, 127, 1500, 4100)
 
 
 def tokens(*shape: int, count: int) -> list[torch.Tensor]:

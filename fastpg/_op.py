@@ -79,6 +79,8 @@ class Op(Generic[InputsT, OutputsT]):
         sizes: Takes the inputs; returns the NamedTuple of integers that C++ takes first.
         codes: For each input that is a string, the integer that C++ knows each value by.
         statistics: How many statistics of all tokens the op reduces to; 0 if it does not reduce.
+        scratch: Takes the inputs; returns the NamedTuple of what CUDA C++ takes besides: memory,
+            and its size. Its defaults are for a CPU.
         mutates: The name of an input that the op writes to.
     """
 
@@ -94,12 +96,13 @@ class Op(Generic[InputsT, OutputsT]):
         sizes: Callable[[InputsT], tuple] | None = None,
         codes: Mapping[str, Mapping[str, int]] | None = None,
         statistics: int = 0,
+        scratch: Callable[[InputsT], tuple] | None = None,
         mutates: str | None = None,
     ) -> None:
         self.name, self.page = name, page
         self.inputs, self.outputs = Layout(inputs), Layout(outputs)
         self.reference, self.allocate = reference, allocate
-        self.sizes, self.statistics = sizes, statistics
+        self.sizes, self.statistics, self.scratch = sizes, statistics, scratch
         names = list(self.inputs.types)
         self.codes = {names.index(field): table for field, table in (codes or {}).items()}
         self.single = len(self.outputs.types) == 1  # torch returns a lone output without a tuple
@@ -167,6 +170,8 @@ class Op(Generic[InputsT, OutputsT]):
         flatten, allocate, sizes = self.inputs.flatten, self.allocate, self.sizes
         codes, statistics = self.codes, self.statistics
         assert sizes is not None  # an op without sizes has no kernel in C++
+        scratch_of = self.scratch
+        no_scratch = NO_SCRATCH if statistics else self._scratch_type()()
 
         def kernel(x: InputsT) -> OutputsT:
             outputs = allocate(x)
@@ -176,9 +181,11 @@ class Op(Generic[InputsT, OutputsT]):
                 values = list(values)
                 for place, table in codes.items():
                     values[place] = table[values[place]]
-            scratch: tuple = ()
-            if statistics:  # it lives until the launch is made
-                scratch = reduction_scratch(device_of, statistics) if on_gpu else NO_SCRATCH
+            scratch: tuple = no_scratch  # it lives until the launch is made
+            if on_gpu and statistics:
+                scratch = reduction_scratch(device_of, statistics)
+            elif on_gpu and scratch_of is not None:
+                scratch = scratch_of(x)
             stream = current_stream(device_of) if on_gpu else 0
             function(*sizes(x), *values, *outputs, *scratch, stream)
             return outputs
@@ -225,8 +232,12 @@ class Op(Generic[InputsT, OutputsT]):
     def fields(self) -> list[str]:
         """The names of what C++ takes, in their order."""
         sizes = get_type_hints(self.sizes)["return"]._fields
-        reduction = REDUCTION if self.statistics else ()
-        return [*sizes, *self.inputs.types, *self.outputs.types, *reduction, STREAM]
+        scratch = REDUCTION if self.statistics else getattr(self._scratch_type(), "_fields", ())
+        return [*sizes, *self.inputs.types, *self.outputs.types, *scratch, STREAM]
+
+    def _scratch_type(self) -> type[tuple]:
+        """The record that `scratch` returns; without one, an empty tuple."""
+        return tuple if self.scratch is None else get_type_hints(self.scratch)["return"]
 
     def check_fields(self, module: ModuleType) -> None:
         """Raises ImportError unless C++ names the arguments as the records do, in their order."""

@@ -48,29 +48,50 @@ struct alignas(sizeof(X) < 4 ? 4 * sizeof(X) : 16) Four {
 };
 
 template <typename X>
+__device__ inline Four<X> four_of(X x) {
+  return {{x, x, x, x}};
+}
+
+template <typename X>
 __device__ inline bool holds_four(const X* first, int64_t left) {
   return left >= 4 && reinterpret_cast<uintptr_t>(first) % alignof(Four<X>) == 0;
 }
 
-// first[0 .. left), and `otherwise` beyond or without an array.
 template <typename X>
-__device__ inline Four<X> load_four(const X* first, int64_t left, X otherwise) {
-  Four<X> out = {{otherwise, otherwise, otherwise, otherwise}};
-  if (first == nullptr) return out;
-  if (holds_four(first, left)) return *reinterpret_cast<const Four<X>*>(first);
+__device__ inline Four<X> load_whole(const X* first) {
+  return *reinterpret_cast<const Four<X>*>(first);
+}
+template <typename X>
+__device__ inline void store_whole(X* first, const Four<X>& four) {
+  *reinterpret_cast<Four<X>*>(first) = four;
+}
+
+// first[0 .. left), and `otherwise` beyond.
+template <typename X>
+__device__ inline Four<X> load_some(const X* first, int64_t left, X otherwise) {
+  Four<X> out = four_of(otherwise);
   for (int i = 0; i < 4; ++i)
     if (i < left) out.x[i] = first[i];
   return out;
 }
-
 template <typename X>
-__device__ inline void store_four(X* first, int64_t left, const Four<X>& four) {
-  if (holds_four(first, left)) {
-    *reinterpret_cast<Four<X>*>(first) = four;
-    return;
-  }
+__device__ inline void store_some(X* first, int64_t left, const Four<X>& four) {
   for (int i = 0; i < 4; ++i)
     if (i < left) first[i] = four.x[i];
+}
+
+// The same, by one instruction where that can be; `otherwise` without an array.
+template <typename X>
+__device__ inline Four<X> load_four(const X* first, int64_t left, X otherwise) {
+  if (first == nullptr) return four_of(otherwise);
+  return holds_four(first, left) ? load_whole(first) : load_some(first, left, otherwise);
+}
+template <typename X>
+__device__ inline void store_four(X* first, int64_t left, const Four<X>& four) {
+  if (holds_four(first, left))
+    store_whole(first, four);
+  else
+    store_some(first, left, four);
 }
 
 }  // namespace fpg

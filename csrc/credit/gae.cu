@@ -1,15 +1,16 @@
-// Advantages and returns, and their gradient: a block per sequence, which it scans in tiles.
+// Advantages and returns, and their gradient: an affine scan along each sequence, in groups.
 //
 //   tokens    t t t t   t t t t  ...  t t t t      four to a lane, 128 to a warp: a tile
 //                |         |             |
 //                | fold    | fold        | fold    each token is a map x -> b + a x: see Affine
 //                v         v             v
 //   lanes       f_0       f_1    ...    f_31
-//                \__ scan_warp, in a tree __/       gives each lane the maps of those before it
+//                \__ compose_lanes, in a tree __/  gives each lane the maps of those before it
 //                             |
-//   warps          F_0       F_1   ...             to shared memory, as WarpResults
-//                   |         |
-//   carry   x ---> F_0 ----> F_1 ---> ... ---> x   in every thread; to the block's next tiles
+//   warps          F_0       F_1   ...   F_7       a group of eight tiles, in shared memory
+//                   \___ compose_lanes ___/        by the first warp of the block
+//                             |
+//   groups  x ------------->  G  ------> x         to the block's next group
 //                   |         |
 //                   | unfold  | unfold             from x before the lane, its four maps again
 //                   v         v
@@ -17,224 +18,53 @@
 //
 // The map of a token needs a number of the unmasked token before it in the scan: its message. In
 // the forward scan, which goes from the last token to the first, that is a value; in the backward
-// scan it is what a unit of gradient sends on. Messages take the same way: through the lanes of a
-// warp by shuffles, from warp to warp through WarpResults, from tiles to tiles in the carry.
+// scan it is what a unit of gradient sends on. Messages pass through the lanes of a warp, from warp
+// to warp and from group to group as the maps do.
 //
-// Tiles of a warp are counted from the sequence's first token, so its bits depend on its own tokens
-// alone: not on the number of warps or the batch.
+// A long sequence is shared by several blocks. Then a first launch stores the map G of every group,
+// and in the second each block passes x through those of the groups before its own. Tiles and
+// groups are counted from the sequence's first token, and x passes through every group in turn: the
+// bits of a sequence depend on its own tokens alone, not on the batch, nor on who scans what.
 #include "common/bind.h"
 #include "common/dtype.h"
-#include "credit/gae.h"
-#include "credit/gae_scan.h"
+#include "credit/gae_tokens.h"
 
 namespace fpg {
 namespace {
 
-constexpr int kMaxWarps = 8;
+// How a launch divides the batch among its blocks.
+struct Division {
+  int neighbours;  // So many sequences go to a block, which scans them side by side if they fit.
+  int parts;       // The groups of a sequence go to so many blocks.
+  bool maps_only;  // This launch stores the maps of the groups, but those of the last part.
+  void* maps;
 
-// What four neighbouring tokens bring besides the numbers that are scanned.
-template <typename X>
-struct Settings {
-  int count;
-  Four<bool> mask, terminated, truncated;
-  Four<X> gammas, lams, rho, c;
-};
+  FPG_METHOD int blocks_per_sequence() const { return maps_only ? parts - 1 : parts; }
 
-// Reads the settings of tokens; what is not given has its default.
-template <typename X, Look kLook>
-struct SettingsReader {
-  GaeInputs in;
-
-  static constexpr bool kAll = kLook == Look::kEverything;
-  static constexpr bool kUnmasked = kLook == Look::kNothing;
-  using Map = Affine<kAll>;
-
-  template <typename T = X>
-  __device__ static Four<T> four(const void* array, int64_t first, int count, T otherwise = T(0)) {
-    const T* x = static_cast<const T*>(array);
-    return load_four(x ? x + first : x, count, otherwise);
-  }
-
-  __device__ Settings<X> settings(int64_t i, int count) const {
-    Settings<X> out;
-    out.count = count;
-    if (kLook != Look::kNothing) out.mask = four<bool>(in.mask, i, count, true);
-    if (!kAll) return out;
-    out.terminated = four<bool>(in.terminated, i, count);
-    out.truncated = four<bool>(in.truncated, i, count);
-    if (in.gamma_per_token) out.gammas = four(in.gammas, i, count);
-    if (in.lam_per_token) out.lams = four(in.lams, i, count);
-    out.rho = four(in.rho, i, count, X(1)), out.c = four(in.c, i, count, X(1));
-    return out;
-  }
-
-  __device__ static bool kept(const Settings<X>& settings, int i) {
-    return i < settings.count && (kLook == Look::kNothing || settings.mask.x[i]);
-  }
-  __device__ static bool terminated(const Settings<X>& settings, int i) {
-    return kAll && settings.terminated.x[i];
-  }
-  __device__ static bool truncated(const Settings<X>& settings, int i) {
-    return kAll && settings.truncated.x[i];
-  }
-
-  // gamma or lam, which is given per token, per sequence, or as one number.
-  __device__ static double discount(const void* given, bool per_token, X token_value, double number,
-                                    int64_t sequence) {
-    if (per_token) return token_value;
-    return given ? static_cast<const X*>(given)[sequence] : number;
-  }
-
-  __device__ GaeFactors<double> factors(const Settings<X>& settings, int i,
-                                        int64_t sequence) const {
-    if (!kAll) return {in.gamma, in.gamma * in.lam, 1.0};
-    const double gamma =
-        discount(in.gammas, in.gamma_per_token, settings.gammas.x[i], in.gamma, sequence);
-    const double lam = discount(in.lams, in.lam_per_token, settings.lams.x[i], in.lam, sequence);
-    return {gamma, gamma * lam * settings.c.x[i], settings.rho.x[i]};
+  // The maps of the groups of a sequence.
+  template <typename Map>
+  __device__ Map* maps_of(const Sequence& sequence) const {
+    return static_cast<Map*>(maps) + sequence.begin / kGroupTokens + sequence.index;
   }
 };
 
-// From the last token to the first. The message of a token is its value, for the token before.
-template <typename X, Look kLook>
-struct Forward : SettingsReader<X, kLook> {
-  X *advantages, *returns;
-
-  static constexpr bool kReverse = true;
-  using Message = X;
-  struct Tokens : Settings<X> {
-    Four<X> rewards, values, bootstrap;
-  };
-  struct Out {
-    Four<X> advantages, returns;
-  };
-
-  __device__ Tokens load(int64_t i, int count) const {
-    Tokens out = {this->settings(i, count),
-                  this->four(this->in.rewards, i, count),
-                  this->four(this->in.values, i, count),
-                  {}};
-    if (this->kAll && this->in.truncated) out.bootstrap = this->four(this->in.bootstrap, i, count);
-    return out;
-  }
-
-  __device__ Message start(int64_t sequence) const {
-    const bool follows = this->in.bootstrap && !this->in.truncated;
-    return follows ? static_cast<const X*>(this->in.bootstrap)[sequence] : X(0);
-  }
-
-  __device__ Message message(const Tokens& tokens, int i, int64_t) const {
-    return tokens.values.x[i];
-  }
-
-  __device__ typename SettingsReader<X, kLook>::Map map(const Tokens& tokens, int i,
-                                                        int64_t sequence, Message next) const {
-    const bool terminated = this->terminated(tokens, i), truncated = this->truncated(tokens, i);
-    const double value = terminated ? X(0) : truncated ? tokens.bootstrap.x[i] : next;
-    const GaeFactors<double> factors = this->factors(tokens, i, sequence);
-    const double reward = tokens.rewards.x[i], own = tokens.values.x[i];
-    return {terminated || truncated ? 0.0 : factors.trace,
-            gae_step({0.0, value}, reward, own, factors).advantage};
-  }
-
-  __device__ void write(Out& out, const Tokens& tokens, int i, int64_t, Message, double,
-                        double advantage) const {
-    out.advantages.x[i] = X(advantage);
-    out.returns.x[i] = X(advantage + tokens.values.x[i]);
-  }
-
-  __device__ void store(const Out& out, int64_t i, int count) const {
-    store_four(advantages + i, count, out.advantages);
-    store_four(returns + i, count, out.returns);
-  }
-
-  __device__ void finish(int64_t, Message, double) const {}
-};
-
-// From the first token to the last. The message of a token is what a unit of its gradient sends on.
-template <typename X, Look kLook>
-struct Backward : SettingsReader<X, kLook> {
-  const X *grad_advantages, *grad_returns;
-  X *grad_rewards, *grad_values, *grad_bootstrap;
-
-  static constexpr bool kReverse = false;
-  using Message = GaeNext<double>;
-  struct Tokens : Settings<X> {
-    Four<X> grad_advantages, grad_returns;
-  };
-  struct Out {
-    Four<X> rewards, values, bootstrap;
-  };
-
-  __device__ Tokens load(int64_t i, int count) const {
-    return {this->settings(i, count), this->four(grad_advantages, i, count),
-            this->four(grad_returns, i, count)};
-  }
-
-  __device__ Message start(int64_t) const { return {0.0, 0.0}; }
-
-  __device__ Message message(const Tokens& tokens, int i, int64_t sequence) const {
-    if (this->terminated(tokens, i) || this->truncated(tokens, i)) return {0.0, 0.0};
-    return gae_adjoint(1.0, this->factors(tokens, i, sequence));
-  }
-
-  __device__ typename SettingsReader<X, kLook>::Map map(const Tokens& tokens, int i, int64_t,
-                                                        Message message) const {
-    return {message.advantage, double(tokens.grad_advantages.x[i]) + tokens.grad_returns.x[i]};
-  }
-
-  __device__ void write(Out& out, const Tokens& tokens, int i, int64_t sequence, Message message,
-                        double before, double grad) const {
-    const GaeFactors<double> factors = this->factors(tokens, i, sequence);
-    const double grad_reward = factors.rho * grad;
-    const double received = message.value == 0 ? 0.0 : message.value * before;
-    const bool reads = this->truncated(tokens, i) && !this->terminated(tokens, i);
-    out.rewards.x[i] = X(grad_reward);
-    out.values.x[i] = X(tokens.grad_returns.x[i] - grad_reward + received);
-    out.bootstrap.x[i] = X(reads ? gae_adjoint(grad, factors).value : 0.0);
-  }
-
-  __device__ void store(const Out& out, int64_t i, int count) const {
-    store_four(grad_rewards + i, count, out.rewards);
-    if (this->in.values) store_four(grad_values + i, count, out.values);
-    if (this->in.truncated) store_four(grad_bootstrap + i, count, out.bootstrap);
-  }
-
-  __device__ void finish(int64_t sequence, Message message, double grad) const {
-    if (this->in.bootstrap && !this->in.truncated)
-      grad_bootstrap[sequence] = X(message.value == 0 ? 0.0 : message.value * grad);
-  }
-};
-
-// What the warps of a block found in their tiles, in shared memory.
-template <typename Scan>
-struct WarpResults {
-  LastMessage<typename Scan::Message> last[kMaxWarps];
-  typename Scan::Map maps[kMaxWarps];
-};
-
-// What goes from the tiles of a block to its next tiles: the message and the x of the last unmasked
-// token.
+// What goes from group to group: the message and the x of the last unmasked token.
 template <typename Scan>
 struct Carry {
   typename Scan::Message message;
   double x;
+};
 
-  // The message after the first `warps` of the block. kFull: each of them has one.
-  template <bool kFull>
-  __device__ typename Scan::Message message_after(const WarpResults<Scan>& all, int warps) const {
-    for (int i = warps - 1; i >= 0; --i)
-      if (kFull || all.last[i].given) return all.last[i].message;
-    return message;
-  }
-
-  // Moves x past all warps; returns what it was before this one.
-  __device__ double pass(const WarpResults<Scan>& all, int warp, int warps) {
-    for (int i = 0; i < warp; ++i) x = all.maps[i](x);
-    const double before = x;
-    for (int i = warp; i < warps; ++i) x = all.maps[i](x);
-    return before;
-  }
+// What the warps of a block tell each other, and what would else take registers from the tokens.
+template <typename Scan>
+struct Shared {
+  Team teams[kWarps];         // that each warp belongs to
+  Carry<Scan> carry[kWarps];  // of the team that begins with this warp
+  int64_t next;               // the sequence that the next teams begin with
+  bool any;                   // Some sequence was left for the teams.
+  LastMessage<typename Scan::Message> last[kWarps];
+  typename Scan::Map maps[kWarps];
+  double x[kWarps];  // before the tile of each warp
 };
 
 // The four tokens of a lane, in the order of the scan. kFull: none is masked or missing.
@@ -286,50 +116,141 @@ struct Lane {
   }
 };
 
-// One tile: as many warps as the block has, each with 128 tokens.
+// Shows the warp's last message to the block; returns it, and what the lanes before this one have.
 template <bool kFull, typename Scan>
-__device__ inline typename Scan::Out scan_tile(const Scan& scan, int64_t sequence,
-                                               const typename Scan::Tokens& tokens,
-                                               Carry<Scan>& carry, WarpResults<Scan>& all) {
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const bool is_last_lane = threadIdx.x % kWarp == kWarp - 1;
-  Lane<kFull, Scan> lane = {scan, tokens, sequence, {}};
+__device__ inline LastMessage<typename Scan::Message> show_message(const Lane<kFull, Scan>& lane,
+                                                                   Shared<Scan>& all) {
   LastMessage<typename Scan::Message> before;
   const auto last = last_message_of_warp<kFull>(lane.last_message(), before);
-  if (is_last_lane) all.last[warp] = last;
+  if (threadIdx.x % kWarp == kWarp - 1) all.last[threadIdx.x / kWarp] = last;
   __syncthreads();
-  const auto message =
-      before.given ? before.message : carry.template message_after<kFull>(all, warp);
-  const auto next_message = carry.template message_after<kFull>(all, warps);
-  typename Scan::Map lanes_before;
-  const auto map = scan_warp(lane.fold(message), lanes_before);
-  if (is_last_lane) all.maps[warp] = map;
+  return before;
+}
+
+// In the first warp of a block: composes the maps of the tiles of each team, moves x past them, and
+// carries what is left to the next group. The lanes beyond the first eight repeat what those do.
+template <typename Scan>
+__device__ inline void scan_warps(const Division& division, int group, Shared<Scan>& all) {
+  const int lane = threadIdx.x % kWarp, warp = lane % kWarps;
+  const Team& team = all.teams[warp];
+  Carry<Scan> carry = all.carry[team.begin];
+  const auto map = compose_lanes<kWarps>(all.maps[warp], lane - warp + team.begin);
+  const double x = map(carry.x), before = __shfl_up_sync(kAllLanes, x, 1);
+  const unsigned given = __ballot_sync(kAllLanes, lane < kWarps && all.last[warp].given);
+  if (lane >= kWarps) return;
+  all.x[warp] = warp == team.begin ? carry.x : before;
+  if (warp == team.end - 1) {
+    const unsigned mine = given >> team.begin << team.begin & ((2u << warp) - 1);
+    if (mine) carry.message = all.last[31 - __clz(mine)].message;
+    all.carry[team.begin] = {carry.message, x};
+    if (division.maps_only) division.maps_of<typename Scan::Map>(team.part.sequence)[group] = map;
+  }
+}
+
+// Scans a group, of which each warp of the team has a tile.
+template <bool kFull, typename Scan>
+__device__ inline void scan_group(const Scan& scan, const Team& team, const Division& division,
+                                  int group, int first, const typename Scan::Tokens& tokens,
+                                  Shared<Scan>& all) {
+  using Map = typename Scan::Map;
+  const int warp = threadIdx.x / kWarp;
+  Lane<kFull, Scan> lane = {scan, tokens, team.part.sequence.index, {}};
+  LastMessage<typename Scan::Message> before = show_message(lane, all);
+  const auto of_warps = last_message_of_warps<kFull>(all.last, team.begin, warp);
+  if (!before.given) before = of_warps;
+  const auto message = before.given ? before.message : all.carry[team.begin].message;
+  const Map map = compose_lanes<kWarp>(lane.fold(message), 0);
+  Map lanes_before = from_before(map, 1);
+  if (threadIdx.x % kWarp == 0) lanes_before = {1.0, 0.0};
+  if (threadIdx.x % kWarp == kWarp - 1) all.maps[warp] = map;
   __syncthreads();
-  const double x = lanes_before(carry.pass(all, warp, warps));
-  carry.message = next_message;
-  return lane.unfold(message, x);
+  if (warp == 0) scan_warps(division, group, all);
+  __syncthreads();
+  if (!division.maps_only)
+    scan.store(lane.unfold(message, lanes_before(all.x[warp])), team.part.sequence.begin + first,
+               tokens.count);
+}
+
+// What the groups before a part leave to it. `load` loads the tokens of a group.
+template <typename Scan, typename Load>
+__device__ inline Carry<Scan> carry_before(const Scan& scan, const Team& team, const Load& load,
+                                           const Division& division, Shared<Scan>& all) {
+  const Sequence& sequence = team.part.sequence;
+  Carry<Scan> carry = {scan.start(sequence.index), 0.0};
+  if (team.part.begin == 0) return carry;
+  const auto* maps = division.maps_of<typename Scan::Map>(sequence);
+#pragma unroll 8
+  for (int group = 0; !division.maps_only && group < team.part.begin; ++group)
+    carry.x = maps[group](carry.x);
+  for (int group = team.part.begin - 1; group >= 0; --group) {
+    const auto tokens = load(group);
+    show_message(Lane<false, Scan>{scan, tokens, sequence.index, {}}, all);
+    const auto last = last_message_of_warps<false>(all.last, team.begin, team.end);
+    __syncthreads();  // before the next message is shown
+    if (last.given) return {last.message, carry.x};
+  }
+  return carry;
 }
 
 template <typename Scan>
-__global__ void __launch_bounds__(kMaxWarps* kWarp) gae_kernel(Scan scan) {
-  __shared__ WarpResults<Scan> all;
-  const Sequence sequence = sequence_at(scan.in.sequences(), blockIdx.x);
-  const Tiling<Scan::kReverse> tiling(sequence.end - sequence.begin);
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const auto load = [&](int tile) {
-    return scan.load(sequence.begin + tiling.first(tile), tiling.count(tile));
+__device__ inline void scan_part(const Scan& scan, const Team& team, const Division& division,
+                                 Shared<Scan>& all) {
+  const Part& part = team.part;
+  const Tiling<Scan::kReverse> tiling(part.sequence.end - part.sequence.begin);
+  const auto first = [&](int group) { return tiling.first(group * kWarps + team.rank()); };
+  const auto load = [&](int group) {
+    const int count = group < part.end ? tiling.count(group * kWarps + team.rank()) : 0;
+    const int64_t i = part.sequence.begin + first(group);
+    return scan.wide(i, count) ? scan.template load<true>(i, count)
+                               : scan.template load<false>(i, count);
   };
-  Carry<Scan> carry = {scan.start(sequence.index), 0.0};
-  auto next = load(warp);
-  for (int tile = 0; tile < tiling.tiles; tile += warps) {
-    const auto tokens = next;
-    next = load(tile + warps + warp);  // on its way while this tile is scanned
-    const bool full = Scan::kUnmasked && tiling.full(tile, warps);
-    const auto out = full ? scan_tile<Scan::kUnmasked>(scan, sequence.index, tokens, carry, all)
-                          : scan_tile<false>(scan, sequence.index, tokens, carry, all);
-    scan.store(out, sequence.begin + tiling.first(tile + warp), tokens.count);
+  const Carry<Scan> carry = carry_before(scan, team, load, division, all);
+  if (threadIdx.x == team.begin * kWarp) all.carry[team.begin] = carry;
+  typename Scan::Tokens next;
+  if (Scan::kPrefetch) next = load(part.begin);
+  for (int group = part.begin; group < part.end; ++group) {
+    const auto tokens = Scan::kPrefetch ? next : load(group);
+    if (Scan::kPrefetch) next = load(group + 1);  // on its way while this group is scanned
+    if (Scan::kUnmasked && team.size() == kWarps && tiling.full(group * kWarps, kWarps))
+      scan_group<Scan::kUnmasked>(scan, team, division, group, first(group), tokens, all);
+    else
+      scan_group<false>(scan, team, division, group, first(group), tokens, all);
   }
-  if (threadIdx.x == 0) scan.finish(sequence.index, carry.message, carry.x);
+  if (part.last && threadIdx.x == team.begin * kWarp)
+    scan.finish(part.sequence.index, all.carry[team.begin].message, all.carry[team.begin].x);
+}
+
+// Gives the sequences from all.next to `end` to the warps of the block, as many as fit side by
+// side. False: none was left.
+template <typename Scan>
+__device__ inline bool form_teams(const Scan& scan, int part, int parts, int64_t end,
+                                  Shared<Scan>& all) {
+  __syncthreads();  // after whoever reads the teams before
+  if (threadIdx.x == 0) {
+    int used = 0;
+    for (; all.next < end; ++all.next) {
+      const Part next = Part::of(sequence_at(scan.in.sequences(), all.next), part, parts);
+      if (used + next.warps() > kWarps) break;
+      for (int warp = used; next.warps() > 0 && warp < kWarps; ++warp)
+        all.teams[warp] = {next, used, used + next.warps()};
+      used += next.warps();
+    }
+    all.any = used > 0;
+  }
+  __syncthreads();
+  return all.any;
+}
+
+template <typename Scan>
+__global__ void __launch_bounds__(kWarps* kWarp, Scan::kBlocks)
+    gae_kernel(Scan scan, Division division) {
+  __shared__ Shared<Scan> all;
+  const int blocks = division.blocks_per_sequence();
+  const int64_t first = int64_t(blockIdx.x) / blocks * division.neighbours;
+  const int64_t end = smaller<int64_t>(first + division.neighbours, scan.in.sequence_count);
+  if (threadIdx.x == 0) all.next = first;
+  while (form_teams(scan, int(blockIdx.x % blocks), division.parts, end, all))
+    scan_part(scan, all.teams[threadIdx.x / kWarp], division, all);
 }
 
 template <typename X>
@@ -341,39 +262,65 @@ const X* typed(const void* array) {
   return static_cast<const X*>(array);
 }
 
+// Short sequences share a block; few long ones, for which there is memory, have several.
+Division divide(const Sequences& all, const GaeScratch& scratch) {
+  constexpr int64_t kBlocks = 512;  // so many keep a GPU of today busy
+  const int64_t mean = all.tokens() / larger<int64_t>(all.count, 1);
+  Division out = {1, 1, false, scratch.maps};
+  out.neighbours = int(clamp<int64_t>(kGroupTokens / larger<int64_t>(mean, 1), 1, kWarps));
+  if (scratch.maps == nullptr) return out;
+  if (scratch.map_count != all.tokens() / kGroupTokens + all.count)
+    throw std::invalid_argument("gae: scratch memory of the wrong size");
+  const int64_t at_most = larger<int64_t>(all.length / (2 * kGroupTokens), 1);
+  out.parts = int(clamp<int64_t>(kBlocks * out.neighbours / all.count, 1, at_most));
+  return out;
+}
+
+bool all_aligned(std::initializer_list<const void*> arrays) {
+  bool aligned = true;
+  for (const void* array : arrays) aligned &= reinterpret_cast<uintptr_t>(array) % 16 == 0;
+  return aligned;
+}
+
 template <template <typename, Look> class Scan, typename X, Look kLook, typename... Arrays>
-void run(const GaeInputs& in, Stream stream, Arrays... arrays) {
+void run(const GaeInputs& in, const GaeScratch& scratch, Stream stream, Arrays... arrays) {
   if (in.sequences().length > INT_MAX)
     throw std::invalid_argument("gae: a sequence of more than 2^31 - 1 tokens");
-  const int64_t mean = in.sequences().tokens() / larger<int64_t>(in.sequences().count, 1);
-  const int64_t warps = clamp<int64_t>(ceil_div(mean, kWarpTokens), 1, kMaxWarps);
-  using Typed = Scan<X, kLook>;
-  launch(gae_kernel<Typed>, in.sequences().count, int(warps) * kWarp, stream,
-         Typed{{in}, typed<X>(arrays)...});
+  const bool aligned = all_aligned({in.rewards, in.values, in.bootstrap, in.mask, in.gammas,
+                                    in.lams, in.rho, in.c, in.terminated, in.truncated, arrays...});
+  const Scan<X, kLook> scan = {{in, aligned}, typed<X>(arrays)...};
+  Division division = divide(in.sequences(), scratch);
+  const int64_t owners = ceil_div(in.sequence_count, division.neighbours);
+  for (const bool maps_only : {true, false}) {
+    if (maps_only && division.parts == 1) continue;
+    division.maps_only = maps_only;
+    launch(gae_kernel<Scan<X, kLook>>, owners * division.blocks_per_sequence(), kWarps * kWarp,
+           stream, scan, division);
+  }
 }
 
 template <template <typename, Look> class Scan, typename... Arrays>
-void dispatch(const GaeInputs& in, Stream stream, Arrays... arrays) {
+void dispatch(const GaeInputs& in, const GaeScratch& scratch, Stream stream, Arrays... arrays) {
   with_compute_dtype(in.dtype, [&](auto x) {
     using X = decltype(x);
     switch (look_of(in)) {
       case Look::kNothing:
-        return run<Scan, X, Look::kNothing>(in, stream, arrays...);
+        return run<Scan, X, Look::kNothing>(in, scratch, stream, arrays...);
       case Look::kMask:
-        return run<Scan, X, Look::kMask>(in, stream, arrays...);
+        return run<Scan, X, Look::kMask>(in, scratch, stream, arrays...);
       case Look::kEverything:
-        return run<Scan, X, Look::kEverything>(in, stream, arrays...);
+        return run<Scan, X, Look::kEverything>(in, scratch, stream, arrays...);
     }
   });
 }
 
 void gae(const GaeArguments& in) {
-  dispatch<Forward>(in.inputs, in.stream, in.advantages, in.returns);
+  dispatch<Forward>(in.inputs, in.scratch, in.stream, in.advantages, in.returns);
 }
 
 void gae_backward(const GaeBackwardArguments& in) {
-  dispatch<Backward>(in.inputs, in.stream, in.grad_advantages, in.grad_returns, in.grad_rewards,
-                     in.grad_values, in.grad_bootstrap);
+  dispatch<Backward>(in.inputs, in.scratch, in.stream, in.grad_advantages, in.grad_returns,
+                     in.grad_rewards, in.grad_values, in.grad_bootstrap);
 }
 
 FPG_BIND(gae, gae)

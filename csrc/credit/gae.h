@@ -53,22 +53,35 @@ struct GaeInputs {
   FPG_METHOD Sequences sequences() const { return {sequence_count, length, cu_seqlens}; }
 };
 
+// A sequence is scanned in groups of so many tokens, counted from its first, by blocks on a GPU.
+constexpr int64_t kGroupTokens = 1024;
+
+// For long sequences, which several blocks share on a GPU.
+struct GaeScratch {
+  void* maps;         // [map_count] of pairs of doubles, a map for each group; null: none is shared
+  int64_t map_count;  // tokens / kGroupTokens + sequences
+
+  FPG_FIELDS(maps, map_count)
+};
+
 struct GaeArguments {
   GaeInputs inputs;
   void *advantages, *returns;  // [tokens]
+  GaeScratch scratch;
   Stream stream;
 
-  FPG_FIELDS(inputs, advantages, returns, stream)
+  FPG_FIELDS(inputs, advantages, returns, scratch, stream)
 };
 
 struct GaeBackwardArguments {
   GaeInputs inputs;
   const void *grad_advantages, *grad_returns;         // [tokens]
   void *grad_rewards, *grad_values, *grad_bootstrap;  // of the shape of the input, if it is there
+  GaeScratch scratch;
   Stream stream;
 
   FPG_FIELDS(inputs, grad_advantages, grad_returns, grad_rewards, grad_values, grad_bootstrap,
-             stream)
+             scratch, stream)
 };
 
 // What a loop must look up for each token, so that the usual batches look up nothing else.

@@ -11,12 +11,14 @@ from gae_inputs import (
     by_loop,
     flags,
     inputs,
+    record,
     scaled_to_blocks,
     sequences,
     shorten_blocks,
 )
 
 from fastpg import gae
+from fastpg.ops.credit import gae as page
 
 OP = "gae"
 
@@ -267,3 +269,55 @@ def test_edges_of_tiles(kernel, length):
     torch.testing.assert_close(grads[0], sent)
     before = torch.nn.functional.pad(sent, (1, 0))[:, :length]
     torch.testing.assert_close(grads[1], 0.9 * before - sent)
+
+
+LENGTHS = [5, 0, 128, 129, 1, 300, 700, 1024, 1025, 2, 6000, 130]
+
+
+@pytest.mark.parametrize("options", ["none", "mask", "all"])
+def test_how_long_sequences_are_shared_out_changes_no_bit(kernel, options, monkeypatch):
+    """In CUDA C++ blocks share a long sequence, and short ones share a block."""
+    if kernel not in ("cuda", "cuda-on-cpu"):
+        pytest.skip("for the launches in CUDA C++")
+    cu = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    count = int(cu[-1])
+    rewards, values, mask = inputs((count,), torch.float32)
+    long = LENGTHS.index(6000)
+    mask[int(cu[long]) + 900 : int(cu[long]) + 3300] = False  # some groups are masked wholly
+    ends = torch.rand(2, count, generator=torch.Generator().manual_seed(0)) < 0.002
+    given = {"cu_seqlens": cu, "gamma": 0.99, "lam": 0.95, "mask": mask}
+    if options == "none":
+        del given["mask"]
+    if options == "all":
+        given |= {"terminated": ends[0], "truncated": ends[1], "bootstrap": values + 1}
+
+    def run():
+        tensors = leaves(rewards, values)
+        out = gae(*tensors, **given)
+        torch.autograd.backward(out, [values, rewards])
+        return [*out, *(x.grad for x in tensors)]
+
+    shared, again = run(), run()  # where blocks run in another order
+    monkeypatch.setattr(page, "GROUP_TOKENS", 1 << 40)  # so no sequence is long
+    alone = run()
+    assert all(torch.equal(a, b) for a, b in zip(shared, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))
+    expected = page.reference(record(rewards, values, **given))
+    torch.testing.assert_close(tuple(shared[:2]), tuple(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_the_message_of_a_long_masked_end(kernel):
+    """The value that follows a group is far before it in the scan, or a bootstrap."""
+    if kernel not in ("cuda", "cuda-on-cpu"):
+        pytest.skip("for the launches in CUDA C++")
+    rewards, values, _ = inputs((2, 6000))
+    mask = torch.ones(2, 6000, dtype=torch.bool)
+    mask[0, 2500:] = mask[1, 100:5000] = False
+    bootstrap = torch.tensor([2.0, -3.0], dtype=torch.float64)
+    tensors = leaves(rewards, values, bootstrap)
+    out = gae(*tensors[:2], mask, gamma=0.99, lam=0.95, bootstrap=tensors[2])
+    x = record(rewards, values, bootstrap=bootstrap, mask=mask, gamma=0.99, lam=0.95)
+    torch.testing.assert_close(tuple(out), tuple(page.reference(x)))
+    torch.autograd.backward(out, [values, rewards])
+    expected = page.reference_backward(page.BackwardInputs(x, values, rewards))
+    torch.testing.assert_close(tuple(t.grad for t in tensors), tuple(expected))

@@ -29,6 +29,8 @@ from ..._op import Op
 from ..common import checks
 from . import gae_options
 
+GROUP_TOKENS = 1024  # kGroupTokens of csrc/credit/gae.h
+
 
 class Inputs(NamedTuple):
     rewards: Tensor  # [B, T], or packed [N] with cu_seqlens; fp32 or fp64
@@ -220,6 +222,27 @@ def backward_sizes(x: BackwardInputs) -> Sizes:
     return sizes(x.inputs)
 
 
+class Scratch(NamedTuple):
+    """What CUDA C++ takes besides: memory in which the blocks that share a sequence meet."""
+
+    maps: Tensor | None = None  # fp64 [map_count, 2], a map for each group of tokens
+    map_count: int = 0
+
+
+def scratch(x: Inputs) -> Scratch:
+    """The memory, where there are long sequences, and too few to give each to one block."""
+    count, length = sizes(x)[1:3]
+    if length <= 4 * GROUP_TOKENS or count > 256:
+        return Scratch()
+    map_count = x.rewards.numel() // GROUP_TOKENS + count
+    return Scratch(x.rewards.new_empty(map_count, 2, dtype=torch.float64), map_count)
+
+
+def backward_scratch(x: BackwardInputs) -> Scratch:
+    """The same, for the backward op."""
+    return scratch(x.inputs)
+
+
 gae_op = Op(
     "gae",
     Inputs,
@@ -228,6 +251,7 @@ gae_op = Op(
     reference=reference,
     allocate=allocate,
     sizes=sizes,
+    scratch=scratch,
 )
 gae_backward_op = Op(
     "gae_backward",
@@ -237,6 +261,7 @@ gae_backward_op = Op(
     reference=reference_backward,
     allocate=allocate_gradients,
     sizes=backward_sizes,
+    scratch=backward_scratch,
 )
 
 

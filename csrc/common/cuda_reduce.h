@@ -1,7 +1,8 @@
 // Floor 1 of CUDA: statistics of all tokens in one launch. Each block reduces its tokens, the last
 // one to finish merges what all have left, both in a fixed order: no bit depends on the timing.
 //
-// Stats is a struct of doubles, x[], with clear(Stats&) and merge(Stats& total, const Stats& part).
+// Stats is a struct of doubles, x[2^n], whose fields merge one by one: Stats::initial(field) and
+// Stats::merged(field, a, b). A thread holds one field of many, not the other way around.
 #pragma once
 
 #include "common/cuda.h"
@@ -9,64 +10,104 @@
 
 namespace fpg {
 
-template <int kFields>
+template <int kCount>
 struct Sums {
-  double x[kFields];
+  double x[kCount];
+
+  __device__ static double merged(int, double a, double b) { return a + b; }
 };
-template <int kFields>
-FPG_HD void clear(Sums<kFields>& sums) {
-  for (double& x : sums.x) x = 0;
-}
-template <int kFields>
-FPG_HD void merge(Sums<kFields>& total, const Sums<kFields>& part) {
-  for (int i = 0; i < kFields; ++i) total.x[i] += part.x[i];
-}
 
-constexpr int kReduceThreads = kReduceTokens / 4;
+constexpr int kReduceThreads = kReduceTokens / 4, kReduceWarps = kReduceThreads / kWarp;
 
-template <typename Stats, typename Get>
-__device__ inline Stats stats_of(const Get& get) {
-  Stats stats;
+template <typename Stats>
+constexpr int kFieldsOf = sizeof(Stats) / sizeof(double);
+
+// Merges the statistics of a warp's lanes: lane i gets field i kFields / 32. Each step halves the
+// fields that a lane holds, from `first` on: it sends the others to a lane which sends it these.
+template <typename Stats, int kDistance = kWarp / 2>
+__device__ inline double warp_reduce(Stats& stats, int first = 0) {
+  constexpr int kFields = kFieldsOf<Stats>;
+  static_assert((kFields & (kFields - 1)) == 0 && kFields <= kWarp, "not a power of two");
+  if constexpr (kDistance == 0) {
+    return stats.x[0];
+  } else {
+    constexpr int kHalf = kFields * kDistance / kWarp;  // 0 once a lane has one field
+    const bool upper = kHalf > 0 && (threadIdx.x & kDistance) != 0;
+    if (upper) first += kHalf;
 #pragma unroll
-  for (unsigned i = 0; i < sizeof(Stats) / sizeof(double); ++i) stats.x[i] = get(i);
-  return stats;
+    for (int i = 0; i < (kHalf > 0 ? kHalf : 1); ++i) {
+      // A select of bits: of `upper ? x[i + kHalf] : x[i]` the compiler makes an index.
+      const double kept = select(upper, stats.x[i + kHalf], stats.x[i]);
+      const double sent = select(upper, stats.x[i], stats.x[i + kHalf]);
+      const double got = __shfl_xor_sync(kAllLanes, sent, kDistance);
+      stats.x[i] = Stats::merged(first + i, kept, got);
+    }
+    return warp_reduce<Stats, kDistance / 2>(stats, first);
+  }
 }
 
-// Every thread of the block gets the total: a tree over the lanes, then the warps in their order.
+// Merges what the warps of a block have in their order; warps[i][k] is field k of warp i. Every
+// thread gets the total.
 template <typename Stats>
-__device__ inline void block_reduce(Stats& stats) {
-  __shared__ Stats warps[32];
-  const int warp = threadIdx.x / kWarp, count = blockDim.x / kWarp;
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    merge(stats, stats_of<Stats>(
-                     [&](int i) { return __shfl_down_sync(kAllLanes, stats.x[i], distance); }));
-  if (threadIdx.x % kWarp == 0) warps[warp] = stats;
+__device__ inline const Stats& merge_warps(const double (&warps)[kReduceWarps][kFieldsOf<Stats>]) {
+  __shared__ Stats total;
   __syncthreads();
-  if (threadIdx.x == 0)
-    for (int i = 1; i < count; ++i) merge(warps[0], warps[i]);
+  const int field = threadIdx.x;
+  if (field < kFieldsOf<Stats>) {
+    double x = warps[0][field];
+#pragma unroll
+    for (int i = 1; i < kReduceWarps; ++i) x = Stats::merged(field, x, warps[i][field]);
+    total.x[field] = x;
+  }
   __syncthreads();
-  stats = warps[0];
-  __syncthreads();  // before the next call writes
+  return total;
 }
 
-// Given the statistics of each block, returns true in one thread of the launch: where they are now
-// those of all blocks.
+// The total of a block's threads, in shared memory until the next call.
 template <typename Stats>
-__device__ inline bool grid_reduce(Stats& stats, const Scratch<Stats>& scratch) {
+__device__ inline const Stats& block_reduce(Stats stats) {
+  constexpr int kLanes = kWarp / kFieldsOf<Stats>;  // which hold the same field
+  __shared__ double warps[kReduceWarps][kFieldsOf<Stats>];
+  const int lane = threadIdx.x % kWarp;
+  const double x = warp_reduce(stats);
+  if (lane % kLanes == 0) warps[threadIdx.x / kWarp][lane / kLanes] = x;
+  return merge_warps<Stats>(warps);
+}
+
+// Stores the statistics of a block. True in every thread of the last block to do so: it may read
+// those of all blocks, by __ldcg.
+template <typename Stats>
+__device__ inline bool store_part(const Stats& stats, const Scratch<Stats>& scratch) {
   __shared__ bool last;
-  if (threadIdx.x == 0) {
-    scratch.parts[blockIdx.x] = stats;
+  const int field = threadIdx.x;
+  if (field < kFieldsOf<Stats>) {
+    scratch.parts[blockIdx.x].x[field] = stats.x[field];
     __threadfence();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
     last = atomicInc(scratch.ticket, gridDim.x - 1) == gridDim.x - 1;
     __threadfence();
   }
   __syncthreads();
-  if (!last) return false;
-  clear(stats);
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x)
-    merge(stats, stats_of<Stats>([&](int k) { return __ldcg(&scratch.parts[i].x[k]); }));
-  block_reduce(stats);
-  return threadIdx.x == 0;
+  return last;
+}
+
+// The total of all blocks; neighbouring threads read neighbouring fields.
+template <typename Stats>
+__device__ inline const Stats& merge_parts(const Scratch<Stats>& scratch) {
+  constexpr int kFields = kFieldsOf<Stats>;
+  __shared__ double warps[kReduceWarps][kFields];
+  const int field = threadIdx.x % kFields, lane = threadIdx.x % kWarp;
+  double x = Stats::initial(field);
+#pragma unroll 8
+  for (unsigned i = threadIdx.x / kFields; i < gridDim.x; i += kReduceThreads / kFields)
+    x = Stats::merged(field, x, __ldcg(&scratch.parts[i].x[field]));
+#pragma unroll
+  for (int distance = kWarp / 2; distance >= kFields; distance /= 2)
+    x = Stats::merged(field, x, __shfl_xor_sync(kAllLanes, x, distance));
+  if (lane < kFields) warps[threadIdx.x / kWarp][field] = x;
+  return merge_warps<Stats>(warps);
 }
 
 // A launch of kReduceThreads threads for each kReduceTokens tokens; one for none.

@@ -9,8 +9,6 @@
 namespace fpg {
 namespace {
 
-constexpr int kSequenceThreads = 256;
-
 // Adds up the surrogate of a token, given e^d and e^d - 1 - d, and returns its slope.
 template <typename T>
 __device__ T add_surrogate(T w, T d, const ExpExcess<T>& e, T ratio, const SurrogateTerm<T>& term,
@@ -77,8 +75,9 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   policy_four(tokens, first, count - first, terms, out.coefficient, stats);
   stats.x[PolicyStats::has_ref_kl] = tokens.ref_logp != nullptr;
   stats.x[PolicyStats::has_entropy] = tokens.entropy != nullptr;
-  block_reduce(stats);
-  if (!grid_reduce(stats, scratch)) return;
+  if (!store_part(block_reduce(stats), scratch)) return;
+  stats = merge_parts(scratch);
+  if (threadIdx.x != 0) return;
   show_nan(stats);
   *out.stats = stats;
   *out.loss = T(stats.x[PolicyStats::loss]);
@@ -86,20 +85,20 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
 
 // Threads take turns from the sequence's first token, so that no bit depends on the batch.
 template <typename T>
-__global__ void __launch_bounds__(kSequenceThreads)
+__global__ void __launch_bounds__(kReduceThreads)
     sequence_ratio_kernel(Sequences sequences, const T* logp, const T* old_logp, const T* weight,
                           T* ratio) {
   const Sequence sequence = sequence_at(sequences, blockIdx.x);
   const int64_t begin = sequence.begin + threadIdx.x, end = sequence.end;
-  Sums<2> sums = {};
-  for (int64_t t = begin; t < end; t += kSequenceThreads) {
+  Sums<2> own = {};
+  for (int64_t t = begin; t < end; t += kReduceThreads) {
     const bool kept = weight[t] != T(0);
-    sums.x[0] += select(kept, double(logp[t]) - double(old_logp[t]), 0.0);
-    sums.x[1] += kept;
+    own.x[0] += select(kept, double(logp[t]) - double(old_logp[t]), 0.0);
+    own.x[1] += kept;
   }
-  block_reduce(sums);
+  const Sums<2>& sums = block_reduce(own);
   const T value = T(exp(bounded_log_ratio(sums.x[0] / larger(sums.x[1], 1.0))));
-  for (int64_t t = begin; t < end; t += kSequenceThreads)
+  for (int64_t t = begin; t < end; t += kReduceThreads)
     ratio[t] = select(weight[t] != T(0), value, T(0));
 }
 
@@ -116,7 +115,7 @@ void policy_loss_sequence_ratio(const SequenceRatioArguments& in) {
   with_compute_dtype(in.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Sequences sequences = {in.sequence_count, in.length, in.cu_seqlens};
-    launch(sequence_ratio_kernel<T>, sequences.count, kSequenceThreads, in.stream, sequences,
+    launch(sequence_ratio_kernel<T>, sequences.count, kReduceThreads, in.stream, sequences,
            static_cast<const T*>(in.logp), static_cast<const T*>(in.old_logp),
            static_cast<const T*>(in.weight), static_cast<T*>(in.ratio));
   });

@@ -19,20 +19,22 @@ struct PolicyStats {
                  ref_kl, entropy, ratio_min, has_ref_kl, has_entropy, ratio_max)
 
   static constexpr int kSums = ratio_min, kMinimaEnd = ratio_max;
+
+  FPG_METHOD static double initial(int field) {
+    return field < kSums ? 0 : field < kMinimaEnd ? infinity<double>() : -infinity<double>();
+  }
+  FPG_METHOD static double merged(int field, double a, double b) {
+    return field < kSums ? a + b : field < kMinimaEnd ? smaller(a, b) : larger(a, b);
+  }
 };
 
 FPG_HD void clear(PolicyStats& stats) {
-  for (int i = 0; i < PolicyStats::kFields; ++i)
-    stats.x[i] = i < PolicyStats::kSums        ? 0
-                 : i < PolicyStats::kMinimaEnd ? infinity<double>()
-                                               : -infinity<double>();
+  for (int i = 0; i < PolicyStats::kFields; ++i) stats.x[i] = PolicyStats::initial(i);
 }
 
 FPG_HD void merge(PolicyStats& total, const PolicyStats& part) {
   for (int i = 0; i < PolicyStats::kFields; ++i)
-    total.x[i] = i < PolicyStats::kSums        ? total.x[i] + part.x[i]
-                 : i < PolicyStats::kMinimaEnd ? smaller(total.x[i], part.x[i])
-                                               : larger(total.x[i], part.x[i]);
+    total.x[i] = PolicyStats::merged(i, total.x[i], part.x[i]);
 }
 
 // A NaN ratio must show: minima and maxima skip it, but the sum of positive ratios does not.

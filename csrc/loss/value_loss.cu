@@ -43,12 +43,14 @@ __device__ FourTokens<T> value_four(const ValueTokens<T>& in, int64_t first, int
   return out;
 }
 
-// Sums of squared distances from the block's means, which replace the sums.
+// The statistics of a block, from the sums of its fields: means, and squared distances from them.
 template <typename T>
-__device__ void value_moments(const FourTokens<T>& tokens, ValueStats& stats) {
-  const double count = larger(stats.x[ValueStats::count], 1.0);
-  const double target = stats.x[ValueStats::return_mean] /= count;
-  const double residual = stats.x[ValueStats::residual_mean] /= count;
+__device__ const ValueStats& value_moments(const FourTokens<T>& tokens,
+                                           const Sums<ValueStats::kFields>& sums) {
+  __shared__ ValueStats out;
+  const double share = 1.0 / larger(sums.x[ValueStats::count], 1.0);
+  const double target = sums.x[ValueStats::return_mean] * share;
+  const double residual = sums.x[ValueStats::residual_mean] * share;
   Sums<2> squares = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -57,8 +59,47 @@ __device__ void value_moments(const FourTokens<T>& tokens, ValueStats& stats) {
     const double e = select(kept, tokens.residual.x[i] - residual, 0.0);
     squares.x[0] += r * r, squares.x[1] += e * e;
   }
-  block_reduce(squares);
-  stats.x[ValueStats::return_m2] = squares.x[0], stats.x[ValueStats::residual_m2] = squares.x[1];
+  const Sums<2>& total = block_reduce(squares);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < ValueStats::kSums; ++i) out.x[i] = sums.x[i];
+    out.x[ValueStats::return_mean] = target, out.x[ValueStats::return_m2] = total.x[0];
+    out.x[ValueStats::residual_mean] = residual, out.x[ValueStats::residual_m2] = total.x[1];
+  }
+  __syncthreads();
+  return out;
+}
+
+// The statistics of all blocks: sums first, then the distances from the means, of which that of a
+// block's mean counts for all its tokens. Moments that merged in pairs would divide in each.
+__device__ inline ValueStats merge_value_parts(const Scratch<ValueStats>& scratch) {
+  const auto each = [&](const auto& body) {
+    for (unsigned part = threadIdx.x; part < gridDim.x; part += kReduceThreads)
+      body([&, part](int field) { return __ldcg(&scratch.parts[part].x[field]); });
+  };
+  Sums<ValueStats::kFields> sums = {};
+  each([&](const auto& part) {
+    for (int i = 0; i < ValueStats::kSums; ++i) sums.x[i] += part(i);
+    const double count = part(ValueStats::count);
+    sums.x[ValueStats::return_mean] += count * part(ValueStats::return_mean);
+    sums.x[ValueStats::residual_mean] += count * part(ValueStats::residual_mean);
+  });
+  ValueStats out;
+  const Sums<ValueStats::kFields>& total = block_reduce(sums);
+  for (int i = 0; i < ValueStats::kFields; ++i) out.x[i] = total.x[i];
+  const double share = 1.0 / larger(out.x[ValueStats::count], 1.0);
+  const double target = out.x[ValueStats::return_mean] *= share;
+  const double residual = out.x[ValueStats::residual_mean] *= share;
+  Sums<2> squares = {};
+  each([&](const auto& part) {
+    const double count = part(ValueStats::count);
+    const double r = part(ValueStats::return_mean) - target;
+    const double e = part(ValueStats::residual_mean) - residual;
+    squares.x[0] += part(ValueStats::return_m2) + count * (r * r);
+    squares.x[1] += part(ValueStats::residual_m2) + count * (e * e);
+  });
+  const Sums<2>& distances = block_reduce(squares);
+  out.x[ValueStats::return_m2] = distances.x[0], out.x[ValueStats::residual_m2] = distances.x[1];
+  return out;
 }
 
 template <bool kClip, typename T>
@@ -69,11 +110,9 @@ __global__ void __launch_bounds__(kReduceThreads)
   Sums<ValueStats::kFields> sums = {};
   const FourTokens<T> four =
       value_four<kClip>(tokens, first, count - first, clip, coefficient, sums);
-  block_reduce(sums);
-  ValueStats stats;
-  for (int i = 0; i < ValueStats::kFields; ++i) stats.x[i] = sums.x[i];
-  value_moments(four, stats);
-  if (!grid_reduce(stats, scratch)) return;
+  if (!store_part(value_moments(four, block_reduce(sums)), scratch)) return;
+  const ValueStats stats = merge_value_parts(scratch);
+  if (threadIdx.x != 0) return;
   *out = stats;
   *loss = T(stats.x[ValueStats::loss]);
 }

@@ -146,14 +146,13 @@ T __shfl_sync(unsigned mask, T x, int lane) {
   return cuda_on_cpu::shuffle(mask, x, lane % cuda_on_cpu::kWarp);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T x, unsigned by) {
-  const unsigned lane = cuda_on_cpu::lane(), source = lane + by;
-  return cuda_on_cpu::shuffle(mask, x, source < cuda_on_cpu::kWarp ? source : lane);
-}
-template <typename T>
 T __shfl_up_sync(unsigned mask, T x, unsigned by) {
   const unsigned lane = cuda_on_cpu::lane();
   return cuda_on_cpu::shuffle(mask, x, lane >= by ? lane - by : lane);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T x, unsigned bits) {
+  return cuda_on_cpu::shuffle(mask, x, cuda_on_cpu::lane() ^ bits);
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return cuda_on_cpu::together(mask, vote, [](const auto& votes) {

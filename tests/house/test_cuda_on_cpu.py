@@ -21,8 +21,16 @@ __global__ void reverse(int* x, char barrier) {  // through shared memory
   x[threadIdx.x] = copy[63 - threadIdx.x];
 }
 
+__global__ void number(int* x, int* next) { x[blockIdx.x] = (*next)++; }
+
 int main(int, char** arguments) {
   int x[64], wrong = 0;
+  if (arguments[1][0] == 'o') {  // the order in which blocks run
+    int next = 0;
+    fpg::launch(number, 8, 32, nullptr, x, &next);
+    for (int i = 0; i < 8; ++i) printf("%d ", x[i] / 32);
+    return 0;
+  }
   for (int i = 0; i < 64; ++i) x[i] = i;
   try {
     fpg::launch(reverse, 1, 64, nullptr, x, arguments[1][0]);
@@ -60,6 +68,12 @@ def reverse(tmp_path_factory):
 def test_a_wrong_barrier_shows(reverse, barrier, outcome):
     done = subprocess.run([reverse, barrier], capture_output=True, text=True, check=False)
     assert done.stdout == outcome + "\n", done.stderr
+
+
+def test_blocks_run_in_another_order_than_their_numbers(reverse):
+    done = subprocess.run([reverse, "order"], capture_output=True, text=True, check=True)
+    order = [int(number) for number in done.stdout.split()]
+    assert sorted(order) == list(range(8)) != order
 
 
 def test_the_script_for_the_sanitizer_runs():

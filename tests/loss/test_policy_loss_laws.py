@@ -206,6 +206,15 @@ def test_a_ticket_serves_launch_after_launch(kernel, monkeypatch):
         assert ticket == 0
 
 
+def test_the_order_in_which_blocks_run_changes_no_bit(kernel):
+    if kernel not in ("cuda", "cuda-on-cpu"):
+        pytest.skip("for the reduction in CUDA C++")
+    x = sample((20_001,))
+    first = run(x, "all")
+    for _ in range(2):  # On the CPU every launch shuffles its blocks anew.
+        assert all(torch.equal(a, b) for a, b in zip(first, run(x, "all"), strict=True))
+
+
 @pytest.mark.parametrize("d", [19.75, 20.0, 20.25, -19.75, -20.0, -20.25])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_log_ratios_are_bounded_by_20_and_no_less(kernel, level, d):

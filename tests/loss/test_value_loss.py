@@ -93,6 +93,15 @@ def test_a_ticket_serves_launch_after_launch(kernel, monkeypatch):
         assert ticket == 0
 
 
+def test_the_order_in_which_blocks_run_changes_no_bit(kernel):
+    if kernel not in ("cuda", "cuda-on-cpu"):
+        pytest.skip("for the reduction in CUDA C++")
+    x = sample((20_001,))
+    first = run(x, 0.3)
+    for _ in range(2):  # On the CPU every launch shuffles its blocks anew.
+        assert all(torch.equal(a, b) for a, b in zip(first, run(x, 0.3), strict=True))
+
+
 @pytest.mark.parametrize("side", [1.0, -1.0])
 def test_a_token_is_clipped_only_where_the_clipped_error_is_larger(kernel, side):
     """Values beyond the clip by the same, below and above the returns, and a tie of the errors."""

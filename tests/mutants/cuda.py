@@ -27,15 +27,15 @@ MUTANTS = [
     Mutant(
         "as-many-parts-as-threads-are-merged",
         REDUCE,
-        "for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x)",
-        "if (const unsigned i = threadIdx.x; i < gridDim.x)",
+        "for (unsigned i = threadIdx.x / kFields; i < gridDim.x; i += kReduceThreads / kFields)",
+        "if (const unsigned i = threadIdx.x / kFields; i < gridDim.x)",
         ("tests/loss/test_policy_loss_laws.py::test_every_block_is_merged", *IN_CUDA),
     ),
     Mutant(
         "the-last-warp-of-a-block-is-left-out",
         REDUCE,
-        "for (int i = 1; i < count; ++i) merge",
-        "for (int i = 1; i < count - 1; ++i) merge",
+        "for (int i = 1; i < kReduceWarps; ++i)",
+        "for (int i = 1; i < kReduceWarps - 1; ++i)",
         VALUE_TESTS,
     ),
     Mutant(
@@ -148,6 +148,20 @@ MUTANTS = [
         VALUE_LOSS,
         "const double r = select(kept, tokens.target.x[i] - target, 0.0);",
         "const double r = tokens.target.x[i] - target;",
+        VALUE_TESTS,
+    ),
+    Mutant(
+        "a-lane-sends-what-it-keeps",
+        REDUCE,
+        "select(upper, stats.x[i], stats.x[i + kHalf]);",
+        "select(upper, stats.x[i + kHalf], stats.x[i]);",
+        VALUE_TESTS,
+    ),
+    Mutant(
+        "the-mean-of-a-block-counts-for-one-token",
+        VALUE_LOSS,
+        "part(ValueStats::return_m2) + count * (r * r)",
+        "part(ValueStats::return_m2) + r * r",
         VALUE_TESTS,
     ),
 ]

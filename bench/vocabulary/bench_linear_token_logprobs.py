@@ -192,4 +192,12 @@ def examples(device):
         fastpg.linear_token_logprobs,
         {"hidden": hidden, "weight": head_weight, "labels": labels},
         differentiable=("hidden",),
+        variant="frozen head",
+    )
+    kept = torch.tensor([0, 4, 32, 1, 5], device=device), torch.tensor([0, 3, 5, 5], device=device)
+    yield Example(
+        fastpg.linear_token_logprobs,
+        {"hidden": hidden, "weight": head_weight, "labels": labels, "support": kept},
+        differentiable=("hidden", "weight"),
+        variant="kept sets",
     )

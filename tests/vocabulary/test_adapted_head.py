@@ -10,7 +10,7 @@ from fastpg import linear_token_logprobs, linear_token_loss, token_logprobs
 from fastpg.ops.vocabulary import head as head_module
 from fastpg.ops.vocabulary import linear_token_loss as page
 
-OP = "linear_token_logprobs"  # and linear_token_loss, which is made of it
+OP = "linear_rows"  # and linear_token_loss, which is made of it
 RANK = 3
 
 

@@ -13,7 +13,7 @@ from fastpg import linear_token_logprobs
 from fastpg.ops.vocabulary import frozen_head as page
 from fastpg.ops.vocabulary import head as head_module
 
-OP = "linear_token_logprobs"
+OP = "frozen_head"
 TUNED = {"temperature": 0.7, "softcap": 20.0, "logit_scale": 0.5}
 
 # Of a gradient against that of two passes, relative in norm: the tolerance that is promised.

@@ -13,7 +13,7 @@ from fastpg import check, linear_token_logprobs
 from fastpg.ops.vocabulary import head as head_module
 from fastpg.ops.vocabulary import linear_rows as page
 
-OP = "linear_token_logprobs"
+OP = "linear_rows"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TUNED = {"temperature": 0.7, "softcap": 20.0, "logit_scale": 0.5}
 

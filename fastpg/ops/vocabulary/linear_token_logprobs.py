@@ -1,7 +1,8 @@
 """Per-token log-probs and entropies from hidden states and the LM head: no logits in memory.
 
 `linear_rows.py` has the formulas and the kernels; `frozen_head.py` those of a head that needs no
-gradient, which takes that of hidden with it in the same pass.
+gradient, which takes that of hidden with it in the same pass; `linear_support.py` those of sets of
+tokens that a sampler kept.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import frozen_head
+from . import frozen_head, linear_support
 from .head_arguments import head_inputs
 from .linear_rows import OP, logprobs
+from .support import checked_support
 
 
 @overload
@@ -32,6 +34,7 @@ def linear_token_logprobs(
     return_entropy: Literal[False] = ...,
     logits_dtype: torch.dtype | None = ...,
     process_group: dist.ProcessGroup | None = ...,
+    support: tuple[Tensor, Tensor] | None = ...,
 ) -> Tensor: ...
 
 
@@ -49,6 +52,7 @@ def linear_token_logprobs(
     return_entropy: Literal[True],
     logits_dtype: torch.dtype | None = ...,
     process_group: dist.ProcessGroup | None = ...,
+    support: tuple[Tensor, Tensor] | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -65,6 +69,7 @@ def linear_token_logprobs(
     return_entropy: bool = False,
     logits_dtype: torch.dtype | None = None,
     process_group: dist.ProcessGroup | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of labels from hidden states and the LM head, without the logits in memory.
 
@@ -91,6 +96,11 @@ def linear_token_logprobs(
         process_group: If given, the vocabulary is in shards, one on each rank in turn: weight is
             [V_rank, H] and bias [V_rank]. All else is the same on each rank, the results and the
             gradient of hidden too.
+        support: A pair (token_ids, offsets), the tokens that a sampler kept in each row, flat and
+            in the CSR form: row n keeps token_ids[offsets[n]:offsets[n + 1]], integers that rise.
+            Log-probs and entropies are then those of the softmax over what is kept. A label outside
+            its set has log-prob -inf and no gradient; an empty set means the whole vocabulary.
+            Only the rows of weight that are kept are multiplied; process_group must be None.
 
     Returns:
         logp [...], or (logp, entropy), each [...], in nats; fp32, or fp64 for fp64 hidden.
@@ -98,13 +108,15 @@ def linear_token_logprobs(
     Raises:
         TypeError: An argument is no tensor or number, is a DTensor, or has a dtype that it cannot
             have.
-        ValueError: A shape, a device or a number does not fit; the message names it.
-        IndexError: A label is outside [0, V) and not ignore_index. Only the CPU raises at once;
-            elsewhere the row of such a label is NaN, and `fastpg.check()` raises.
+        ValueError: A shape, a device or a number does not fit, or support is in no order; the
+            message names it.
+        IndexError: A token of support is outside [0, V), or a label is, and is not ignore_index. Of
+            labels only the CPU raises at once; elsewhere the row of such a label is NaN, and
+            `fastpg.check()` raises.
 
     Note:
         A GPU is waited for: forward for the number of rows that are not ignored, backward for the
-        number of those that a gradient reaches.
+        number of those that a gradient reaches, and for support, which it checks too.
 
         Off fp64 at H=896, V=151936 (on a CPU, 256 rows of logits of standard deviation 2, half the
         labels the likeliest): log-probs at most 4e-6 in fp32, 0.04 from logits in bf16, 2e-6 from
@@ -141,9 +153,13 @@ def linear_token_logprobs(
         logits_dtype=logits_dtype,
         group=process_group,
     )
-    if not return_entropy and frozen_head.serves(inputs):
+    if support is not None:
+        sets = checked_support(OP, support, labels, process_group)
+        logp, entropy = linear_support.logprobs(inputs, sets)
+    elif not return_entropy and frozen_head.serves(inputs):
         return frozen_head.logprobs(inputs).view(labels.shape)
-    logp, entropy = logprobs(inputs)
+    else:
+        logp, entropy = logprobs(inputs)
     if return_entropy:
         return logp.view(labels.shape), entropy.view(labels.shape)
     return logp.view(labels.shape)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..._autograd import Differentiable, needs_no_gradient
+from . import linear_support
 from .head import (
     ALL,
     LEAST_ROWS,
@@ -44,6 +45,7 @@ from .head import (
 )
 from .head_arguments import HeadInputs, head_inputs, labels_of_shard
 from .linear_rows import logprobs
+from .support import Support, checked_support
 from .token_loss import OP, TokenLoss, checked, differentiated
 
 # The rows of a chunk, by the bytes of a logit. With fewer, head_weight would be read, and its
@@ -264,11 +266,14 @@ _made_loss = Differentiable(
 
 
 def loss_of_all_rows(
-    inputs: HeadInputs, token_loss: TokenLoss, *, wanted: bool
+    inputs: HeadInputs, support: Support | None, token_loss: TokenLoss, *, wanted: bool
 ) -> tuple[Tensor, list]:
     """The loss by one call of token_loss; its gradients are made in backward."""
     rows = torch.arange(len(inputs.labels), device=inputs.labels.device)
-    logp, entropy = logprobs(inputs)
+    if support is None:
+        logp, entropy = logprobs(inputs)
+    else:
+        logp, entropy = linear_support.logprobs(inputs, support)
     if not wanted or torch.compiler.is_compiling():
         loss, stats = checked(token_loss(logp, entropy, rows))
         return loss if wanted else loss.detach(), [stats]
@@ -291,6 +296,7 @@ def linear_token_loss(
     logits_dtype: torch.dtype | None = None,
     level: Literal["token", "sequence"] = "token",
     process_group: dist.ProcessGroup | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list]:
     """A loss of the tokens' log-probs, with its gradients made while the logits exist.
 
@@ -321,6 +327,7 @@ def linear_token_loss(
             its cu_seqlens.
         process_group: As in linear_token_logprobs. Every rank must pass a token_loss that computes
             the same: it is evaluated on each, on the same bits.
+        support: As in linear_token_logprobs. token_loss is then called once, as for "sequence".
 
     Returns:
         The loss, 0-d, and the list of the stats that token_loss returned, for merge_stats.
@@ -373,7 +380,10 @@ def linear_token_loss(
     wanted = torch.is_grad_enabled() and not needs_no_gradient(*inputs.head.tensors())
     early = inputs.hidden[0].dtype is not torch.float16 and not torch.compiler.is_compiling()
     early = early and labels.device.type in CHUNK_ROWS  # elsewhere the reference serves
-    if level == "token" and wanted and early:
+    sets = None
+    if support is not None:
+        sets = checked_support(OP, support, labels, process_group)
+    if level == "token" and wanted and early and sets is None:
         loss, stats = _linear_token_loss(LossInputs(*inputs, token_loss))
         return loss, stats
-    return loss_of_all_rows(inputs, token_loss, wanted=wanted)
+    return loss_of_all_rows(inputs, sets, token_loss, wanted=wanted)

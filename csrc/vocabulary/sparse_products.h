@@ -1,0 +1,45 @@
+// The arguments of fastpg/ops/vocabulary/sparse_products.py, and the loops over one row.
+#pragma once
+
+#include "common/elementary.h"
+#include "common/fields.h"
+#include "common/stream.h"
+
+namespace fpg {
+
+// Row i of the set has the entries offsets[i] <= e < offsets[i + 1].
+struct SampledProductArguments {
+  int dtype;             // of hidden and head_weight
+  int64_t count, width;  // of the rows of hidden
+  const void *hidden, *head_weight;
+  const int64_t *token_ids, *offsets;
+  void* products;  // [entries], in the compute type
+  Stream stream;
+
+  FPG_FIELDS(dtype, count, width, hidden, head_weight, token_ids, offsets, products, stream)
+};
+
+struct SparseProductArguments {
+  int dtype;                          // of matrix and sums
+  int64_t count, width;               // of the rows of sums
+  const void *matrix, *coefficients;  // the latter [entries], in the compute type
+  const int64_t *indices, *offsets;
+  void* sums;  // [count, width]
+  Stream stream;
+
+  FPG_FIELDS(dtype, count, width, matrix, coefficients, indices, offsets, sums, stream)
+};
+
+// The loops of sparse_products_simd.cpp, which is compiled for each instruction set.
+template <typename X>
+struct SparseProductsKernels {
+  using T = compute_t<X>;
+  // out[e] = sum_h row[h] matrix[indices[e], h]
+  void (*sampled_row)(const X* row, const X* matrix, const int64_t* indices, int64_t n,
+                      int64_t width, T* out);
+  // out[h] = sum_e coefficients[e] matrix[indices[e], h], with `width` values of scratch
+  void (*sparse_row)(const T* coefficients, const X* matrix, const int64_t* indices, int64_t n,
+                     int64_t width, T* scratch, X* out);
+};
+
+}  // namespace fpg

@@ -1,0 +1,320 @@
+"""Log-probs and entropies over kept sets, from hidden states and the LM head.
+
+`support.py` has the formulas. Only what a set keeps is multiplied: with K tokens in each set, these
+are 2 N K H operations for the logits of the entries, which are kept for backward, and as many for
+
+    dhidden_n = Σ_e g_e weight[token_e],   dweight_v = Σ_e g_e hidden_{row_e},   dbias_v = Σ_e g_e
+
+with the entries e of row n, and those of token v: sorted by token once, so that the sum has an
+order. Rows of an empty set go through linear_rows.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._autograd import Differentiable
+from ..._op import Op
+from . import linear_rows, linear_rows_blas
+from . import token_logprobs as page
+from .head import filled, reached
+from .head_arguments import HeadInputs, legal_labels
+from .linear_rows import OP, Gradients, allocate_gradients
+from .sparse_products import (
+    SampledInputs,
+    SparseInputs,
+    lengths,
+    sampled_product_op,
+    segment_sum,
+    sparse_product_op,
+)
+from .support import (
+    Entries,
+    RowOptions,
+    Support,
+    check_support_values,
+    entries_of,
+    kept_gradient,
+    kept_softmax,
+    mask_of,
+)
+
+
+class Inputs(NamedTuple):
+    """The fields of linear_rows.Inputs, and the kept sets."""
+
+    hidden: list[Tensor]  # [N, H_i] each
+    head_weight: list[Tensor]  # [V, H_i] each, like hidden
+    bias: Tensor | None  # [V], like hidden
+    labels: Tensor  # int64 [N]
+    temperature: Tensor  # [N] or [], in the compute dtype
+    softcap: float  # 0: none
+    ignore_index: int
+    logits_dtype: torch.dtype
+    token_ids: Tensor  # int64 [E]
+    offsets: Tensor  # int64 [N + 1]
+
+    @property
+    def rows(self) -> linear_rows.Inputs:
+        """All but the sets."""
+        return linear_rows.Inputs._make(self[:-2])
+
+    @property
+    def support(self) -> Support:
+        """The sets."""
+        return Support(self.token_ids, self.offsets)
+
+    @property
+    def options(self) -> RowOptions:
+        """What the softmax needs."""
+        return RowOptions(self.labels, self.temperature, self.softcap)
+
+
+class Outputs(NamedTuple):
+    logp: Tensor  # [N], in the compute dtype, as all that follow
+    entropy: Tensor  # [N]
+    stats: Tensor  # [2, N], those of linear_rows in rows of an empty set, else 0
+    logits: Tensor  # [E], of the entries; 0 in rows that are ignored
+
+
+class BackwardInputs(NamedTuple):
+    inputs: Inputs
+    grad_logp: Tensor  # [N]
+    grad_entropy: Tensor | None  # [N]; None: 0
+    entropy: Tensor  # [N]
+    stats: Tensor  # [2, N]
+    logits: Tensor  # [E]
+    wanted: list[bool]  # whether to make the gradient of each hidden, each head_weight and bias
+
+
+def masked_rows(x: Inputs) -> page.Inputs:
+    """All logits, after softcap, with -inf for what is not kept, as token_logprobs takes them."""
+    check_support_values(OP, x.support, len(x.head_weight[0]))
+    kept = (x.labels != x.ignore_index)[:, None]
+    hidden = [torch.where(kept, h, 0.0) for h in x.hidden]
+    logits = linear_rows.logits_of(x.rows._replace(hidden=hidden)).to(x.temperature.dtype)
+    if x.softcap:
+        logits = x.softcap * torch.tanh(logits / x.softcap)
+    logits = logits.masked_fill(~mask_of(x.support, logits.shape[1]), -torch.inf)
+    return page.Inputs(logits, x.labels, x.temperature, 0.0, x.ignore_index, with_entropy=True)
+
+
+def reference(x: Inputs) -> Outputs:
+    """The specification: token_logprobs of all logits, with -inf for what is not kept."""
+    legal_labels(OP, x.labels, len(x.head_weight[0]), x.temperature, x.ignore_index)
+    rows = masked_rows(x)
+    logp, entropy, stats = page.reference(rows)
+    return Outputs(logp.clamp(max=0.0), entropy, stats, logp.new_zeros(len(x.token_ids)))
+
+
+def reference_backward(x: BackwardInputs) -> Gradients:
+    """The specification: the gradient of all logits, and the products with it."""
+    inputs = x.inputs
+    rows = masked_rows(inputs)
+    kept = (inputs.labels != inputs.ignore_index)[:, None]
+    hidden = [torch.where(kept, h, 0.0) for h in inputs.hidden]
+    label = torch.where(kept[:, 0], inputs.labels, 0)[:, None]
+    outside = rows.logits.gather(1, label)[:, 0] == -torch.inf
+    outside &= ~mask_of(inputs.support, rows.logits.shape[1]).gather(1, label)[:, 0]
+    grad_logp = torch.where(outside, 0.0, x.grad_logp)
+    _, entropy, stats = page.reference(rows)
+    upstream = page.BackwardInputs(rows, grad_logp, x.grad_entropy, entropy, stats)
+    g = page.reference_backward(upstream).grad_logits
+    if inputs.softcap:
+        g = torch.where(g == 0, 0.0, g * (1 - (rows.logits / inputs.softcap) ** 2))
+    found = [g @ w.to(g.dtype) for w in inputs.head_weight]
+    found += [g.T @ h.to(g.dtype) for h in hidden]
+    dtype = hidden[0].dtype
+    return Gradients(
+        [
+            grad.to(dtype) if want else grad.new_empty(0, dtype=dtype)
+            for grad, want in zip([*found, g.sum(0)], x.wanted, strict=True)
+        ]
+    )
+
+
+def logits_of_entries(x: Inputs, entries: Entries) -> Tensor:
+    """The logits [E'], rounded as a model's own head rounds them, in the compute dtype."""
+    total = None
+    for hidden, weight in zip(x.hidden, x.head_weight, strict=True):
+        inputs = SampledInputs(hidden, weight, entries.token_ids, entries.offsets)
+        (part,) = sampled_product_op(inputs)
+        if total is not None:
+            part = total + part
+        elif x.bias is not None:
+            part = part + x.bias[entries.token_ids]
+        total = part.to(x.logits_dtype).to(part.dtype)
+    assert total is not None  # there is a product
+    return total
+
+
+def forward(x: Inputs) -> Outputs:
+    """The kernel: products with what is kept alone."""
+    vocab, count = len(x.head_weight[0]), len(x.labels)
+    kept, legal, _ = legal_labels(OP, x.labels, vocab, x.temperature, x.ignore_index)
+    check_support_values(OP, x.support, vocab)
+    entries = entries_of(x.support, kept)
+    logits = logits_of_entries(x, entries)
+    found = kept_softmax(logits, entries, x.options)
+    dtype = x.temperature.dtype
+    logp, entropy = (
+        torch.where(kept, torch.where(legal, value, torch.nan), 0.0).to(dtype)
+        for value in (found.logp, found.entropy)
+    )
+    stats = logp.new_zeros(2, count)
+    whole = (kept & (lengths(x.offsets) == 0)).nonzero()[:, 0]
+    if len(whole):
+        dense = linear_rows_blas.forward(rows_at(x, whole))
+        logp[whole], entropy[whole], stats[:, whole] = dense.logp, dense.entropy, dense.stats
+    return Outputs(logp, entropy, stats, filled(entries.places, len(x.token_ids), logits))
+
+
+def rows_at(x: Inputs, places: Tensor) -> linear_rows.Inputs:
+    """Some rows, over the whole vocabulary."""
+    t = x.temperature
+    return x.rows._replace(
+        hidden=[hidden[places] for hidden in x.hidden],
+        labels=x.labels[places],
+        temperature=t if t.dim() == 0 else t[places],
+    )
+
+
+def backward(x: BackwardInputs) -> Gradients:
+    """The kernel: entries of rows that no gradient reaches go through no product."""
+    inputs = x.inputs
+    live = (inputs.labels != inputs.ignore_index) & reached(x.grad_logp, x.grad_entropy)
+    entries = entries_of(inputs.support, live)
+    found = kept_softmax(x.logits[entries.places], entries, inputs.options)
+    g = kept_gradient(found, entries, inputs.options, x.grad_logp, x.grad_entropy)
+    gradients = gradients_of_entries(inputs, entries, g.to(x.logits.dtype), x.wanted)
+    whole = (live & (lengths(inputs.offsets) == 0)).nonzero()[:, 0]
+    if len(whole):
+        add_whole_rows(gradients, x, whole)
+    return Gradients(gradients)
+
+
+def gradients_of_entries(
+    x: Inputs, entries: Entries, g: Tensor, wanted: list[bool]
+) -> list[Tensor]:
+    """The gradients that are wanted, from the gradient g [E'] of the logits of the entries."""
+    terms = len(x.hidden)
+    found = [x.hidden[0].new_empty(0) for _ in wanted]
+    for i in range(terms):
+        if wanted[i]:
+            inputs = SparseInputs(x.head_weight[i], g, entries.token_ids, entries.offsets)
+            found[i] = sparse_product_op(inputs).sums
+    if not any(wanted[terms:]):
+        return found
+    order = torch.argsort(entries.token_ids, stable=True)
+    counts = torch.bincount(entries.token_ids, minlength=len(x.head_weight[0]))
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    rows, g = entries.rows[order], g[order]
+    for i in range(terms):
+        if wanted[terms + i]:
+            inputs = SparseInputs(x.hidden[i], g, rows, offsets)
+            found[terms + i] = sparse_product_op(inputs).sums
+    if wanted[-1]:
+        found[-1] = segment_sum(g, offsets).to(found[-1].dtype)
+    return found
+
+
+def add_whole_rows(gradients: list[Tensor], x: BackwardInputs, places: Tensor) -> None:
+    """Adds the gradients of rows whose set is the whole vocabulary."""
+    terms = len(x.inputs.hidden)
+    (dense,) = linear_rows_blas.backward(
+        linear_rows.BackwardInputs(
+            rows_at(x.inputs, places),
+            x.grad_logp[places],
+            None if x.grad_entropy is None else x.grad_entropy[places],
+            x.entropy[places],
+            x.stats[:, places],
+            x.wanted,
+        )
+    )
+    for i, want in enumerate(x.wanted):
+        if want and i < terms:
+            gradients[i][places] = dense[i]
+        elif want:
+            gradients[i] += dense[i]
+
+
+def allocate(x: Inputs) -> Outputs:
+    """Makes empty log-probs, entropies, statistics and logits."""
+    like, shape = x.temperature, x.labels.shape
+    stats, logits = like.new_empty((2, *shape)), like.new_empty(x.token_ids.shape)
+    return Outputs(like.new_empty(shape), like.new_empty(shape), stats, logits)
+
+
+def allocate_backward(x: BackwardInputs) -> Gradients:
+    """Makes empty gradients."""
+    rows = x.inputs.rows
+    return allocate_gradients(
+        linear_rows.BackwardInputs(rows, x.grad_logp, x.grad_entropy, x.entropy, x.stats, x.wanted)
+    )
+
+
+linear_support_op = Op(
+    "linear_token_logprobs_support",
+    Inputs,
+    Outputs,
+    page=__name__,
+    reference=reference,
+    allocate=allocate,
+)
+linear_support_backward_op = Op(
+    "linear_token_logprobs_support_backward",
+    BackwardInputs,
+    Gradients,
+    page=__name__,
+    reference=reference_backward,
+    allocate=allocate_backward,
+)
+for device, label in (("CPU", "C++"), ("CUDA", "PyTorch")):
+    linear_support_op.attach(device, label, forward)
+    linear_support_backward_op.attach(device, label, backward)
+
+
+class Saved(NamedTuple):
+    """What backward needs."""
+
+    inputs: Inputs
+    entropy: Tensor
+    stats: Tensor
+    logits: Tensor
+
+
+def _forward(x: Inputs) -> tuple[tuple[Tensor, Tensor], Saved]:
+    logp, entropy, stats, logits = linear_support_op(x)
+    return (logp, entropy), Saved(x, entropy, stats, logits)
+
+
+def _backward(
+    x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None, *, wanted: list[bool]
+) -> tuple[list[Tensor | None]]:
+    if grad_logp is None:
+        grad_logp = torch.zeros_like(x.entropy)
+    (found,) = linear_support_backward_op(
+        BackwardInputs(x.inputs, grad_logp, grad_entropy, x.entropy, x.stats, x.logits, wanted)
+    )
+    return ([grad if want else None for grad, want in zip(found, wanted, strict=True)],)
+
+
+_linear_support = Differentiable(
+    OP,
+    inputs=Inputs,
+    saved=Saved,
+    differentiable=("hidden", "head_weight", "bias"),
+    forward=_forward,
+    backward=_backward,
+    selective=True,
+)
+
+
+def logprobs(x: HeadInputs, support: Support) -> tuple[Tensor, Tensor]:
+    """The log-prob and the entropy [N] of each row over its kept set."""
+    rows = linear_rows.inputs_of(x, x.labels, x.ignore_index)
+    logp, entropy = _linear_support(Inputs(*rows, *support))
+    return logp, entropy

@@ -232,6 +232,19 @@ def test_a_nan_stays_in_its_episode(kernel):
     assert rewards.grad.isnan().nonzero()[:, 1].tolist() == [97, 98, 99]
 
 
+def test_a_nan_stays_in_its_sequence(kernel):
+    """An empty sequence lies between its neighbours, of which one has a ratio of NaN at its end."""
+    rewards, values, _ = inputs((5,))
+    cu = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+    ratio = torch.ones_like(rewards)
+    ratio[2] = math.nan
+    bootstrap = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    advantages, _ = gae(rewards, values, rho=ratio, bootstrap=bootstrap, cu_seqlens=cu)
+    advantages.sum().backward()
+    assert advantages.isnan().tolist() == [True, True, True, False, False]
+    assert bootstrap.grad.isnan().tolist() == [True, False, False] and bootstrap.grad[1] == 0
+
+
 def test_long_sums_keep_their_digits(kernel):
     length = 701 if kernel == "triton" else 70001  # its interpreter is slow
     rewards = torch.rand(1, length, generator=torch.Generator().manual_seed(0))

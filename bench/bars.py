@@ -109,7 +109,7 @@ BARS = (
 # 128 registers a thread it runs four at a time.
 REGISTERS = {
     (LOGP, "forward_kernel"): 80,
-    (LOGP, "backward_kernel"): 64,
+    (LOGP, "backward_kernel"): 80,
     (ROWS, "rows_kernel"): 128,
     (ROWS, "scale_kernel"): 40,
     ("gae", "forward_kernel"): 128,

@@ -1,10 +1,12 @@
 """The `fastpg` command: what is installed, and `fastpg train`."""
 
 import argparse
+import io
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fastpg
 
@@ -12,9 +14,12 @@ if TYPE_CHECKING:
     from fastpg.trainer import PPOTrainer
     from fastpg.trainer.options import RunConfig
 
-# Exit codes besides 0: for input that cannot be used, and for Ctrl-C.
+# Exit codes besides 0: for input that cannot be used; for a signal, whose number is added.
 REJECTED = 2
-INTERRUPTED = 130
+STOPPED = 128
+
+# Packages whose name is not that of their module.
+PACKAGES = {"yaml": "pyyaml"}
 
 DESCRIPTION = "Without a command, print which kernel serves which op on which device."
 
@@ -26,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after `fastpg`. None: those of the process.
 
     Returns:
-        The exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C.
+        The exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C, 143 for SIGTERM.
 
     Example:
         >>> from fastpg.cli import main
@@ -38,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["train"]:
         return train(argv[1:])
     parser = argparse.ArgumentParser("fastpg", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"fastpg {fastpg.__version__}")
     # This lists `train` in the help and refuses other words.
     commands = parser.add_subparsers(title="commands")
     commands.add_parser("train", help="train a policy; `fastpg train --help` lists the settings")
@@ -76,44 +82,69 @@ def train(argv: Sequence[str]) -> int:
         argv: The arguments after `fastpg train`: flags named as the settings of `PPOConfig`.
 
     Returns:
-        The exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C.
+        The exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C, 143 for SIGTERM.
     """
     # The trainer is an extra, so it is imported only here.
     try:
         from fastpg.trainer import InputError
     except ImportError as error:
-        print(f"fastpg train needs {error.name}: pip install fastpg[trainer]", file=sys.stderr)
+        module = (error.name or "").partition(".")[0]
+        print(
+            f"fastpg train needs {PACKAGES.get(module, module)}: install the trainer's packages "
+            "with pip install '.[trainer]' in the clone of fastpg.",
+            file=sys.stderr,
+        )
         return REJECTED
+    # Completions may hold what an old terminal cannot show, which is no reason to end a run.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        _build_trainer(argv).train()
+        trainer, resume = _build_trainer(argv)
+        trainer.train(resume_from_checkpoint=resume)
     except InputError as error:
         print(f"fastpg train: {error}", file=sys.stderr)
         return REJECTED
-    except KeyboardInterrupt:
-        print("\nfastpg train: interrupted; the files of finished steps remain.", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as interruption:
+        # Before the run has begun, and for a second Ctrl-C, there is no word of what was saved.
+        number = getattr(interruption, "number", signal.SIGINT)
+        print(f"fastpg train: stopped by {signal.Signals(number).name}.", file=sys.stderr)
+        return STOPPED + number
     return 0
 
 
-def _build_trainer(argv: Sequence[str]) -> "PPOTrainer":
-    """Build the user's own run; without a model, dataset and reward, the embedded task."""
+def _build_trainer(argv: Sequence[str]) -> tuple["PPOTrainer", "str | bool"]:
+    """Build the user's own run; without a model, dataset and reward, the embedded task.
+
+    Returns:
+        The trainer, and what `train` is to resume from.
+    """
     # These imports take seconds, and need the extra that `train` has checked for.
     from transformers.utils.logging import disable_progress_bar
 
     from fastpg.tasks import reviews
     from fastpg.trainer.config import from_mapping
-    from fastpg.trainer.options import RunConfig, read_options
+    from fastpg.trainer.options import RunConfig, read_options, settings_of_run
 
     disable_progress_bar()
     given = read_options(argv)
-    if any(given.get(name) for name in ("model", "dataset", "reward")):
-        return _own_trainer(from_mapping(RunConfig, given))
+    resume: str | bool = False
+    if "resume" in given:
+        default = reviews.DEFAULTS["output_dir"] if not _is_own(given) else RunConfig.output_dir
+        given, resume = settings_of_run(given, default)
+    if _is_own(given):
+        return _own_trainer(from_mapping(RunConfig, given)), resume
     # The given settings come last: they override those that the task prefers.
     preferred = reviews.preferred_settings(str(given.get("algorithm")))
     args = from_mapping(RunConfig, preferred | given)
     title = args.resolved().algorithm.title
     print(reviews.INTRODUCTION.format(algorithm=title), flush=True)
-    return reviews.build_trainer(args)
+    return reviews.build_trainer(args), resume
+
+
+def _is_own(given: dict[str, Any]) -> bool:
+    """Whether the settings are about the user's own model, dataset or reward."""
+    return any(given.get(name) for name in ("model", "dataset", "reward"))
 
 
 def _own_trainer(args: "RunConfig") -> "PPOTrainer":
@@ -128,7 +159,7 @@ def _own_trainer(args: "RunConfig") -> "PPOTrainer":
         raise InputError(f"Your own run also needs {' and '.join(missing)}.")
     return PPOTrainer(
         args.model,
-        load_reward(args.reward),
+        [load_reward(reward) for reward in args.reward],
         args,
         train_dataset=load_jsonl(args.dataset),
         eval_dataset=load_jsonl(args.eval_dataset) if args.eval_dataset else None,

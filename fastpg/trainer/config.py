@@ -1,18 +1,19 @@
 """The settings of a run: one flat dataclass for Python, YAML and the command line alike."""
 
 import dataclasses
+import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
 from fastpg.algorithms import ALGORITHMS, Algorithm, AlgorithmName, GaeOptions, SurrogateOptions
+from fastpg.trainer.files import write_text
 from fastpg.trainer.parsing import InputError, convert, did_you_mean
-
-MixedPrecision = Literal["no", "bf16", "fp16"]
+from fastpg.trainer.ranges import RANGES, MixedPrecision
 
 
 def option(default: Any, text: str) -> Any:
@@ -46,9 +47,11 @@ class PPOConfig:
         seed: Seed of prompts, sampling and minibatches, below 2**31.
         num_steps: Rollouts to train on.
         mixed_precision: Autocast dtype of the forward: "no", "bf16" or "fp16".
+        trust_remote_code: Whether code that comes with the model may run.
         rollout_batch_size: Episodes per step and process.
         num_generations: Completions per prompt. None: 8 if the algorithm compares them, else 1.
-        max_prompt_length: Tokens of a prompt. Longer prompts lose their beginning.
+        max_prompt_length: Prompts of more tokens lose their beginning; a warning counts them. None:
+            no prompt is cut, and one that leaves the model no room is refused.
         max_new_tokens: Most tokens of a completion.
         temperature: Temperature of sampling and of every log-probability.
         num_ppo_epochs: Passes over each rollout. None: 4, or 1 if the surrogate is "reinforce".
@@ -72,6 +75,9 @@ class PPOConfig:
         eval_steps: Evaluate every so many steps. None: only at the start and the end.
         num_eval_samples: Prompts of an evaluation.
         num_logged_completions: Completions written to a file at each step.
+        save_steps: Write a checkpoint every so many steps, besides the start, the end and an
+            interruption. None: only then.
+        save_total_limit: Checkpoints that are kept, the newest. None: all.
 
     Raises:
         InputError: A value has the wrong type, is out of range or means nothing to the algorithm.
@@ -94,6 +100,7 @@ class PPOConfig:
     mixed_precision: MixedPrecision = field(
         default="no", metadata={"help": "no, bf16 or fp16: the autocast dtype of the forward"}
     )
+    trust_remote_code: bool = option(False, "run the code that comes with the model")
 
     # These settings are about sampling. `HfArgumentParser` and `fastpg train --help` list settings
     # in this order.
@@ -101,7 +108,9 @@ class PPOConfig:
     num_generations: int | None = option(
         None, "completions per prompt; by default 8 if the algorithm compares them, else 1"
     )
-    max_prompt_length: int = option(512, "tokens of a prompt; longer ones lose their beginning")
+    max_prompt_length: int | None = option(
+        None, "longer prompts lose their beginning, which is counted; by default none is cut"
+    )
     max_new_tokens: int = option(128, "tokens of a completion at most")
     temperature: float = option(1.0, "temperature of sampling and of every log-probability")
 
@@ -147,6 +156,12 @@ class PPOConfig:
     num_eval_samples: int = option(64, "prompts of an evaluation")
     num_logged_completions: int = option(8, "completions written to a file at each step")
 
+    # These settings are about what is kept.
+    save_steps: int | None = option(
+        50, "write a checkpoint every so many steps, besides start, end and interruption"
+    )
+    save_total_limit: int | None = option(2, "checkpoints that are kept, the newest; none: all")
+
     def __post_init__(self) -> None:
         # HfArgumentParser and plain Python give values of any type, so they are converted here too.
         # The type is that of the instance: a subclass may have settings of its own.
@@ -159,6 +174,7 @@ class PPOConfig:
 
     def _check_algorithm(self) -> None:
         """Refuse an unknown algorithm, and settings that mean nothing to it."""
+        self.algorithm = _key_of(self.algorithm)
         if self.algorithm not in ALGORITHMS:
             raise InputError(
                 f"Unknown algorithm {self.algorithm!r}{did_you_mean(self.algorithm, ALGORITHMS)}"
@@ -177,7 +193,7 @@ class PPOConfig:
 
     def _check_ranges(self) -> None:
         """Refuse a value out of its range. None is left to the algorithm, whose own are legal."""
-        for legal in _RANGES:
+        for legal in RANGES:
             for name in legal.settings:
                 value = getattr(self, name)
                 if value is not None and not legal.holds(value):
@@ -241,7 +257,8 @@ class PPOConfig:
         Args:
             path: The file to write.
         """
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        write_text(path, text)
 
 
 @dataclass(frozen=True)
@@ -266,64 +283,25 @@ class ResolvedConfig:
 Setting = TypeVar("Setting", int, float)
 
 
+def _key_of(name: str) -> AlgorithmName:
+    """Return the key of an algorithm that is spelled in any way its authors might."""
+    plain = _plain(name)
+    keys: list[AlgorithmName] = [
+        key
+        for key, algorithm in ALGORITHMS.items()
+        if plain in (_plain(key), _plain(algorithm.title))
+    ]
+    # An unknown name is returned in small letters, in which the nearest known one is looked for.
+    return keys[0] if keys else cast(AlgorithmName, name.lower())
+
+
+def _plain(name: str) -> str:
+    """Return the letters, digits and plus signs of a name: Dr.GRPO, dr_grpo and Dr GRPO are one."""
+    return re.sub(r"[^a-z0-9+]", "", name.lower())
+
+
 def _given_or(given: Setting | None, default: Setting) -> Setting:
     return default if given is None else given
-
-
-@dataclass(frozen=True)
-class _Range:
-    """A condition on the values of some settings: in words, and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-    settings: tuple[str, ...]
-
-
-# `entropy_coef` and `reward_weights` are not here: they may have either sign.
-_RANGES = (
-    _Range(
-        "positive",
-        lambda value: value > 0,
-        (
-            "num_steps",
-            "rollout_batch_size",
-            "max_prompt_length",
-            "max_new_tokens",
-            "temperature",
-            "num_ppo_epochs",
-            "num_mini_batches",
-            "micro_batch_size",
-            "max_grad_norm",
-            "cliprange",
-            "cliprange_high",
-            "cliprange_value",
-            "eval_steps",
-            "num_eval_samples",
-            "num_generations",
-        ),
-    ),
-    _Range(
-        "0 or more",
-        lambda value: value >= 0,
-        (
-            "learning_rate",
-            "value_learning_rate",
-            "adam_epsilon",
-            "kl_coef",
-            "vf_coef",
-            "num_logged_completions",
-            "missing_eos_penalty",
-        ),
-    ),
-    _Range("between 0 and 1", lambda value: 0 <= value <= 1, ("gamma", "lam")),
-    # NumPy's seeds have 32 bits, and each process adds its number to this one.
-    _Range("between 0 and 2**31 - 1", lambda value: 0 <= value < 2**31, ("seed",)),
-    _Range(
-        "no, bf16 or fp16",
-        lambda value: value in typing.get_args(MixedPrecision),
-        ("mixed_precision",),
-    ),
-)
 
 
 Config = TypeVar("Config", bound=PPOConfig)

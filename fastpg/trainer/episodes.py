@@ -1,5 +1,6 @@
 """Scored completions: what evaluation reports and what the sample files hold."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +21,8 @@ class Episodes:
     Args:
         prompts: Text or chat messages.
         completions: The text of the completions.
-        rewards: What each reward function gave, by its name, before weights.
+        rewards: What each reward function gave, by its name, before weights; NaN where it does not
+            apply.
         scores: What the policy is trained on.
         lengths: Tokens of the completions, the EOS included.
         finished: 1 where the completion has an EOS, else 0.
@@ -48,7 +50,7 @@ class Episodes:
             "reward/std": self.scores.std(correction=0),
         }
         for name, reward in self.rewards.items():
-            values[f"rewards/{name}/mean"] = reward.mean()
+            values[f"rewards/{name}/mean"] = reward.nanmean()
         values["completions/mean_length"] = self.lengths.mean()
         values["completions/finished"] = self.finished.mean()
         # A fall of this share is the first sign of a policy that collapses on one answer.
@@ -62,10 +64,39 @@ class Episodes:
                 "prompt": prompt,
                 "completion": completion,
                 "score": self.scores[i].item(),
-                "rewards": {name: reward[i].item() for name, reward in self.rewards.items()},
+                # JSON has no NaN.
+                "rewards": {
+                    name: None if reward[i].isnan() else reward[i].item()
+                    for name, reward in self.rewards.items()
+                },
                 "length": int(self.lengths[i]),
                 "finished": bool(self.finished[i]),
             }
+
+    @staticmethod
+    def from_records(records: Sequence[dict[str, Any]]) -> "Episodes":
+        """Return the episodes whose `records` these are.
+
+        Args:
+            records: At least one record, also after a journey through JSON.
+        """
+        names = records[0]["rewards"]
+        return Episodes(
+            prompts=[record["prompt"] for record in records],
+            completions=[record["completion"] for record in records],
+            rewards={
+                name: torch.tensor(
+                    [
+                        math.nan if r["rewards"][name] is None else r["rewards"][name]
+                        for r in records
+                    ]
+                )
+                for name in names
+            },
+            scores=torch.tensor([record["score"] for record in records]),
+            lengths=torch.tensor([float(record["length"]) for record in records]),
+            finished=torch.tensor([float(record["finished"]) for record in records]),
+        )
 
     @staticmethod
     def concatenate(parts: Iterable["Episodes"]) -> "Episodes":
@@ -112,7 +143,7 @@ def score_rollout(
         The scored episodes.
 
     Raises:
-        InputError: A reward is no list of B finite numbers.
+        InputError: A reward is no list of B values that are finite numbers or None.
     """
     texts = _decoded(rollout, tokenizer)
     # A reward function sees completions in the form of the prompts it sees.
@@ -124,7 +155,8 @@ def score_rollout(
     # Everything about rewards is on the CPU: they come from Python and go to files.
     weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
     finished = rollout.finished.float().cpu()
-    weighted = weights @ torch.stack(list(rewards.values()))
+    # A reward that does not apply to a completion adds nothing to its score.
+    weighted = weights @ torch.stack(list(rewards.values())).nan_to_num(nan=0.0)
     return Episodes(
         prompts=[example["prompt"] for example in examples],
         completions=texts,

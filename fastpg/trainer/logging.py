@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from fastpg.trainer.checkpoint import LATEST
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.episodes import Episodes
+from fastpg.trainer.files import only_writer, write_text
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.report import FILES, Report
 
@@ -65,6 +68,15 @@ class Stopwatch:
             torch.accelerator.synchronize(self.device)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
+    def resume(self, seconds: dict[str, float]) -> None:
+        """Begin with the seconds of an earlier part of the run.
+
+        Args:
+            seconds: The seconds of each phase.
+        """
+        self.seconds.update(seconds)
+        self._at_last_lap = dict(self.seconds)
+
     def lap(self) -> dict[str, float]:
         """Return the seconds of each phase since the last lap."""
         lap = {
@@ -89,6 +101,7 @@ class Display:
         # A longer table would not fit on the screen, so the oldest lines drop out.
         self._lines: deque[dict[str, str]] = deque(maxlen=VISIBLE_STEPS)
         self._seconds = 0.0
+        self._steps = 0
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Show a step.
@@ -98,8 +111,9 @@ class Display:
             metrics: Its metrics.
         """
         self._seconds += metrics["time/step"]
+        self._steps += 1
         # The steps to come are taken to be as fast as those before, on average.
-        seconds_left = round(self._seconds / step * (self.num_steps - step))
+        seconds_left = round(self._seconds / self._steps * (self.num_steps - step))
         minutes, seconds = divmod(seconds_left, 60)
         cells = {"step": f"{step}/{self.num_steps}"}
         for column in COLUMNS:
@@ -131,44 +145,105 @@ class RunLog:
     Args:
         accelerator: The accelerator of the run.
         args: The settings of the run.
+        resumed_at: The step after which an earlier run in the same directory is taken up. None:
+            this is a new run.
     """
 
-    def __init__(self, accelerator: Accelerator, args: PPOConfig) -> None:
+    def __init__(
+        self, accelerator: Accelerator, args: PPOConfig, resumed_at: int | None = None
+    ) -> None:
         self.accelerator = accelerator
         self.args = args
+        self.resumed_at = resumed_at
         self.directory = Path(args.output_dir)
         self.display = Display(args.num_steps)
         self.steps: list[dict[str, Any]] = []
+        # Whether metrics.jsonl lacks some of them, for want of room.
+        self._is_behind = False
 
     def __enter__(self) -> "RunLog":
-        if self.accelerator.is_main_process:
-            self._open_files()
-        # Other processes must not find the directory half made.
-        self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers("tensorboard")
-        if self.display.live and self.accelerator.is_main_process:
-            self.display.live.start()
+        with ExitStack() as opened:
+            if self.accelerator.is_main_process:
+                self._open_files(opened)
+            # Other processes must not find the directory half made.
+            self.accelerator.wait_for_everyone()
+            # What TensorBoard has of later steps would be shown beside what comes now.
+            purge = {} if self.resumed_at is None else {"purge_step": self.resumed_at + 1}
+            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
+            if self.display.live and self.accelerator.is_main_process:
+                opened.enter_context(self.display.live)
+            self._opened = opened.pop_all()
         return self
 
-    def _open_files(self) -> None:
-        """Make the output directory and begin its files."""
+    def _open_files(self, opened: ExitStack) -> None:
+        """Make the output directory and begin or continue its files."""
         try:
-            _set_earlier_run_aside(self.directory)
-            (self.directory / "completions").mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            opened.enter_context(only_writer(self.directory))
+            if self.resumed_at is None:
+                self._set_earlier_run_aside()
+            (self.directory / "completions").mkdir(exist_ok=True)
             # The settings are written first: they say what a run was that failed in its first step.
             self.args.save(self.directory / "config.yaml")
-            self._metrics = (self.directory / "metrics.jsonl").open("w")
+            self._keep_until(self.resumed_at or 0)
+            self._open_metrics(opened)
         except OSError as error:
             raise InputError(f"Cannot write to {error.filename}: {error.strerror}.") from error
 
+    def _set_earlier_run_aside(self) -> None:
+        """Move the files of a run that used the directory before into `earlier-N` inside it."""
+        if not (self.directory / "metrics.jsonl").exists():
+            return
+        numbers = count(1)
+        aside = self.directory / f"earlier-{next(numbers)}"
+        while aside.exists():
+            aside = self.directory / f"earlier-{next(numbers)}"
+        aside.mkdir()
+        # Only the files of a run are moved: the directory may hold others.
+        for name in (*FILES, LATEST):
+            for path in self.directory.glob(name):
+                shutil.move(path, aside / path.name)
+        self.say(f"The files of an earlier run in {self.directory} are now in {aside}.")
+
+    def _keep_until(self, step: int) -> None:
+        """Forget what was written of later steps."""
+        path = self.directory / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        # A run that was killed may have left half a line.
+        self.steps = [row for row in map(_parsed, lines) if row is not None and row["step"] <= step]
+        for samples in (self.directory / "completions").glob("step_*.jsonl"):
+            if samples.stem > f"step_{step:06d}":
+                samples.unlink()
+
+    def _open_metrics(self, opened: ExitStack) -> None:
+        """Write all metrics so far to their file, and open it for those to come."""
+        path = self.directory / "metrics.jsonl"
+        write_text(path, "".join(f"{_as_json(row)}\n" for row in self.steps))
+        self._metrics = opened.enter_context(path.open("a", encoding="utf-8"))
+
     def __exit__(self, *_: object) -> None:
         # This runs after an error too, and what was written up to then stays.
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        with suppress(OSError):
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        self._opened.close()
+
+    def say(self, text: str) -> None:
+        """Show a sentence, on the main process only.
+
+        Args:
+            text: The sentence.
+        """
         if self.accelerator.is_main_process:
-            self._metrics.close()
-        if self.display.live:
-            self.display.live.stop()
+            # The terminal may be gone: that is what SIGHUP says.
+            with suppress(OSError):
+                self.display.console.print(text, markup=False, soft_wrap=True)
+
+    def flush(self) -> None:
+        """Wait until the metrics are on the disk."""
+        if self.accelerator.is_main_process:
+            with suppress(OSError):
+                os.fsync(self._metrics.fileno())
 
     def step(self, step: int, episodes: Episodes, metrics: dict[str, float]) -> None:
         """Record a step.
@@ -179,19 +254,34 @@ class RunLog:
             metrics: Its metrics.
         """
         # The accelerator itself writes on the main process only.
-        self.accelerator.log(metrics, step=step)
+        try:
+            self.accelerator.log(metrics, step=step)
+        except OSError as error:
+            self.say(f"TensorBoard has nothing from step {step} on: {error}.")
+            self.accelerator.trackers.clear()
         if not self.accelerator.is_main_process:
             return
-        record = {"step": step, **metrics}
-        self.steps.append(record)
-        # JSON has no NaN and no infinity.
-        finite = {name: x if math.isfinite(x) else None for name, x in record.items()}
-        print(json.dumps(finite), file=self._metrics, flush=True)
-        # Each step has a file of its own: a run that is killed leaves no half of an older one.
-        with (self.directory / "completions" / f"step_{step:06d}.jsonl").open("w") as file:
-            for sample in islice(episodes.records(), self.args.num_logged_completions):
-                print(json.dumps(sample), file=file)
+        self.steps.append({"step": step, **metrics})
+        # A full disk must not end the run: it may have room again when there is more to lose.
+        try:
+            self._write(step, episodes)
+        except OSError as error:
+            self.say(f"The metrics of step {step} are not written yet: {error}.")
+            self._is_behind = True
         self.display.step(step, metrics)
+
+    def _write(self, step: int, episodes: Episodes) -> None:
+        """Write the last metrics and samples, and first those that could not be written before."""
+        if self._is_behind:
+            self._open_metrics(self._opened)
+            self._is_behind = False
+        else:
+            print(_as_json(self.steps[-1]), file=self._metrics, flush=True)
+        # Each step has a file of its own: a run that is killed leaves no half of an older one.
+        samples = islice(episodes.records(), self.args.num_logged_completions)
+        lines = [f"{json.dumps(sample)}\n" for sample in samples]
+        path = self.directory / "completions" / f"step_{step:06d}.jsonl"
+        path.write_text("".join(lines), encoding="utf-8")
 
     def report(self, before: Episodes, after: Episodes, seconds: dict[str, float]) -> None:
         """Show and write the summary of a finished run.
@@ -212,20 +302,23 @@ class RunLog:
             device=self.accelerator.device.type.upper(),
             directory=self.directory,
         )
-        report.write()
-        report.show(self.display.console)
+        # The model is saved and the run is over: the report cannot take that back.
+        try:
+            report.write()
+            report.show(self.display.console)
+        except Exception as error:
+            self.say(f"The report is not complete ({type(error).__name__}: {error}).")
 
 
-def _set_earlier_run_aside(directory: Path) -> None:
-    """Move the files of a run that used `directory` before into `earlier-N` inside it."""
-    if not (directory / "metrics.jsonl").exists():
-        return
-    numbers = count(1)
-    aside = directory / f"earlier-{next(numbers)}"
-    while aside.exists():
-        aside = directory / f"earlier-{next(numbers)}"
-    aside.mkdir()
-    # Only the files of a run are moved: the directory may hold others.
-    for name in FILES:
-        if (directory / name).exists():
-            shutil.move(directory / name, aside / name)
+def _as_json(row: dict[str, Any]) -> str:
+    # JSON has no NaN and no infinity.
+    return json.dumps({name: x if math.isfinite(x) else None for name, x in row.items()})
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """Return a line of metrics; None if it is not whole."""
+    try:
+        row = json.loads(line)
+        return {name: math.nan if x is None else x for name, x in row.items()}
+    except (ValueError, AttributeError):
+        return None

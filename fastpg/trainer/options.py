@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,13 +22,15 @@ class RunConfig(PPOConfig):
         model: Directory or name of a causal language model.
         dataset: JSONL file of prompts, one object with a "prompt" a line.
         eval_dataset: The same for evaluation. None: the first training prompts.
-        reward: The reward function as "module:function".
+        reward: The reward functions, each as "module:function".
     """
 
     model: str | None = option(None, "directory or name of a causal language model")
     dataset: str | None = option(None, "JSONL file of prompts: one object with a 'prompt' a line")
     eval_dataset: str | None = option(None, "likewise; by default the first training prompts")
-    reward: str | None = option(None, "module:function, the reward")
+    reward: list[str] | None = field(
+        default=None, metadata={"help": "module:function, the reward; may be given several times"}
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,32 +53,77 @@ def read_options(argv: Sequence[str]) -> dict[str, Any]:
         InputError: A flag is unknown (the sentence names the nearest one), or the file cannot be
             read.
     """
-    settings = fields(RunConfig)
-    # An abbreviated flag would change its meaning when a setting is added.
-    parser = _Parser("fastpg train", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of `name: value` settings")
-    for setting in settings:
-        text = setting.metadata["help"]
-        if setting.default is not None:
-            text += f" (default: {setting.default})"
-        # SUPPRESS leaves out what nobody gave, so that defaults do not override the file.
-        parser.add_argument(
-            f"--{setting.name}",
-            metavar=setting.name.rpartition("_")[2].upper(),
-            default=argparse.SUPPRESS,
-            help=text,
-        )
+    parser = _parser()
     # argparse's own error for an unknown flag would not name the nearest known one.
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
-        known = [setting.name for setting in settings]
+        known = [setting.name for setting in fields(RunConfig)]
         raise InputError(f"Unknown setting {name!r}{did_you_mean(name, known)}")
     values = vars(flags)
     path = values.pop("config")
     # Both are still text or YAML's idea of a type; `from_mapping` converts them.
     from_file = load_yaml(path) if path else {}
     return from_file | values
+
+
+def _parser() -> _Parser:
+    """Return the parser of `--config`, `--resume` and a flag for each setting."""
+    hints = typing.get_type_hints(RunConfig)
+    # An abbreviated flag would change its meaning when a setting is added.
+    parser = _Parser("fastpg train", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of `name: value` settings")
+    parser.add_argument(
+        "--resume",
+        metavar="DIR",
+        nargs="?",
+        const=True,
+        default=argparse.SUPPRESS,
+        help="go on with the run in DIR, or from one of its checkpoints, with its settings; "
+        "without DIR, with that in output_dir",
+    )
+    for setting in fields(RunConfig):
+        text = setting.metadata["help"]
+        if setting.default is not None:
+            text += f" (default: {setting.default})"
+        # SUPPRESS leaves out what nobody gave, so that defaults do not override the file. A list
+        # can be given piece by piece: of another setting, the last value counts.
+        kinds = (hints[setting.name], *typing.get_args(hints[setting.name]))
+        is_list = any(typing.get_origin(kind) is list for kind in kinds)
+        parser.add_argument(
+            f"--{setting.name}",
+            action="append" if is_list else "store",
+            # A switch needs no value: `--trust_remote_code` is true.
+            nargs="?" if hints[setting.name] is bool else None,
+            const=True if hints[setting.name] is bool else None,
+            metavar=setting.name.rpartition("_")[2].upper(),
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+    return parser
+
+
+def settings_of_run(given: dict[str, Any], default: str) -> tuple[dict[str, Any], str]:
+    """Read the settings of the run that `--resume` names.
+
+    Args:
+        given: The values of `read_options`, "resume" among them. They override those of the run.
+        default: The directory of the run if neither `--resume` nor `--output_dir` gives one.
+
+    Returns:
+        The settings by name, and the directory or checkpoint to resume from.
+
+    Raises:
+        InputError: There is no run.
+    """
+    place = given["resume"]
+    path = Path(given.get("output_dir", default) if place is True else place)
+    run = path.parent if path.name.startswith("checkpoint-") else path
+    if not (run / "config.yaml").exists():
+        raise InputError(f"There is no run to resume in {run}.")
+    settings = load_yaml(str(run / "config.yaml")) | given | {"output_dir": str(run)}
+    del settings["resume"]
+    return settings, str(path)
 
 
 def load_jsonl(path: str) -> list[dict[str, Any]]:
@@ -115,6 +163,9 @@ def _example(line: str, where: str) -> dict[str, Any]:
         example = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg}).") from None
+    except (ValueError, RecursionError) as error:
+        # Python bounds the digits of a number and the depth of brackets.
+        raise InputError(f"{where}: JSON that Python cannot read ({error}).") from None
     if not isinstance(example, dict) or not isinstance(example.get("prompt"), str | list):
         raise InputError(f"{where}: no 'prompt' that is text or a list of chat messages.")
     return example

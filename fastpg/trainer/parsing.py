@@ -62,7 +62,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     Args:
         name: The name of the setting, for the error.
         value: A value of any type; text is parsed.
-        hint: int, float, str, list[float], a Literal of strings, or one of these `| None`.
+        hint: int, float, bool, str, a list of floats or texts, a Literal of strings, or one
+            of these `| None`.
 
     Returns:
         The value as `hint` says. Whether a string is one of a Literal is not checked here.
@@ -107,11 +108,28 @@ def _text(value: Any) -> str:
     return value
 
 
+def _truth(value: Any) -> bool:
+    words = {"true": True, "yes": True, "false": False, "no": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in words:
+        raise ValueError
+    return words[str(value).lower()]
+
+
 def _numbers(value: Any) -> list[float]:
-    # A flag on the command line is text: "[1, 0.5]".
+    # Text may hold several numbers, as may each element of a list: `--reward_weights 1,0.5`.
     if isinstance(value, str):
-        value = yaml.safe_load(value)
-    return [_number(element) for element in value]
+        pieces = value.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
+        return [_number(piece) for piece in pieces]
+    if isinstance(value, list | tuple):
+        return [number for element in value for number in _numbers(element)]
+    return [_number(value)]
+
+
+def _texts(value: Any) -> list[str]:
+    elements = value if isinstance(value, list | tuple) else [value]
+    return [_text(element) for element in elements]
 
 
 class _Parser(NamedTuple):
@@ -125,6 +143,8 @@ class _Parser(NamedTuple):
 _PARSERS: dict[Any, _Parser] = {
     int: _Parser("a whole number", _integer),
     float: _Parser("a number", _number),
+    bool: _Parser("true or false", _truth),
     str: _Parser("text", _text),
-    list[float]: _Parser("a list of numbers", _numbers),
+    list[float]: _Parser("a list of numbers such as 1,0.5", _numbers),
+    list[str]: _Parser("text or a list of texts", _texts),
 }

@@ -18,6 +18,7 @@ from fastpg.trainer.episodes import Episodes
 # The files that a run leaves in its output directory, as the report describes them.
 FILES = {
     "model": "the policy and its tokenizer, for `from_pretrained`; the value head",
+    "checkpoint-*": "what `fastpg train --resume` goes on from",
     "metrics.jsonl": "the metrics of each step, one line a step",
     "completions": "samples of every step",
     "tensorboard": "the metrics, for TensorBoard",
@@ -57,7 +58,8 @@ class Section:
     def table(self) -> Table:
         """Return the section for a rich console."""
         table = Table(
-            title=self.title,
+            # rich reads [brackets] as markup, and directories and completions may hold them.
+            title=escape(self.title),
             title_justify="left",
             title_style="bold",
             box=box.SIMPLE_HEAD,
@@ -65,7 +67,6 @@ class Section:
         for heading in self.header:
             table.add_column(heading)
         for cells in self.lines:
-            # rich reads [brackets] as markup, and completions may hold them.
             table.add_row(*map(escape, cells))
         return table
 
@@ -98,7 +99,7 @@ class Report:
         text = [f"# {self.title} run", ""]
         text += [section.markdown() for section in self._sections()]
         text += ["![reward and KL](reward_and_kl.png)", ""]
-        (self.directory / "summary.md").write_text("\n".join(text))
+        (self.directory / "summary.md").write_text("\n".join(text), encoding="utf-8")
 
     def show(self, console: Console) -> None:
         """Print the report.
@@ -160,5 +161,12 @@ class Report:
 
 def _shortened(content: Any) -> str:
     """Return the beginning of a text, or of the last of some chat messages, on one line."""
-    text = content if isinstance(content, str) else content[-1]["content"]
+    text = content if isinstance(content, str) else _text_of(content[-1].get("content"))
     return textwrap.shorten(text, SAMPLE_WIDTH, placeholder=" ...")
+
+
+def _text_of(content: Any) -> str:
+    """Return the text in the content of a message: a string, a list of parts, or nothing."""
+    if isinstance(content, list):
+        return " ".join(_text_of(part.get("text")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""

@@ -83,7 +83,7 @@ def eos_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
         The tokens, sorted.
 
     Raises:
-        InputError: The tokenizer has no EOS token.
+        InputError: There is none that the model could produce.
     """
     if tokenizer.eos_token_id is None:
         raise InputError("The tokenizer has no EOS token, so no completion could ever end.")
@@ -94,26 +94,42 @@ def eos_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
         ends.update(more)
     elif more is not None:
         ends.add(more)
-    return sorted(ends)
+    # transformers invents an EOS for some tokenizers that have none, and the model knows it not.
+    size = vocabulary_size(policy)
+    known = sorted(end for end in ends if end < size)
+    if not known:
+        raise InputError(
+            f"The EOS token {tokenizer.eos_token!r} has id {tokenizer.eos_token_id}, outside the "
+            f"model's {size} tokens, so no completion could ever end."
+        )
+    return known
+
+
+def vocabulary_size(policy: PreTrainedModel) -> int:
+    """Return the number of tokens that a model knows, padding of its weights included."""
+    embeddings = causal_lm(policy).get_input_embeddings()
+    config: Any = policy.config.get_text_config()
+    return getattr(embeddings, "num_embeddings", config.vocab_size)
 
 
 def encode(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_length: int
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[Tensor, Tensor]:
     """Turn prompts into tokens.
 
     Args:
         prompts: B prompts. The tokenizer's template turns chat messages into text.
         tokenizer: The tokenizer.
-        max_length: Most tokens of a prompt. Longer prompts lose their beginning.
+        max_length: Most tokens of a prompt. Longer prompts lose their beginning. None: any number.
 
     Returns:
         Token ids and attention mask, int64 [B, P], padded on the left.
 
     Raises:
-        InputError: There is no chat template, or a prompt has no tokens.
+        InputError: A prompt cannot be encoded, or has no tokens.
     """
-    encoded = [_encode_one(prompt, tokenizer)[-max_length:] for prompt in prompts]
+    start = None if max_length is None else -max_length
+    encoded = [encode_one(prompt, tokenizer, "A prompt")[start:] for prompt in prompts]
     width = max(len(tokens) for tokens in encoded)
     pad = pad_id(tokenizer)
     # `generate` continues at the right end of its input, hence the padding on the left.
@@ -122,18 +138,58 @@ def encode(
     return ids, mask
 
 
-def _encode_one(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
+def encode_one(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, what: str) -> list[int]:
+    """Turn a prompt into tokens.
+
+    A text gets no EOS at its end, also where the tokenizer would append one. A chat that ends with
+    a message of the assistant is continued there; any other gets the beginning of such a message.
+
+    Args:
+        prompt: The prompt.
+        tokenizer: The tokenizer.
+        what: How an error names the prompt: "The prompt of train example 3".
+
+    Returns:
+        At least one token.
+
+    Raises:
+        InputError: There is no chat template, or tokenizer or template refuse the prompt.
+    """
+    if not isinstance(prompt, str) and tokenizer.chat_template is None:
         raise InputError("The prompts are chat messages, but the tokenizer has no chat template.")
-    else:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        # The template writes its own special tokens, so none are added here.
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        ids = (
+            _text_ids(prompt, tokenizer)
+            if isinstance(prompt, str)
+            else _chat_ids(prompt, tokenizer)
+        )
+    except Exception as error:
+        # Templates raise errors of jinja, tokenizers plain exceptions of their own.
+        reason = " ".join(str(error).split())
+        raise InputError(f"{what} cannot be encoded: {reason}") from error
     if not ids:
-        raise InputError(f"The prompt {prompt!r} has no tokens.")
+        raise InputError(f"{what} has no tokens: {prompt!r}.")
     return ids
+
+
+def _text_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    appended = (
+        ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
+    )
+    return ids[:-1] if appended else ids
+
+
+def _chat_ids(prompt: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    is_begun = prompt[-1].get("role") == "assistant" and bool(prompt[-1].get("content"))
+    text = tokenizer.apply_chat_template(
+        prompt,
+        tokenize=False,
+        add_generation_prompt=not is_begun,
+        continue_final_message=is_begun,
+    )
+    # The template writes its own special tokens, so none are added here.
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -182,7 +238,7 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
-    max_prompt_length: int,
+    max_prompt_length: int | None,
     max_new_tokens: int,
     temperature: float,
 ) -> Rollout:
@@ -192,7 +248,8 @@ def sample(
         policy: The model.
         tokenizer: Its tokenizer.
         prompts: B prompts, text or chat messages.
-        max_prompt_length: Most tokens of a prompt. Longer prompts lose their beginning.
+        max_prompt_length: Most tokens of a prompt. Longer prompts lose their beginning. None: any
+            number.
         max_new_tokens: Most tokens of a completion.
         temperature: Logits are divided by it.
 
@@ -200,12 +257,14 @@ def sample(
         B episodes in the order of the prompts, on the device of the model.
 
     Raises:
-        InputError: A prompt cannot be encoded, or the model has too few positions.
+        InputError: A prompt cannot be encoded.
     """
     ids, attention = encode(prompts, tokenizer, max_prompt_length)
-    _check_positions(policy, ids.shape[1], max_new_tokens)
     ids, attention = ids.to(policy.device), attention.to(policy.device)
     ends = eos_ids(policy, tokenizer)
+    # The model may not know the token that the tokenizer pads with; masked as it is, another does.
+    pad = pad_id(tokenizer) if pad_id(tokenizer) < vocabulary_size(policy) else ends[0]
+    ids = ids.where(attention.bool(), pad)
     config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -214,7 +273,7 @@ def sample(
         top_p=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,
-        pad_token_id=pad_id(tokenizer),
+        pad_token_id=pad,
     )
     with sampling(policy, config):
         # Every causal language model has `generate`, but the type PreTrainedModel does not say so.
@@ -222,14 +281,3 @@ def sample(
         sequences: Tensor = generator.generate(input_ids=ids, attention_mask=attention)
     mask, finished = completion_mask(sequences[:, ids.shape[1] :], ends)
     return Rollout(sequences, torch.cat([attention, mask.long()], dim=1), mask, finished)
-
-
-def _check_positions(policy: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
-    """Refuse a prompt that leaves too few positions for a completion."""
-    config: Any = policy.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and prompt_length + max_new_tokens > positions:
-        raise InputError(
-            f"The model has {positions} positions: too few for a prompt of {prompt_length} tokens "
-            f"and max_new_tokens={max_new_tokens}."
-        )

@@ -1,26 +1,28 @@
 """`PPOTrainer` samples, scores and learns, over and over."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import skip_first_batches
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, RandomSampler
-from torch.utils.data import Dataset as TorchDataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     get_linear_schedule_with_warmup,
 )
 
+from fastpg.trainer.checkpoint import Checkpoint, load_checkpoint
+from fastpg.trainer.checks import check_dataset, check_policy, check_prompts, checked_rewards
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.engine import make_accelerator
 from fastpg.trainer.episodes import Episodes, score_rollout
+from fastpg.trainer.files import write_model
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.logging import RunLog, Stopwatch
 from fastpg.trainer.models import (
+    VALUE_HEAD,
     PolicyWithValue,
     disable_dropout,
     frozen_copy,
@@ -28,10 +30,18 @@ from fastpg.trainer.models import (
     load_tokenizer,
 )
 from fastpg.trainer.parsing import InputError
+from fastpg.trainer.prompts import Example, prompt_loader
 from fastpg.trainer.rewards import RewardFunction, name_of
-from fastpg.trainer.rollout import Rollout, eos_ids, sample
+from fastpg.trainer.rollout import Rollout, sample
+from fastpg.trainer.saver import Saver
+from fastpg.trainer.signals import StopSignals
+from fastpg.trainer.state import (
+    TrainingState,
+    fingerprint_of_model,
+    fingerprint_of_prompts,
+    restore_random_state,
+)
 
-Example = dict[str, Any]
 Dataset = Sequence[Example]
 """Dicts with a "prompt", text or chat messages, and any other columns."""
 
@@ -52,8 +62,9 @@ class PPOTrainer:
         processing_class: The tokenizer. None: the one saved with the model.
 
     Raises:
-        InputError: A dataset is empty or lacks prompts, there is no reward function or two have
-            the same name, the tokenizer has no EOS token, or the model cannot be loaded or saved.
+        InputError: A dataset is empty, lacks prompts or a column that a reward needs, or a prompt
+            cannot be sampled from; there is no reward function, or two have the same name; the
+            tokenizer has no EOS token; or the model cannot be loaded, trained or saved.
 
     Example:
         >>> from fastpg.trainer import PPOConfig, PPOTrainer
@@ -80,21 +91,21 @@ class PPOTrainer:
     ) -> None:
         self.args = args or PPOConfig()
         self.resolved = self.args.resolved()
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         self.train_dataset = train_dataset
         self.eval_dataset = train_dataset if eval_dataset is None else eval_dataset
         # Cheap checks come before the model is loaded.
-        self._check()
-        policy = load_policy(model)
-        _check_generation_config(policy)
-        self.tokenizer = processing_class or load_tokenizer(policy)
-        # A tokenizer without EOS is refused here rather than after the first rollout.
-        eos_ids(policy, self.tokenizer)
-        self.accelerator = Accelerator(
-            mixed_precision=self.args.mixed_precision,
-            log_with="tensorboard",
-            project_dir=self.args.output_dir,
-        )
+        self.reward_funcs = checked_rewards(reward_funcs, self.args.reward_weights)
+        datasets = {"train": self.train_dataset}
+        if eval_dataset is not None:
+            datasets["eval"] = eval_dataset
+        for name, dataset in datasets.items():
+            check_dataset(name, dataset, self.reward_funcs)
+        policy = load_policy(model, self.args.trust_remote_code)
+        check_policy(policy)
+        self.tokenizer = processing_class or load_tokenizer(policy, self.args.trust_remote_code)
+        for name, dataset in datasets.items():
+            check_prompts(name, dataset, policy, self.tokenizer, self.args)
+        self.accelerator = make_accelerator(self.args)
         self.stopwatch = Stopwatch(self.accelerator.device)
         # Without a penalty nothing reads the reference, and its memory is saved.
         algorithm = self.resolved.algorithm
@@ -103,22 +114,6 @@ class PPOTrainer:
             reference = frozen_copy(policy).to(self.accelerator.device)
         disable_dropout(policy)
         self._prepare(PolicyWithValue(policy, critic=algorithm.critic), reference)
-
-    def _check(self) -> None:
-        """Refuse what would fail later, after work was done."""
-        _check_dataset("train", self.train_dataset)
-        _check_dataset("eval", self.eval_dataset)
-        if not self.reward_funcs:
-            raise InputError("There is no reward function.")
-        names = [name_of(reward) for reward in self.reward_funcs]
-        # Rewards are logged by name, and one would hide the other.
-        if len(set(names)) < len(names):
-            raise InputError(f"The reward functions need different names, not {names}.")
-        weights = self.args.reward_weights
-        if weights is not None and len(weights) != len(names):
-            raise InputError(
-                f"reward_weights has {len(weights)} values for {len(names)} reward functions."
-            )
 
     def _prepare(self, model: PolicyWithValue, reference: PreTrainedModel | None) -> None:
         """Make the optimiser, its schedule, the loader of prompts and the learner."""
@@ -135,64 +130,95 @@ class PPOTrainer:
         )
         # The scheduler is left unprepared: a prepared one moves on by the number of processes.
         self.scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_steps)
-        self.model, optimizer, self.loader = self.accelerator.prepare(
-            model, optimizer, self._prompts()
-        )
+        loader = prompt_loader(self.train_dataset, args, self.accelerator.num_processes)
+        self.model, optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         self.learner = Learner(self.accelerator, self.model, reference, optimizer, args)
-
-    def _prompts(self) -> DataLoader:
-        """Return a loader of one batch per step and process: permutations of the dataset.
-
-        An example comes `num_generations` times in a batch, one after the other.
-        """
-        copies = self.resolved.num_generations
-        num_prompts = self.args.rollout_batch_size // copies
-        # A DataLoader needs only `len` and indices, which any sequence has; its type asks for more.
-        dataset = cast(TorchDataset[Example], self.train_dataset)
-        # The sampler starts another permutation when one is used up, so a dataset may be smaller
-        # than a rollout.
-        sampler = RandomSampler(
-            self.train_dataset,
-            num_samples=self.args.num_steps * num_prompts * self.accelerator.num_processes,
-            generator=torch.Generator().manual_seed(self.args.seed),
+        prompts = (self.train_dataset[i]["prompt"] for i in range(len(self.train_dataset)))
+        self.state = TrainingState(
+            self.accelerator,
+            self.model,
+            optimizer,
+            self.scheduler,
+            args,
+            origin={
+                "list of reward functions": " ".join(map(name_of, self.reward_funcs)),
+                "dataset": fingerprint_of_prompts(prompts),
+                # Weights that are trained come from a checkpoint; the reference has to be the same.
+                "starting model": fingerprint_of_model(model.policy, all_weights=bool(reference)),
+            },
         )
-
-        def collate(examples: list[Example]) -> list[Example]:
-            return [example for example in examples for _ in range(copies)]
-
-        return DataLoader(dataset, num_prompts, sampler=sampler, collate_fn=collate)
 
     @property
     def policy(self) -> PreTrainedModel:
         """The language model being trained."""
         return self.accelerator.unwrap_model(self.model).policy
 
-    def train(self) -> dict[str, float]:
+    def train(self, resume_from_checkpoint: bool | str | Path = False) -> dict[str, float]:
         """Train for `num_steps` steps, evaluating before and after, and write the run's files.
+
+        Ctrl-C, SIGTERM or a reward that raises does not cost a finished step: checkpoint and
+        model are saved first. A run that was killed goes on from its newest checkpoint.
+
+        Args:
+            resume_from_checkpoint: Whether to take up the run in `output_dir` at its newest
+                checkpoint, or the checkpoint to take it up at. On one process everything is then
+                as if the run had never stopped, to the last bit.
 
         Returns:
             The metrics of the last evaluation, as `evaluate` returns them.
 
         Raises:
             InputError: This trainer has trained already, a reward is no list of finite numbers,
-                a prompt cannot be encoded, or `output_dir` cannot be written to.
+                a prompt cannot be encoded, `output_dir` cannot be written to, or there is no
+                checkpoint of this run.
+            Interrupted: A signal has stopped the run; this is a `KeyboardInterrupt`.
         """
         if self.scheduler.last_epoch > 0:
             raise InputError("This trainer has trained already; make a new one to train further.")
+        saved = self._load(resume_from_checkpoint)
         # Each process draws its own numbers: the same ones would sample the same completions.
         set_seed(self.args.seed, device_specific=True)
-        with RunLog(self.accelerator, self.args) as log:
-            before = self._play_evaluation()
-            for step, examples in enumerate(self.loader, start=1):
-                episodes, metrics = self._step(examples)
+        log = RunLog(self.accelerator, self.args, None if saved is None else saved.step)
+        with log, StopSignals(immediate=self.accelerator.num_processes == 1) as stop:
+            saver = Saver(self.state, log, self.save_model, self._write_model, saved)
+            saver.begin(self.stopwatch.seconds)
+            with stop.at_once():
+                before = saver.first_evaluation(self._play_evaluation)
+            for step, examples in self._batches(saved):
+                with saver.saving_if_stopped(step - 1), stop.at_once():
+                    rollout, episodes = self._roll_out(examples)
+                everyone, metrics = self._learn(rollout, episodes)
                 if self.args.eval_steps and step % self.args.eval_steps == 0:
                     metrics |= self.evaluate()
-                log.step(step, episodes, metrics)
+                log.step(step, everyone, metrics)
+                saver.after(step, stop)
             # The model is saved first: a reward that fails in the evaluation must not lose it.
-            self.save_model()
-            after = self._play_evaluation()
+            saver.end()
+            with saver.saving_if_stopped(self.args.num_steps), stop.at_once():
+                after = self._play_evaluation()
         log.report(before, after, self.stopwatch.seconds)
         return after.metrics("eval/")
+
+    def _load(self, place: bool | str | Path) -> Checkpoint | None:
+        """Read a checkpoint of this run and take up what it holds."""
+        if place is False:
+            return None
+        saved = load_checkpoint(Path(self.args.output_dir if place is True else place))
+        self.state.check(saved)
+        self.state.restore(saved)
+        self.stopwatch.resume(saved.state["seconds"])
+        return saved
+
+    def _batches(self, saved: Checkpoint | None) -> Iterator[tuple[int, list[Example]]]:
+        """Yield the number and the examples of each step to come."""
+        done = 0 if saved is None else saved.step
+        loader = skip_first_batches(self.loader, done) if done else self.loader
+        for step, examples in enumerate(loader, start=done + 1):
+            # Making a loader draws a number, so the generators are set only after that. A run that
+            # is taken up at step 0 has drawn what any new run draws.
+            if saved is not None and 0 < done == step - 1:
+                restore_random_state(self.state.own_random_state(saved))
+            yield step, examples
 
     def evaluate(self) -> dict[str, float]:
         """Sample completions of the evaluation prompts and score them.
@@ -217,15 +243,19 @@ class PPOTrainer:
 
         Args:
             output_dir: The directory. None: `model` in the `output_dir` of the settings.
+
+        Raises:
+            StorageError: It cannot be written; a model that was there before is whole.
         """
-        if not self.accelerator.is_main_process:
-            return
-        directory = Path(output_dir or Path(self.args.output_dir, "model"))
+        if self.accelerator.is_main_process:
+            write_model(Path(output_dir or Path(self.args.output_dir, "model")), self._write_model)
+
+    def _write_model(self, directory: Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
         model.policy.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         if model.value_head is not None:
-            save_file(model.value_head.state_dict(), directory / "value_head.safetensors")
+            save_file(model.value_head.state_dict(), directory / VALUE_HEAD)
 
     def _play_evaluation(self) -> Episodes:
         """Return the evaluation episodes of all processes."""
@@ -240,12 +270,15 @@ class PPOTrainer:
                 episodes = [self._score(own, self._sample(own))] if own else []
         return Episodes.concatenate(gather_object(episodes))
 
-    def _step(self, examples: list[Example]) -> tuple[Episodes, dict[str, float]]:
-        """Return the episodes of one rollout by all processes, and metrics of learning from it."""
+    def _roll_out(self, examples: list[Example]) -> tuple[Rollout, Episodes]:
+        """Return a rollout of this process and its scores. This changes no weight."""
         with self.stopwatch("generate"):
             rollout = self._sample(examples)
         with self.stopwatch("score"):
-            episodes = self._score(examples, rollout)
+            return rollout, self._score(examples, rollout)
+
+    def _learn(self, rollout: Rollout, episodes: Episodes) -> tuple[Episodes, dict[str, float]]:
+        """Learn from a rollout. Returns the episodes of all processes, and the step's metrics."""
         with self.stopwatch("logprob"):
             experience, credit = self.learner.experience(rollout, episodes.scores)
         with self.stopwatch("train"):
@@ -282,33 +315,3 @@ class PPOTrainer:
 
     def _score(self, examples: Dataset, rollout: Rollout) -> Episodes:
         return score_rollout(rollout, examples, self.reward_funcs, self.tokenizer, self.args)
-
-
-def _check_dataset(name: str, dataset: Dataset) -> None:
-    """Refuse a dataset without examples, or with one that has no prompt."""
-    if len(dataset) == 0:
-        raise InputError(f"The {name} dataset is empty.")
-    # Indices and not iteration: only these are what a sequence promises and a loader uses.
-    for i in range(len(dataset)):
-        example = dataset[i]
-        if not isinstance(example, dict) or not _is_prompt(example.get("prompt")):
-            raise InputError(f"Every example of the {name} dataset must have a 'prompt'.")
-
-
-def _is_prompt(prompt: Any) -> bool:
-    """Whether this is text, or a chat of at least one message."""
-    if isinstance(prompt, list):
-        return bool(prompt) and all(isinstance(message, dict) for message in prompt)
-    return isinstance(prompt, str)
-
-
-def _check_generation_config(policy: PreTrainedModel) -> None:
-    """Refuse now what `save_pretrained` would refuse after the training."""
-    if policy.generation_config is None:
-        return
-    try:
-        policy.generation_config.validate(strict=True)
-    except ValueError as error:
-        # The reason has several lines, and the message is one sentence.
-        reason = " ".join(str(error).split())
-        raise InputError(f"The model's generation_config could not be saved: {reason}") from None

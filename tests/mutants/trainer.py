@@ -7,7 +7,10 @@ SAMPLING = ("tests/trainer/test_trainer_sampling.py",)
 METRICS = ("tests/trainer/test_trainer_metrics.py",)
 PROCESSES = ("tests/trainer/test_two_processes.py",)
 
+RESUME = ("tests/trainer/test_checkpoint.py",)
+
 ALGORITHMS = "fastpg/algorithms.py"
+CHECKPOINT = "fastpg/trainer/checkpoint.py"
 CONFIG = "fastpg/trainer/config.py"
 EPISODES = "fastpg/trainer/episodes.py"
 HEAD = "fastpg/trainer/head.py"
@@ -15,7 +18,9 @@ LEARNER = "fastpg/trainer/learner.py"
 LOGGING = "fastpg/trainer/logging.py"
 MODELS = "fastpg/trainer/models.py"
 OBJECTIVE = "fastpg/trainer/objective.py"
+PROMPTS = "fastpg/trainer/prompts.py"
 ROLLOUT = "fastpg/trainer/rollout.py"
+STATE = "fastpg/trainer/state.py"
 TRAINER = "fastpg/trainer/trainer.py"
 
 OPTIMISER_STEP = """\
@@ -415,8 +420,8 @@ MUTANTS = [
     Mutant(
         "end-of-the-tokenizer-ignored",
         ROLLOUT,
-        "    return sorted(ends)\n",
-        "    return sorted(ends - {tokenizer.eos_token_id} or ends)\n",
+        "known = sorted(end for end in ends if end < size)",
+        "known = sorted(e for e in ends - {tokenizer.eos_token_id} or ends if e < size)",
         SAMPLING,
     ),
     # Sampling.
@@ -456,28 +461,28 @@ MUTANTS = [
     ),
     Mutant(
         "order-of-the-prompts-ignores-the-seed",
-        TRAINER,
-        "torch.Generator().manual_seed(self.args.seed)",
+        PROMPTS,
+        "torch.Generator().manual_seed(args.seed)",
         "torch.Generator().manual_seed(0)",
         SAMPLING,
     ),
     Mutant(
         "prompts-in-the-order-of-the-dataset",
-        TRAINER,
+        PROMPTS,
         "sampler=sampler, collate_fn",
         "collate_fn",
         SAMPLING,
     ),
     Mutant(
         "prompts-drawn-with-replacement",
-        TRAINER,
-        "            generator=torch.Generator()",
-        "            replacement=True,\n            generator=torch.Generator()",
+        PROMPTS,
+        "        generator=torch.Generator()",
+        "        replacement=True,\n        generator=torch.Generator()",
         SAMPLING,
     ),
     Mutant(
         "prompts-of-a-group-are-apart",
-        TRAINER,
+        PROMPTS,
         "[example for example in examples for _ in range(copies)]",
         "[example for _ in range(copies) for example in examples]",
         SAMPLING,
@@ -619,8 +624,8 @@ MUTANTS = [
     Mutant(
         "times-add-up-over-steps",
         LOGGING,
-        "        self._at_last_lap = dict(self.seconds)\n",
-        "",
+        "        self._at_last_lap = dict(self.seconds)\n        return lap\n",
+        "        return lap\n",
         METRICS,
     ),
     Mutant(
@@ -654,8 +659,8 @@ MUTANTS = [
     Mutant(
         "model-saved-before-training",
         TRAINER,
-        "            before = self._play_evaluation()\n",
-        "            self.save_model()\n            before = self._play_evaluation()\n"
+        "            saver.begin(self.stopwatch.seconds)\n",
+        "            saver.begin(self.stopwatch.seconds)\n            self.save_model()\n"
         "            self.save_model = lambda: None\n",
         STEPS,
     ),
@@ -746,19 +751,55 @@ MUTANTS = [
     ),
     Mutant(
         "too-few-prompts-for-the-processes",
-        TRAINER,
-        "num_samples=self.args.num_steps * num_prompts * self.accelerator.num_processes",
-        "num_samples=self.args.num_steps * num_prompts",
+        PROMPTS,
+        "num_samples=args.num_steps * num_prompts * num_processes",
+        "num_samples=args.num_steps * num_prompts",
         PROCESSES,
     ),
     Mutant(
         "every-process-has-the-same-prompts",
         TRAINER,
-        "self.model, optimizer, self.loader = self.accelerator.prepare(\n"
-        "            model, optimizer, self._prompts()\n"
-        "        )",
+        "self.model, optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)",
         "self.model, optimizer = self.accelerator.prepare(model, optimizer)\n"
-        "        self.loader = self._prompts()",
+        "        self.loader = loader",
         PROCESSES,
+    ),
+    # What a resumed run begins with.
+    Mutant(
+        "random-numbers-begin-anew",
+        TRAINER,
+        "restore_random_state(self.state.own_random_state(saved))",
+        "pass",
+        RESUME,
+    ),
+    Mutant(
+        "prompts-begin-anew",
+        TRAINER,
+        "skip_first_batches(self.loader, done) if done else self.loader",
+        "self.loader",
+        RESUME,
+    ),
+    Mutant(
+        "moments-begin-anew",
+        STATE,
+        '{"state": moments, "param_groups": groups}',
+        '{"state": {}, "param_groups": groups}',
+        RESUME,
+    ),
+    Mutant(
+        "schedule-begins-anew",
+        STATE,
+        '{**state["scheduler"], "_last_lr": rates}',
+        '{**state["scheduler"], "_last_lr": rates, "last_epoch": 0}',
+        RESUME,
+    ),
+    Mutant("numpy-forgotten", STATE, "    np.random.set_state((", "    str((", RESUME),
+    Mutant("python-forgotten", STATE, "    random.setstate((", "    str((", RESUME),
+    Mutant(
+        "damage-unseen",
+        CHECKPOINT,
+        "if _described(directory / name) != manifest.get(name):",
+        "if _described(directory / name) is None:",
+        RESUME,
     ),
 ]

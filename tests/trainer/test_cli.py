@@ -11,12 +11,19 @@ import yaml
 from tiny_trainer import tiny_model
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
+import fastpg
 from fastpg.cli import main
 from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig
 
 REPOSITORY = Path(__file__).parents[2]
 REWARDS = """
+def letters(prompts, completions):
+    return [len(completion) / 10 for completion in completions]
+
+def constant(completions):
+    return [1.0] * len(completions)
+
 def length(prompts, completions, **columns):
     return [float(len(c.split())) for c in completions]
 
@@ -41,8 +48,8 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*argv: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
-    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": ""}
+def run(*argv: str, cwd: Path = REPOSITORY, **more: str) -> subprocess.CompletedProcess:
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": "", **more}
     return subprocess.run(
         [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -59,11 +66,79 @@ def test_training_ones_own_model(workspace):
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2  # the flag, not the file
     resolved = yaml.safe_load(Path("run/config.yaml").read_text())
     assert resolved["learning_rate"] == 1e-4
-    assert resolved["reward"] == "my_rewards:length"
+    assert resolved["reward"] == ["my_rewards:length"]
     assert resolved["gamma"] == 1.0
     trained = AutoModelForCausalLM.from_pretrained("run/model").state_dict()
     start = AutoModelForCausalLM.from_pretrained("model").state_dict()
     assert any(not torch.equal(trained[name], start[name]) for name in start)
+
+
+def test_resume_takes_up_a_run_with_its_settings(workspace, capsys):
+    command = ["train", *OWN, "--config", "run.yaml", "--learning_rate", "1e-3"]
+    assert main(command) == 0
+    assert main(["train", "--resume", "run", "--num_steps", "2"]) == 0
+    settings = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (settings["learning_rate"], settings["num_steps"]) == (1e-3, 2)
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2
+    assert not Path("run/earlier-1").exists()
+    # A finished run has nothing to do but to evaluate and report.
+    assert main(["train", "--output_dir", "run", "--resume"]) == 0
+    assert main(["train", "--resume", "run/checkpoint-1", "--learning_rate", "1"]) == 2
+    assert "was made with learning_rate=0.001, not 1.0" in capsys.readouterr().err
+    assert main(["train", "--resume", "nowhere"]) == 2
+    assert "There is no run to resume in nowhere." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", [["0.5,2"], ["[0.5, 2]"], ["0.5", "--reward_weights", "2"]])
+def test_several_rewards_add_up(workspace, weights):
+    rewards = [*OWN, "--reward", "my_rewards:letters", "--reward_weights", *weights]
+    assert main(["train", *rewards, "--config", "run.yaml"]) == 0
+    settings = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert settings["reward"] == ["my_rewards:length", "my_rewards:letters"]
+    assert settings["reward_weights"] == [0.5, 2.0]
+    row = json.loads(Path("run/metrics.jsonl").read_text())
+    parts = (row["rewards/length/mean"], row["rewards/letters/mean"])
+    assert row["reward/mean"] == pytest.approx(0.5 * parts[0] + 2 * parts[1])
+    # A YAML list is as good as repeated flags.
+    assert main(["train", "--config", "run/config.yaml", "--output_dir", "again"]) == 0
+    again = json.loads(Path("again/metrics.jsonl").read_text())
+    assert again["reward/mean"] == row["reward/mean"]
+
+
+@pytest.mark.parametrize(
+    ("written", "key"),
+    [
+        ("GRPO", "grpo"),
+        ("Dr.GRPO", "dr_grpo"),
+        ("dr-grpo", "dr_grpo"),
+        ("REINFORCE++", "reinforce++"),
+        ("Reinforce", "reinforce"),
+        ("vanilla policy gradient", "vpg"),
+    ],
+)
+def test_an_algorithm_may_be_spelled_as_its_authors_do(written, key):
+    assert PPOConfig(algorithm=written, num_generations=8).algorithm == key
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"fastpg {fastpg.__version__}\n"
+
+
+def test_an_ascii_locale_costs_nothing(workspace):
+    chat = '{"prompt": [{"role": "user", "content": "東京 😀"}]}'
+    Path("prompts.jsonl").write_text(chat, encoding="utf-8")
+    Path("model/chat_template.jinja").write_text("the story was")
+    ascii_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    flags = [*OWN[:-1], "my_rewards:constant", "--config", "run.yaml"]
+    finished = run(
+        "-m", "fastpg", "train", *flags, cwd=workspace, PYTHONIOENCODING="ascii", **ascii_locale
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "The report is not complete" not in finished.stdout
+    assert "東京" in Path("run/summary.md").read_text(encoding="utf-8")
 
 
 def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys):
@@ -144,6 +219,7 @@ def test_bad_input_has_no_traceback_and_exit_code_2(workspace):
 WITHOUT_EXTRA = """
 import sys
 sys.modules.update({"transformers": None, "accelerate": None, "yaml": None, "rich": None})
+import fastpg
 from fastpg.cli import main
 raise SystemExit(main(sys.argv[1:]))
 """
@@ -161,7 +237,7 @@ def test_kernels_are_listed_without_the_trainer_extra():
 def test_train_without_the_extra_says_what_to_install():
     finished = run("-c", WITHOUT_EXTRA, "train")
     assert finished.returncode == 2
-    assert "pip install fastpg[trainer]" in finished.stderr
+    assert "pip install '.[trainer]'" in finished.stderr
     assert finished.stderr.count("\n") == 1
 
 

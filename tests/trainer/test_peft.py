@@ -5,11 +5,15 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_head import FAMILIES, assert_gives_the_models_own, build, perturb
 from tiny_trainer import make_trainer, metrics_of, tiny_model
+from transformers import AutoModelForCausalLM
 
 from fastpg.integrations.peft import UnknownHead, head_products
+from fastpg.trainer import InputError
 from fastpg.trainer.head import HeadTransform, find_head
+from fastpg.trainer.models import load_policy
 
 pytest.importorskip("peft")
 
@@ -119,3 +123,34 @@ def test_lora_on_the_head_learns(tmp_path):
     assert first["policy/first_ratio_deviation"] == second["policy/first_ratio_deviation"] == 0.0
     changed = {name for name, x in policy.state_dict().items() if not torch.equal(x, before[name])}
     assert changed == {name for name in before if "lora_" in name}
+
+
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to:UserWarning")
+def test_an_adapter_that_was_loaded_for_inference_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    policy = load_policy(str(tmp_path / "adapter"), trust_remote_code=False)
+    with pytest.raises(InputError, match=r"No weight of the model can be trained.* adapter"):
+        make_trainer(tmp_path / "run", model=policy)
+
+
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to:UserWarning")
+def test_an_adapter_is_resumed_without_a_copy_of_its_base(tmp_path):
+    def trained(folder, resume=False, **settings):
+        torch.manual_seed(3)  # An adapter begins with random weights.
+        policy = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+        settings = {"num_steps": 3, "save_steps": 1, "save_total_limit": None, **settings}
+        trainer = make_trainer(folder, model=policy, **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return folder / "checkpoint-3"
+
+    whole = trained(tmp_path / "whole")
+    trained(tmp_path / "part")
+    (tmp_path / "part" / "LATEST").write_text("checkpoint-1")
+    part = trained(tmp_path / "part", resume=True)
+    tensors = [load_file(run / "tensors.safetensors") for run in (whole, part)]
+    assert all("lora_" in name for name in tensors[0] if name.startswith("weights.policy."))
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)

@@ -189,6 +189,27 @@ def test_micro_batches_add_up(tmp_path):
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "eager"),
+    ],
+)
+def test_what_reaches_accelerate_by_the_environment_changes_nothing(
+    tmp_path, monkeypatch, another_precision, name, value
+):
+    plain = parameters_after_a_step(tmp_path / "plain")
+    AcceleratorState._reset_state()
+    monkeypatch.setenv(name, value)
+    trainer = make_trainer(tmp_path / "again", num_steps=1)
+    assert not hasattr(trainer.learner.model, "_orig_mod")
+    trainer.train()
+    again = torch.nn.utils.parameters_to_vector(trainer.learner.model.parameters())
+    assert torch.equal(again, plain)
+
+
 def test_chunks_of_a_micro_batch_add_up(tmp_path, monkeypatch):
     """The parameters, and what was counted of every one of them."""
     results = []

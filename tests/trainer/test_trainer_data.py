@@ -107,9 +107,9 @@ def test_chat_rewards_see_messages(tmp_path):
         return [0.0] * len(prompts)
 
     dataset = [{"prompt": [{"role": "user", "content": "the plot"}]}]
-    trainer = make_trainer(tmp_path, reward, dataset=dataset)
-    trainer.tokenizer.chat_template = "{{ messages[0].content }}"
-    trainer.evaluate()
+    tokenizer = reviews.build_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    make_trainer(tmp_path, reward, dataset=dataset, tokenizer=tokenizer).evaluate()
     assert [message["role"] for message in seen[0]] == ["assistant"]
 
 
@@ -193,7 +193,7 @@ def test_unfinished_completions_are_penalised(tmp_path):
         ([1.0], "Reward reward returned 1 values for 2 completions."),
         ([1.0, float("nan")], "Reward reward returned nan for completion 1."),
         ([float("inf"), 1.0], "Reward reward returned inf for completion 0."),
-        ([1.0, None], "Reward reward must return a list of numbers"),
+        ([1.0, "a"], "Reward reward must return a list of numbers"),
         ([1.0, 1e39], "Reward reward returned inf for completion 1."),
         ([1.0, 10**400], "Reward reward returned inf for completion 1."),
         ({"1": 0, "2": 0}, "Reward reward must return a list of numbers"),
@@ -210,10 +210,10 @@ def test_bad_rewards_are_refused(tmp_path, values, sentence):
 
 
 def test_what_cannot_work_is_refused_before_it_is_tried(tmp_path):
-    with pytest.raises(InputError, match=r"64 positions.* prompt of 3 tokens"):
-        make_trainer(
-            tmp_path, model=tiny_model(max_position_embeddings=64), max_new_tokens=62
-        ).evaluate()
+    with pytest.raises(
+        InputError, match=r"64 positions: too few for the 3 tokens in the prompt of train example 0"
+    ):
+        make_trainer(tmp_path, model=tiny_model(max_position_embeddings=64), max_new_tokens=62)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"Cannot write to .*file"):
         make_trainer(tmp_path / "file").train()

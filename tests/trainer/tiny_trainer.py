@@ -40,13 +40,15 @@ def share_of_praise(prompts, completions):
     return [sum(count) / max(len(count), 1) for count in counts]
 
 
-def make_trainer(output_dir, reward=share_of_praise, model=None, dataset=PROMPTS, **settings):
+def make_trainer(
+    output_dir, reward=share_of_praise, model=None, dataset=PROMPTS, tokenizer=None, **settings
+):
     return PPOTrainer(
         model or tiny_model(),
         reward,
         PPOConfig(output_dir=str(output_dir), **{**SETTINGS, **settings}),
         train_dataset=dataset,
-        processing_class=reviews.build_tokenizer(),
+        processing_class=tokenizer or reviews.build_tokenizer(),
     )
 
 

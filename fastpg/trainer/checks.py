@@ -1,0 +1,173 @@
+"""What is refused before any work is done, since it would fail or mislead after it."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.parsing import InputError
+from fastpg.trainer.rewards import RewardFunction, accepted, name_of
+from fastpg.trainer.rollout import encode_one, eos_ids, vocabulary_size
+
+logger = logging.getLogger(__name__)
+
+Examples = Sequence[dict[str, Any]]
+
+
+def check_dataset(name: str, dataset: Examples, reward_funcs: Sequence[RewardFunction]) -> None:
+    """Refuse a dataset without examples, without prompts, or without what a reward needs.
+
+    Args:
+        name: "train" or "eval", for the error.
+        dataset: The dataset.
+        reward_funcs: The rewards that see its columns.
+
+    Raises:
+        InputError: The sentence names the example or the column.
+    """
+    try:
+        # Indices and not iteration: only these are what a sequence promises and a loader uses.
+        examples = [dataset[i] for i in range(len(dataset))]
+    except (TypeError, KeyError, IndexError):
+        raise InputError(
+            f"The {name} dataset must be a sequence of dicts, not {type(dataset).__name__}."
+        ) from None
+    if not examples:
+        raise InputError(f"The {name} dataset is empty.")
+    for i, example in enumerate(examples):
+        if not isinstance(example, dict) or not _is_prompt(example.get("prompt")):
+            raise InputError(
+                f"Every example of the {name} dataset must have a 'prompt'; example {i} has not."
+            )
+    # A column that some examples lack is None there.
+    columns = {column for example in examples for column in example if column != "prompt"}
+    for reward in reward_funcs:
+        accepted(reward, {column: [] for column in (*columns, "prompts", "completions")})
+
+
+def _is_prompt(prompt: Any) -> bool:
+    """Whether this is text, or a chat of at least one message."""
+    if isinstance(prompt, list):
+        return bool(prompt) and all(isinstance(message, dict) for message in prompt)
+    return isinstance(prompt, str)
+
+
+def checked_rewards(given: Any, weights: list[float] | None) -> list[RewardFunction]:
+    """Refuse rewards that cannot be called, or not be told apart.
+
+    Args:
+        given: A reward function or a list of them.
+        weights: The weights of the settings.
+
+    Returns:
+        The reward functions.
+
+    Raises:
+        InputError: The sentence names the reward.
+    """
+    reward_funcs = list(given) if isinstance(given, list | tuple) else [given]
+    if not reward_funcs:
+        raise InputError("There is no reward function.")
+    for reward in reward_funcs:
+        if isinstance(reward, torch.nn.Module):
+            raise InputError(
+                f"A reward is a function of prompts and completions; {type(reward).__name__} is a "
+                "module, which a function has to call on tokens."
+            )
+        if not callable(reward):
+            raise InputError(f"A reward is a function of prompts and completions, not {reward!r}.")
+    names = [name_of(reward) for reward in reward_funcs]
+    # Rewards are logged by name, and one would hide the other.
+    if len(set(names)) < len(names):
+        raise InputError(f"The reward functions need different names, not {names}.")
+    if weights is not None and len(weights) != len(names):
+        raise InputError(
+            f"reward_weights has {len(weights)} values for {len(names)} reward functions."
+        )
+    return reward_funcs
+
+
+def check_policy(policy: PreTrainedModel) -> None:
+    """Refuse a model that cannot be trained or not be saved.
+
+    Args:
+        policy: The model.
+
+    Raises:
+        InputError: A weight is NaN or infinite, none can be trained, or `save_pretrained` would
+            refuse the generation config.
+    """
+    for name, weight in policy.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(f"The weight {name} of the model is not finite.")
+    if not any(weight.requires_grad for weight in policy.parameters()):
+        raise InputError(
+            "No weight of the model can be trained: all of them are frozen, as those of an adapter "
+            "are that was loaded for inference."
+        )
+    if policy.generation_config is None:
+        return
+    try:
+        policy.generation_config.validate(strict=True)
+    except ValueError as error:
+        # The reason has several lines, and the message is one sentence.
+        reason = " ".join(str(error).split())
+        raise InputError(f"The model's generation_config could not be saved: {reason}") from None
+
+
+def check_prompts(
+    name: str,
+    dataset: Examples,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+) -> None:
+    """Encode every prompt once, and refuse the first that could not be sampled from.
+
+    A warning counts those that `max_prompt_length` cuts.
+
+    Args:
+        name: "train" or "eval", for the error.
+        dataset: The dataset.
+        policy: The model.
+        tokenizer: Its tokenizer.
+        args: The settings, for lengths.
+
+    Raises:
+        InputError: The sentence names the example.
+    """
+    # A tokenizer without a usable EOS is refused here too.
+    eos_ids(policy, tokenizer)
+    size = vocabulary_size(policy)
+    config: Any = policy.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    room = None if positions is None else positions - args.max_new_tokens
+    cut = 0
+    for i in range(len(dataset)):
+        ids = encode_one(dataset[i]["prompt"], tokenizer, f"The prompt of {name} example {i}")
+        if args.max_prompt_length is not None and len(ids) > args.max_prompt_length:
+            ids, cut = ids[-args.max_prompt_length :], cut + 1
+        if max(ids) >= size:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise InputError(
+                f"The prompt of {name} example {i} has the token {token!r} of id {max(ids)}, but "
+                f"the model has {size} tokens; resize_token_embeddings adds more."
+            )
+        if room is not None and len(ids) > room:
+            raise InputError(
+                f"The model has {positions} positions: too few for the {len(ids)} tokens in the "
+                f"prompt of {name} example {i} and max_new_tokens={args.max_new_tokens}; "
+                "max_prompt_length cuts prompts."
+            )
+    if cut:
+        logger.warning(
+            "%d of %d %s prompts have more than max_prompt_length=%d tokens and lose their "
+            "beginning; in a chat that is where the system prompt is.",
+            cut,
+            len(dataset),
+            name,
+            args.max_prompt_length,
+        )

@@ -1,0 +1,66 @@
+"""The legal values of the settings that are numbers or one of a few words."""
+
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MixedPrecision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A condition on the values of some settings: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    settings: tuple[str, ...]
+
+
+# `entropy_coef` and `reward_weights` are not here: they may have either sign.
+RANGES = (
+    Range(
+        "positive",
+        lambda value: value > 0,
+        (
+            "num_steps",
+            "rollout_batch_size",
+            "max_prompt_length",
+            "max_new_tokens",
+            "temperature",
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "micro_batch_size",
+            "max_grad_norm",
+            "cliprange",
+            "cliprange_high",
+            "cliprange_value",
+            "eval_steps",
+            "num_eval_samples",
+            "num_generations",
+            "save_steps",
+            "save_total_limit",
+        ),
+    ),
+    Range(
+        "0 or more",
+        lambda value: value >= 0,
+        (
+            "learning_rate",
+            "value_learning_rate",
+            "adam_epsilon",
+            "kl_coef",
+            "vf_coef",
+            "num_logged_completions",
+            "missing_eos_penalty",
+        ),
+    ),
+    Range("between 0 and 1", lambda value: 0 <= value <= 1, ("gamma", "lam")),
+    # NumPy's seeds have 32 bits, and each process adds its number to this one.
+    Range("between 0 and 2**31 - 1", lambda value: 0 <= value < 2**31, ("seed",)),
+    Range(
+        "no, bf16 or fp16",
+        lambda value: value in typing.get_args(MixedPrecision),
+        ("mixed_precision",),
+    ),
+)

@@ -1,0 +1,186 @@
+"""When a run is saved: at its start, every `save_steps`, when it is stopped, and at its end."""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from signal import SIGTERM
+from typing import Any
+
+import torch
+
+from fastpg.trainer.checkpoint import LATEST, Checkpoint, save_checkpoint
+from fastpg.trainer.episodes import Episodes
+from fastpg.trainer.files import StorageError, require_space, size_of
+from fastpg.trainer.logging import RunLog
+from fastpg.trainer.parsing import InputError
+from fastpg.trainer.signals import Interrupted, StopSignals
+from fastpg.trainer.state import TrainingState, random_state
+
+
+class Saver:
+    """Saves a run.
+
+    Args:
+        state: What checkpoints hold.
+        log: The record of the run, which tells what was saved.
+        save_model: Writes the model into the directory of the run.
+        write_model: Writes the files of the model into a directory that it makes.
+        resumed: The checkpoint at which the run was taken up, if it was.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        log: RunLog,
+        save_model: Callable[[], None],
+        write_model: Callable[[Path], None],
+        resumed: Checkpoint | None,
+    ) -> None:
+        self.state = state
+        self.log = log
+        self.save_model = save_model
+        self.write_model = write_model
+        self.accelerator = state.accelerator
+        self.args = state.args
+        self.saved_step = -1 if resumed is None else resumed.step
+        self.more: dict[str, Any] = {"first_evaluation": None}
+        if resumed is not None:
+            self.more["first_evaluation"] = resumed.state["first_evaluation"]
+        # AdamW keeps two numbers for each weight. What else is written is seen at checkpoint 0.
+        self._size = 3 * state.trainable_bytes()
+
+    def begin(self, seconds: dict[str, float]) -> None:
+        """Write checkpoint 0, unless the run was taken up at a later one.
+
+        A model that cannot be saved is better known before the training.
+
+        Args:
+            seconds: The seconds of each phase; they run on, and each checkpoint has those of its
+                time.
+
+        Raises:
+            StorageError: It cannot be written, or there is no room for what the run will write.
+        """
+        self.more["seconds"] = seconds
+        if self.saved_step >= 0:
+            return
+        try:
+            self._write(0, random_state())
+        except InputError:
+            raise
+        except Exception as error:
+            # What peft or transformers raise here, they would raise after the training too.
+            reason = " ".join(str(error).split())
+            raise InputError(f"The model cannot be saved: {reason}") from error
+        if not self.accelerator.is_main_process:
+            return
+        checkpoint = self.log.directory / "checkpoint-0"
+        self._size = size_of(checkpoint) + 2 * self.state.trainable_bytes()
+        steps, limit = self.args.num_steps, self.args.save_total_limit
+        count = math.ceil(steps / (self.args.save_steps or steps))
+        # A new checkpoint is whole before an old one is removed, so the limit is passed by one for
+        # a while; checkpoint 0 is that one.
+        needed = min(count, limit or count) * self._size + size_of(checkpoint / "model")
+        what = f"what this run will keep (save_total_limit={limit or 'none'})"
+        try:
+            require_space(self.log.directory, needed, what)
+        except StorageError:
+            (self.log.directory / LATEST).unlink()
+            shutil.rmtree(checkpoint)
+            raise
+
+    def first_evaluation(self, play: Callable[[], Episodes]) -> Episodes:
+        """Return the evaluation of the starting model, made anew unless a checkpoint had it.
+
+        Args:
+            play: Makes it.
+        """
+        if self.more["first_evaluation"] is None:
+            self.more["first_evaluation"] = list(play().records())
+        return Episodes.from_records(self.more["first_evaluation"])
+
+    def after(self, step: int, stop: StopSignals) -> None:
+        """Save what is due after a step, and end the run if a signal has asked for it.
+
+        Args:
+            step: The step.
+            stop: The signals.
+
+        Raises:
+            Interrupted: A signal has come, on any process. Checkpoint and model are saved.
+        """
+        if self._asked_to_stop(stop):
+            self._save_stopped(step, random_state())
+            raise Interrupted(stop.requested or SIGTERM)
+        every = self.args.save_steps
+        if step == self.args.num_steps or (every is not None and step % every == 0):
+            try:
+                self._write(step, random_state())
+            except StorageError as error:
+                # The next one may succeed, and the one before is whole.
+                self.log.say(f"There is no checkpoint of step {step}: {error}")
+
+    def end(self) -> None:
+        """Save the model of a run that has made all its steps.
+
+        Raises:
+            StorageError: It cannot be written. The sentence says what is there instead.
+        """
+        try:
+            self.save_model()
+        except StorageError as error:
+            raise StorageError(
+                f"{error} The newest checkpoint is that of step {self.saved_step}; with more room, "
+                f"fastpg train --resume {self.log.directory} goes on from there."
+            ) from error
+
+    def _asked_to_stop(self, stop: StopSignals) -> bool:
+        """Whether a process has got a signal: all of them have to stop at the same step."""
+        asked = torch.tensor(float(stop.requested is not None), device=self.accelerator.device)
+        return self.accelerator.reduce(asked, "sum").item() > 0
+
+    @contextmanager
+    def saving_if_stopped(self, step: int) -> Iterator[None]:
+        """Save the state after a step if the `with` block, which changes no weight, raises.
+
+        Args:
+            step: The last finished step.
+        """
+        drawn = random_state()
+        try:
+            yield
+        except BaseException:
+            # Several processes would have to gather their states, and only this one is here.
+            if self.accelerator.num_processes == 1:
+                self._save_stopped(step, drawn)
+            raise
+
+    def _save_stopped(self, step: int, drawn: dict[str, Any]) -> None:
+        """Save checkpoint and model of a run that ends early, and say so."""
+        directory, total = self.log.directory, self.args.num_steps
+        try:
+            if step != self.saved_step:
+                self._write(step, drawn)
+            self.save_model()
+        except StorageError as error:
+            self.log.say(
+                f"Stopped after step {step} of {total}, of which not everything is saved: {error}"
+            )
+        else:
+            self.log.say(
+                f"Stopped after step {step} of {total}. The model is in {directory / 'model'}; "
+                f"to go on: fastpg train --resume {directory}"
+            )
+
+    def _write(self, step: int, drawn: dict[str, Any]) -> None:
+        """Write a checkpoint; every process has to call this."""
+        checkpoint = self.state.checkpoint(step, drawn, self.more)
+        if self.accelerator.is_main_process:
+            self.log.flush()
+            require_space(self.log.directory, self._size, "a checkpoint")
+            keep = self.args.save_total_limit
+            save_checkpoint(self.log.directory, checkpoint, self.write_model, keep)
+        self.accelerator.wait_for_everyone()
+        self.saved_step = step

@@ -154,6 +154,13 @@ def examples(device):
         differentiable=("logits",),
         variant="every option",
     )
+    kept = torch.tensor([0, 4, 32, 1, 5], device=device), torch.tensor([0, 3, 5, 5], device=device)
+    yield Example(
+        fastpg.token_logprobs,
+        arguments | {"support": kept},
+        differentiable=("logits",),
+        variant="kept sets",
+    )
 
 
 def variants(few, capability):

@@ -1,6 +1,7 @@
 // Products with some rows of a matrix alone, row by row of their results over the threads.
 #include "vocabulary/sparse_products.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "common/bind.h"
@@ -14,34 +15,67 @@ namespace {
 // Row i belongs to strip i % kStrips, and a thread gets whole strips: tokens that are in many sets
 // tend to be neighbours, and no thread should have them all.
 constexpr int64_t kStrips = 64;
+constexpr int64_t kGrain = 32768;         // products a thread should have at least
+constexpr int64_t kBlockBytes = 1 << 18;  // of the matrix: they stay in a second-level cache
+
+// The rows of a thread, through the matrix block by block: what several of them need of a block is
+// read from memory once. The entries of a row are met in their order, whatever the blocks.
+struct Walk {
+  const int64_t *indices, *offsets;
+  int64_t count, matrix_rows, block;
+
+  // Calls piece(place, row, first, n) with n entries of a row from `first` on, for the rows of the
+  // strips begin <= s < end, of which `row` is the one at `place`.
+  template <typename Piece>
+  void each_piece(int64_t begin, int64_t end, const Piece& piece) const {
+    const std::vector<int64_t> rows = rows_of(begin, end);
+    std::vector<int64_t> next(rows.size());
+    for (size_t place = 0; place < rows.size(); ++place) next[place] = offsets[rows[place]];
+    for (int64_t stop = block; stop < matrix_rows + block; stop += block)
+      for (size_t place = 0; place < rows.size(); ++place) {
+        const int64_t first = next[place], last = offsets[rows[place] + 1];
+        int64_t e = first;
+        while (e < last && indices[e] < stop) ++e;
+        if (e > first) piece(int64_t(place), rows[place], first, e - first);
+        next[place] = e;
+      }
+  }
+
+  std::vector<int64_t> rows_of(int64_t begin, int64_t end) const {
+    std::vector<int64_t> rows;
+    for (int64_t strip = begin; strip < end; ++strip)
+      for (int64_t row = strip; row < count; row += kStrips) rows.push_back(row);
+    return rows;
+  }
+};
+
+int64_t rows_in_a_block(int64_t row_bytes) { return std::max<int64_t>(1, kBlockBytes / row_bytes); }
 
 template <typename Body>
-void for_each_row(int64_t count, int64_t work, const Body& body) {
-  constexpr int64_t kGrain = 32768;  // products a thread should have at least
-  const int64_t grain = kGrain * kStrips / larger<int64_t>(work, 1);
-  parallel_for(kStrips, grain, [&](int64_t begin, int64_t end) { body(begin, end, count); });
+void over_strips(int64_t work, const Body& body) {
+  parallel_for(kStrips, kGrain * kStrips / std::max<int64_t>(work, 1), body);
 }
 
 void sampled_product(const SampledProductArguments& in) {
   with_float_dtype(in.dtype, [&](auto x) {
     using X = decltype(x);
-    using T = compute_t<X>;
     const auto& kernel = kernels<SparseProductsKernels<X>>();
     const X* hidden = static_cast<const X*>(in.hidden);
     const X* head_weight = static_cast<const X*>(in.head_weight);
-    T* products = static_cast<T*>(in.products);
-    const int64_t work = in.offsets[in.count] * in.width;
-    for_each_row(in.count, work, [&](int64_t begin, int64_t end, int64_t count) {
-      for (int64_t strip = begin; strip < end; ++strip)
-        for (int64_t i = strip; i < count; i += kStrips) {
-          const int64_t first = in.offsets[i];
-          kernel.sampled_row(hidden + i * in.width, head_weight, in.token_ids + first,
-                             in.offsets[i + 1] - first, in.width, products + first);
-        }
+    auto* products = static_cast<compute_t<X>*>(in.products);
+    const Walk walk{in.token_ids, in.offsets, in.count, in.matrix_rows,
+                    rows_in_a_block(in.width * sizeof(X))};
+    over_strips(in.offsets[in.count] * in.width, [&](int64_t begin, int64_t end) {
+      walk.each_piece(begin, end, [&](int64_t, int64_t row, int64_t first, int64_t n) {
+        kernel.sampled_row(hidden + row * in.width, head_weight, in.token_ids + first, n, in.width,
+                           products + first);
+      });
     });
   });
 }
 
+// With fewer sums than rows of the matrix, the sums stay near and the matrix passes by in blocks;
+// else each sum is made at once, and the matrix stays near.
 void sparse_product(const SparseProductArguments& in) {
   with_float_dtype(in.dtype, [&](auto x) {
     using X = decltype(x);
@@ -50,16 +84,28 @@ void sparse_product(const SparseProductArguments& in) {
     const X* matrix = static_cast<const X*>(in.matrix);
     const T* coefficients = static_cast<const T*>(in.coefficients);
     X* sums = static_cast<X*>(in.sums);
-    const int64_t work = (in.offsets[in.count] + in.count) * in.width;
-    for_each_row(in.count, work, [&](int64_t begin, int64_t end, int64_t count) {
-      std::vector<T> scratch(in.width);
-      for (int64_t strip = begin; strip < end; ++strip)
-        for (int64_t i = strip; i < count; i += kStrips) {
-          const int64_t first = in.offsets[i];
-          kernel.sparse_row(coefficients + first, matrix, in.indices + first,
-                            in.offsets[i + 1] - first, in.width, scratch.data(),
-                            sums + i * in.width);
+    const Walk walk{in.indices, in.offsets, in.count, in.matrix_rows,
+                    rows_in_a_block(in.width * sizeof(X))};
+    const auto add = [&](int64_t first, int64_t n, T* sum) {
+      kernel.add_rows(coefficients + first, matrix, in.indices + first, n, in.width, sum);
+    };
+    over_strips((in.offsets[in.count] + in.count) * in.width, [&](int64_t begin, int64_t end) {
+      const std::vector<int64_t> rows = walk.rows_of(begin, end);
+      if (in.count < in.matrix_rows) {
+        std::vector<T> sum(rows.size() * in.width);
+        walk.each_piece(begin, end, [&](int64_t place, int64_t, int64_t first, int64_t n) {
+          add(first, n, sum.data() + place * in.width);
+        });
+        for (size_t place = 0; place < rows.size(); ++place)
+          kernel.round_row(sum.data() + place * in.width, in.width, sums + rows[place] * in.width);
+      } else {
+        std::vector<T> sum(in.width);
+        for (const int64_t row : rows) {
+          std::fill(sum.begin(), sum.end(), T(0));
+          add(in.offsets[row], in.offsets[row + 1] - in.offsets[row], sum.data());
+          kernel.round_row(sum.data(), in.width, sums + row * in.width);
         }
+      }
     });
   });
 }

@@ -41,10 +41,9 @@ void sampled_row(const X* row, const X* matrix, const int64_t* indices, int64_t 
 }
 
 template <typename X>
-void sparse_row(const compute_t<X>* coefficients, const X* matrix, const int64_t* indices,
-                int64_t n, int64_t width, compute_t<X>* __restrict__ sum, X* __restrict__ out) {
+void add_rows(const compute_t<X>* coefficients, const X* matrix, const int64_t* indices, int64_t n,
+              int64_t width, compute_t<X>* __restrict__ sum) {
   using T = compute_t<X>;
-  for (int64_t k = 0; k < width; ++k) sum[k] = T(0);
   for (int64_t i = 0; i < n; ++i) {
     const T coefficient = coefficients[i];
     const X* row = matrix + indices[i] * width;
@@ -56,6 +55,10 @@ void sparse_row(const compute_t<X>* coefficients, const X* matrix, const int64_t
     }
     for (; done < width; ++done) sum[done] += coefficient * load(row[done]);
   }
+}
+
+template <typename X>
+void round_row(const compute_t<X>* sum, int64_t width, X* __restrict__ out) {
   for (int64_t k = 0; k < width; ++k) store(&out[k], sum[k]);
 }
 
@@ -65,23 +68,26 @@ namespace FPG_ISA {
 
 template <>
 const SparseProductsKernels<bf16>& table() {
-  static constexpr SparseProductsKernels<bf16> kernels = {sampled_row<bf16>, sparse_row<bf16>};
+  static constexpr SparseProductsKernels<bf16> kernels = {sampled_row<bf16>, add_rows<bf16>,
+                                                          round_row<bf16>};
   return kernels;
 }
 template <>
 const SparseProductsKernels<fp16>& table() {
-  static constexpr SparseProductsKernels<fp16> kernels = {sampled_row<fp16>, sparse_row<fp16>};
+  static constexpr SparseProductsKernels<fp16> kernels = {sampled_row<fp16>, add_rows<fp16>,
+                                                          round_row<fp16>};
   return kernels;
 }
 template <>
 const SparseProductsKernels<float>& table() {
-  static constexpr SparseProductsKernels<float> kernels = {sampled_row<float>, sparse_row<float>};
+  static constexpr SparseProductsKernels<float> kernels = {sampled_row<float>, add_rows<float>,
+                                                           round_row<float>};
   return kernels;
 }
 template <>
 const SparseProductsKernels<double>& table() {
-  static constexpr SparseProductsKernels<double> kernels = {sampled_row<double>,
-                                                            sparse_row<double>};
+  static constexpr SparseProductsKernels<double> kernels = {sampled_row<double>, add_rows<double>,
+                                                            round_row<double>};
   return kernels;
 }
 

@@ -1,6 +1,7 @@
 """Products with some rows of a matrix alone, as entries in the CSR form name them.
 
-Row i has the entries offsets[i] ≤ e < offsets[i + 1], and each entry names a row of a matrix:
+Row i has the entries offsets[i] ≤ e < offsets[i + 1]. Each names a row of a matrix, and within i
+these rise:
 
     sampled_product   products_e = hidden_i · head_weight[token_ids_e],   e an entry of row i
     sparse_product    sums_i = Σ_e coefficients_e matrix[indices_e],      over the entries of row i
@@ -48,8 +49,9 @@ class Sizes(NamedTuple):
     """The integers that C++ takes first."""
 
     dtype: int  # of the matrix, a code of DTYPE_CODE
-    count: int  # type: ignore[assignment]  # of rows; it hides tuple.count
+    count: int  # type: ignore[assignment]  # of rows with entries; it hides tuple.count
     width: int
+    matrix_rows: int
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -110,12 +112,14 @@ def allocate_sparse(x: SparseInputs) -> SparseOutputs:
 
 def sampled_sizes(x: SampledInputs) -> Sizes:
     """Tells C++ the shapes."""
-    return Sizes(DTYPE_CODE[x.hidden.dtype], *x.hidden.shape)
+    count, width = x.hidden.shape
+    return Sizes(DTYPE_CODE[x.hidden.dtype], count, width, len(x.head_weight))
 
 
 def sparse_sizes(x: SparseInputs) -> Sizes:
     """Tells C++ the shapes."""
-    return Sizes(DTYPE_CODE[x.matrix.dtype], len(x.offsets) - 1, x.matrix.shape[1])
+    matrix_rows, width = x.matrix.shape
+    return Sizes(DTYPE_CODE[x.matrix.dtype], len(x.offsets) - 1, width, matrix_rows)
 
 
 sampled_product_op = Op(

@@ -347,6 +347,7 @@ def token_logprobs(
     return_entropy: Literal[False] = ...,
     process_group: dist.ProcessGroup | None = ...,
     inplace_backward: bool = ...,
+    support: tuple[Tensor, Tensor] | None = ...,
 ) -> Tensor: ...
 
 
@@ -361,6 +362,7 @@ def token_logprobs(
     return_entropy: Literal[True],
     process_group: dist.ProcessGroup | None = ...,
     inplace_backward: bool = ...,
+    support: tuple[Tensor, Tensor] | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -374,6 +376,7 @@ def token_logprobs(
     return_entropy: bool = False,
     process_group: dist.ProcessGroup | None = None,
     inplace_backward: bool = False,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Log-probs of labels under softmax(softcap(logits) / temperature), and the entropy.
 
@@ -397,6 +400,11 @@ def token_logprobs(
             be contiguous and no leaf of the graph: half the memory. Whatever else needs their
             values in a later backward raises, a second backward through this op too. In
             torch.compile, whose own matter this is, and where no gradient is wanted, they stay.
+        support: A pair (token_ids, offsets), the tokens that a sampler kept in each row, flat and
+            in the CSR form: row n keeps token_ids[offsets[n]:offsets[n + 1]], integers that rise.
+            The softmax is then over what is kept, and nothing else is read. A label outside its set
+            has log-prob -inf and no gradient; an empty set means the whole vocabulary. A GPU is
+            waited for. It goes with neither process_group nor inplace_backward.
 
     Returns:
         logp [...], or (logp, entropy), each [...], in nats; fp32, or fp64 for fp64 logits.
@@ -428,6 +436,13 @@ def token_logprobs(
         with_entropy=return_entropy,
         group=process_group,
     )
+    if support is not None:
+        from . import token_support  # it is made of this page
+
+        if inplace_backward:
+            raise ValueError(f"{OP}: inplace_backward must be False with support, got True")
+        results = token_support.logprobs(inputs, support, process_group)
+        return results if return_entropy else results[0]
     inplace = inplace_backward and not torch.compiler.is_compiling()
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
         check_overwritable(OP, "inplace_backward", logits)

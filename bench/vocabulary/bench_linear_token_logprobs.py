@@ -47,6 +47,14 @@ def by_two_passes(hidden, weight, labels):
     return linear_token_logprobs(hidden, weight, labels, return_entropy=True)[0]
 
 
+def random_sets(rows, vocab, size, device):
+    """Kept sets of one size, a label in each, and the mask [N, V] of what is left out."""
+    ids = torch.rand(rows, vocab, device=device).topk(size).indices.sort().values
+    left_out = torch.ones(rows, vocab, dtype=torch.bool, device=device).scatter_(1, ids, False)
+    support = ids.view(-1), torch.arange(rows + 1, device=device) * size
+    return support, ids[:, size // 2], left_out
+
+
 def with_an_adapter(function, hidden, weight, labels, rank=16):
     """The same with LoRA, to hidden, A and B; weight is frozen."""
     a, b = hidden[:rank] / hidden.shape[1], weight[:, :rank]
@@ -107,8 +115,11 @@ def cases(device):
             yield adapted_head(inputs, name, device)
 
     for shape in CUDA_SHAPES if device == "cuda" else FROZEN_SHAPES:
-        inputs, name, _ = problem(*shape, device)
+        inputs, name, gradients = problem(*shape, device)
         yield frozen_head(inputs, name, device)
+        if shape[-1] is torch.float32:
+            yield kept_sets(inputs, name, gradients, 32, device)
+            yield kept_sets(inputs, name, gradients, 512, device)
 
 
 def frozen_head(inputs, name, device):
@@ -128,6 +139,36 @@ def frozen_head(inputs, name, device):
         targets={"two passes": ">= 1.43"},
         device=device,
         results_mib=inputs[0].nbytes / 2**20,
+        least=3,
+    )
+
+
+def kept_sets(inputs, name, gradients, size, device):
+    hidden, weight, _ = inputs
+    support, labels, left_out = random_sets(len(hidden), len(weight), size, device)
+
+    def ours(hidden, weight, labels):
+        return linear_token_logprobs(hidden, weight, labels, support=support)
+
+    def with_a_mask(hidden, weight, labels):
+        return token_logprobs(linear(hidden, weight).masked_fill(left_out, -torch.inf), labels)
+
+    functions = {"fastpg": ours, "all logits with a mask": with_a_mask}
+    steps = {key: training(function, hidden, weight, labels) for key, function in functions.items()}
+
+    def check():
+        for got, want in zip(*(step() for step in steps.values()), strict=True):
+            error = (got - want).float().norm() / want.float().norm()
+            assert error < 1e-5, f"gradient: {error}"
+
+    return Case(
+        "linear_token_logprobs",
+        f"forward + backward, sets of {size} tokens, {name}",
+        check,
+        steps,
+        targets={"all logits with a mask": ">= 20" if size == 32 else ">= 8"},
+        device=device,
+        results_mib=gradients,
         least=3,
     )
 

@@ -13,8 +13,10 @@ constexpr double kMaxLogRatio = 20;  // MAX_LOG_RATIO of fastpg/ops/common/log_r
 FPG_HD double exp(double x) { return __builtin_exp(x); }
 FPG_HD double expm1(double x) { return __builtin_expm1(x); }
 FPG_HD double log(double x) { return __builtin_log(x); }
+FPG_HD double log1p(double x) { return __builtin_log1p(x); }
 FPG_HD double tanh(double x) { return __builtin_tanh(x); }
 FPG_HD float log(float x) { return __builtin_logf(x); }
+FPG_HD float log1p(float x) { return __builtin_log1pf(x); }
 FPG_HD float expm1(float x) { return __builtin_expm1f(x); }
 
 // A log-ratio within +-kMaxLogRatio, before it is exponentiated. NaN passes through.

@@ -4,7 +4,9 @@
 // A row is (max c, s = sum_j e^{z_j - z_max}, w = sum_j e^{z_j - z_max} (z_j - z_max)); two parts
 // of a row merge by rescaling to the larger maximum. From these
 //   logp_y  = (z_y - z_max) - log s          entropy = log s - w / s
-// with no cancellation of large logits, and with -inf logits contributing exactly nothing.
+// with no cancellation of large logits, and with -inf logits contributing exactly nothing. The
+// label joins the others last: as p_y -> 1, a sum that held its 1 would round away what the others
+// add.
 #pragma once
 
 #include "common/elementary.h"
@@ -43,16 +45,33 @@ FPG_HD RowStats<T> merge(RowStats<T> a, RowStats<T> b, T inv_temperature) {
   return {max, a.sum + b.sum, a.weighted + b.weighted};
 }
 
-// log sum_j e^{z_j - z_max}; 0 for a row that is all -inf, whose every log-prob is -inf.
 template <typename T>
-FPG_HD T log_sum(RowStats<T> row) {
-  return row.sum == T(0) ? T(0) : log(row.sum);
+struct RowResults {
+  T max, log_sum, logp, entropy;  // log_sum: log sum_j e^{z_j - z_max}
+};
+
+// The results of a row, computed in type U from the statistics of all its tokens but the label, and
+// the label's capped logit. A row that is all -inf has log_sum 0: every log-prob is -inf, and the
+// entropy 0.
+template <typename U, typename T>
+FPG_HD RowResults<T> join_label(RowStats<T> others, T label, T temperature) {
+  const U inv_temperature = U(1) / U(temperature), max = larger(others.max, label);
+  const RowStats<U> rest =
+      rescale<U>({others.max, others.sum, others.weighted}, max, inv_temperature);
+  const U d = (U(label) - finite_max(max)) * inv_temperature, e = exp(bounded(d));
+  const U sum = rest.sum + e, weighted = rest.weighted + e * bounded(d);
+  const U log_sum = sum == U(0) ? U(0) : d == U(0) ? log1p(rest.sum) : log(sum);
+  const U entropy = sum == U(0) ? U(0) : log_sum - weighted / sum;
+  const U not_below_zero = entropy < U(0) ? U(0) : entropy;  // rounding makes it negative
+  return {T(max), T(log_sum), T(d - log_sum), T(not_below_zero)};
 }
 
+// The same in fp64 where the label has the maximum: a margin of 80 between it and the others would
+// be rounded by 4e-6 in fp32, and 1 - p with it.
 template <typename T>
-FPG_HD T entropy(RowStats<T> row) {
-  const T value = row.sum == T(0) ? T(0) : log(row.sum) - row.weighted / row.sum;
-  return value < T(0) ? T(0) : value;  // rounding must not make it negative
+FPG_HD RowResults<T> with_label(RowStats<T> others, T label, T temperature) {
+  return label >= others.max ? join_label<double>(others, label, temperature)
+                             : join_label<T>(others, label, temperature);
 }
 
 // What backward knows of a row, and the two gradients that reach it. In units of log2, so that a
@@ -123,7 +142,9 @@ constexpr int64_t kSlice = 8192;
 template <typename X>
 struct TokenLogprobsKernels {
   using T = compute_t<X>;
-  RowStats<T> (*slice_stats)(const X* x, int64_t n, T softcap, T inv_temperature, bool entropy);
+  // Of all tokens but the one at `label`, if it is in the slice.
+  RowStats<T> (*slice_stats)(const X* x, int64_t n, int64_t label, T softcap, T inv_temperature,
+                             bool entropy);
   void (*slice_gradient)(const X* x, X* dx, int64_t n, const RowGradient<T>& row);
 };
 

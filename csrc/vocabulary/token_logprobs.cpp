@@ -74,19 +74,22 @@ struct Forward : Rows<X> {
         max(static_cast<T*>(out.stats)),
         log_sums(max + rows.count) {}
 
+  // The statistics of a slice without the label.
   RowStats<T> slice(int64_t row, int64_t index) const {
     const int64_t begin = index * kSlice;
     const int64_t length = smaller(kSlice, this->rows.vocab - begin);
-    return kernel.slice_stats(this->at(row) + begin, length, T(this->rows.softcap),
-                              this->inv_temperature(row), this->rows.with_entropy);
+    return kernel.slice_stats(this->at(row) + begin, length, this->rows.labels[row] - begin,
+                              T(this->rows.softcap), this->inv_temperature(row),
+                              this->rows.with_entropy);
   }
 
-  void finish(int64_t row, RowStats<T> stats) const {
-    const T c = this->capped(row, this->rows.labels[row]);
-    max[row] = stats.max;
-    log_sums[row] = log_sum(stats);
-    logp[row] = (c - finite_max(stats.max)) * this->inv_temperature(row) - log_sums[row];
-    if (this->rows.with_entropy) entropies[row] = entropy(stats);
+  void finish(int64_t row, RowStats<T> others) const {
+    const T label = this->capped(row, this->rows.labels[row]);
+    const RowResults<T> found = with_label(others, label, this->temperature(row));
+    max[row] = found.max;
+    log_sums[row] = found.log_sum;
+    logp[row] = found.logp;
+    if (this->rows.with_entropy) entropies[row] = found.entropy;
   }
 
   void ignore(int64_t row) const {

@@ -14,7 +14,8 @@ FPG_HD T capped(T x, T softcap, T inverse) {
 }
 
 // The slice as compute type, capped and padded with -inf to whole lanes, and its maximum. It is
-// read in place where it needs none of that, else from the buffer c.
+// read in place where it needs none of that, else from the buffer c. Its label, if it has one,
+// counts as -inf.
 template <typename T>
 struct Slice {
   const T* c;
@@ -36,8 +37,28 @@ FPG_HD void prefetch_half(const X* half, int64_t begin) {
   prefetch<false>(half + begin / 2, kLanes * sizeof(X) / 2);
 }
 
+// kLanes logits, of which the label, if it is among them, is -inf: in place, or copied.
+template <typename T>
+FPG_HD const T* without_label(const T* c, int64_t label, T* copy) {
+  if (uint64_t(label) >= kLanes) return c;
+  for (int64_t i = 0; i < kLanes; ++i) copy[i] = c[i];
+  copy[label] = -infinity<T>();
+  return copy;
+}
+
+template <typename T>
+T max_without_label(const T* c, int64_t n, int64_t label) {
+  T top[kLanes], copy[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) top[i] = -infinity<T>();
+  for (int64_t begin = 0; begin < n; begin += kLanes) {
+    const T* values = without_label(c + begin, label - begin, copy);
+    for (int64_t i = 0; i < kLanes; ++i) top[i] = larger(top[i], values[i]);
+  }
+  return fold_max(top);
+}
+
 template <bool kSoftcap, typename X, typename T>
-Slice<T> load_slice(const X* x, int64_t n, T softcap, T* c) {
+Slice<T> load_slice(const X* x, int64_t n, int64_t label, T softcap, T* c) {
   constexpr bool kInPlace = sizeof(X) == sizeof(T) && !kSoftcap;
   const T inverse = kSoftcap ? T(1) / softcap : T(0);
   T top[kLanes];
@@ -52,23 +73,30 @@ Slice<T> load_slice(const X* x, int64_t n, T softcap, T* c) {
       top[i] = larger(top[i], value);
     }
   }
-  if (in_place) return {reinterpret_cast<const T*>(x), fold_max(top)};
-  for (int64_t i = done; i < ceil_div(n, kLanes) * kLanes; ++i) {
-    c[i] = i < n ? capped<kSoftcap>(T(load(x[i])), softcap, inverse) : -infinity<T>();
-    top[i - done] = larger(top[i - done], c[i]);
+  if (!in_place) {
+    for (int64_t i = done; i < ceil_div(n, kLanes) * kLanes; ++i) {
+      c[i] = i < n ? capped<kSoftcap>(T(load(x[i])), softcap, inverse) : -infinity<T>();
+      top[i - done] = larger(top[i - done], c[i]);
+    }
   }
-  return {c, fold_max(top)};
+  const T* values = in_place ? reinterpret_cast<const T*>(x) : c;
+  T max = fold_max(top);
+  if (uint64_t(label) < uint64_t(n)) {
+    if (!(values[label] < max)) max = max_without_label(values, n, label);
+    if (!in_place) c[label] = -infinity<T>();
+  }
+  return {values, max};
 }
 
 template <bool kEntropy, typename X, typename T>
-RowStats<T> reduce_slice(const X* x, Slice<T> slice, int64_t n, T inv_temperature) {
-  const T* c = slice.c;
+RowStats<T> reduce_slice(const X* x, Slice<T> slice, int64_t n, int64_t label, T inv_temperature) {
   const T origin = finite_max(slice.max), scale = inv_temperature * T(kLog2E);
-  T sum[kLanes] = {}, weighted[kLanes] = {};
+  T sum[kLanes] = {}, weighted[kLanes] = {}, copy[kLanes];
   for (int64_t begin = 0; begin < n; begin += kLanes) {
     prefetch_half(x + kSlice + kSlice / 2, begin);
+    const T* c = without_label(slice.c + begin, label - begin, copy);
     for (int64_t i = 0; i < kLanes; ++i) {
-      const T y = larger((c[begin + i] - origin) * scale, zero_exponent<T>());
+      const T y = larger((c[i] - origin) * scale, zero_exponent<T>());
       const T e = exp2(y);
       sum[i] += e;
       if (kEntropy) weighted[i] += e * y;
@@ -78,13 +106,13 @@ RowStats<T> reduce_slice(const X* x, Slice<T> slice, int64_t n, T inv_temperatur
 }
 
 template <typename X>
-RowStats<compute_t<X>> slice_stats(const X* x, int64_t n, compute_t<X> softcap,
+RowStats<compute_t<X>> slice_stats(const X* x, int64_t n, int64_t label, compute_t<X> softcap,
                                    compute_t<X> inv_temperature, bool entropy) {
   alignas(64) compute_t<X> c[kSlice];
-  const auto slice =
-      softcap != 0 ? load_slice<true>(x, n, softcap, c) : load_slice<false>(x, n, softcap, c);
-  return entropy ? reduce_slice<true>(x, slice, n, inv_temperature)
-                 : reduce_slice<false>(x, slice, n, inv_temperature);
+  const auto slice = softcap != 0 ? load_slice<true>(x, n, label, softcap, c)
+                                  : load_slice<false>(x, n, label, softcap, c);
+  return entropy ? reduce_slice<true>(x, slice, n, label, inv_temperature)
+                 : reduce_slice<false>(x, slice, n, label, inv_temperature);
 }
 
 constexpr int64_t kAhead = 2048;  // logits between the gradient's loop and what it asks for

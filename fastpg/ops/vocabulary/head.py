@@ -219,17 +219,18 @@ def statistics(
     It may overwrite the logits.
     """
     label_logit = torch.zeros_like(labels, dtype=temperature.dtype)
-    placeholders = torch.zeros_like(labels)  # labels that every tile has; their log-prob is unused
     each = []
     for tile in tiles:
         tokens, logits = tile.tokens, tile.logits
+        # Where the label is in another tile, any other stands in for it: its log-prob is not used.
+        here = (labels >= tokens.start) & (labels < tokens.stop)
+        column = torch.where(here, labels - tokens.start, 0)
         _, entropy, stats = token_logprobs_op(
-            Inputs(logits, placeholders, temperature, softcap, NEVER, with_entropy=True)
+            Inputs(logits, column, temperature, softcap, NEVER, with_entropy=True)
         )
         each.append(torch.stack([stats[0], stats[1], entropy]))
-        here = (labels >= tokens.start) & (labels < tokens.stop)
-        column = torch.where(here, labels - tokens.start, 0)[:, None]
-        label_logit = torch.where(here, logits.gather(1, column)[:, 0], label_logit)
+        found = logits.gather(1, column[:, None])[:, 0]
+        label_logit = torch.where(here, found, label_logit)
         if then is not None:
             then(tile, stats[0])
     if softcap:

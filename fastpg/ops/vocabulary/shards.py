@@ -5,6 +5,10 @@ A part r has its maximum m_r, log sum s_r = log Σ e^{(z − m_r)/T} and entropy
     m = max m_r     s = log Σ_r e^{s_r + (m_r − m)/T}     w_r = e^{s_r + (m_r − m)/T − s}
     H = Σ_r w_r (H_r − log w_r)
 
+Where a token's probability goes to 1, its part has s_r = log(1 + x) with a small x, which is kept:
+the sum is taken above 1, as log1p(x + the other parts), and in fp64: in fp32 a margin of 80 between
+two parts would be rounded by 4e-6.
+
 The sums are taken in the order of the parts: every rank gets the same bits.
 """
 
@@ -62,17 +66,21 @@ def label_logit(logits: Tensor, labels: Tensor, dtype: torch.dtype, softcap: flo
 
 def merge(parts: Statistics, label_logit: Tensor, temperature: Tensor) -> Statistics:
     """The statistics of whole rows [...], from those of R parts [R, ...], in their order."""
-    top = parts.top.amax(0)
-    log_mass = parts.log_sum + (parts.top - finite_max(top)) / temperature
-    total = reduce(torch.add, log_mass.exp().unbind())
-    log_sum = torch.where(total == 0, 0.0, total.log())
+    dtype, top = parts.top.dtype, parts.top.amax(0)
+    below_top = (parts.top.double() - finite_max(top).double()) / temperature.double()
+    log_mass = parts.log_sum.double() + below_top
+    part = torch.arange(len(log_mass), device=top.device).view(-1, *[1] * top.dim())
+    holds_top = part == parts.top.argmax(0)
+    terms = torch.where(holds_top, log_mass.expm1(), log_mass.exp())
+    above_one = reduce(torch.add, terms.unbind())
+    log_sum = torch.where(above_one == -1, 0.0, above_one.log1p())  # -1: the row is all -inf
     if parts.entropy is None:
-        return Statistics(label_logit, top, log_sum, None)
+        return Statistics(label_logit, top, log_sum.to(dtype), None)
     log_share = log_mass - log_sum
     share = log_share.exp()
-    terms = torch.where(share == 0, 0.0, share * (parts.entropy - log_share))
+    terms = torch.where(share == 0, 0.0, share * (parts.entropy.double() - log_share))
     entropy = reduce(torch.add, terms.unbind()).clamp(min=0.0)
-    return Statistics(label_logit, top, log_sum, entropy)
+    return Statistics(label_logit, top, log_sum.to(dtype), entropy.to(dtype))
 
 
 class Shard(NamedTuple):

@@ -4,6 +4,9 @@
     logp = z_y − logsumexp(z) = (z_y − max z) − log Σ_j exp(z_j − max z)
     H    = −Σ_j p_j log p_j = log Σ_j e^{d_j} − Σ_j e^{d_j} d_j / Σ_j e^{d_j},   d = z − max z
 
+Where the label has the maximum, logp is −log1p(Σ_{j≠y} e^{d_j}): in a sum with its 1 the others
+would be rounded away as p_y → 1, and 1 − p_y with them.
+
     ∂logp/∂z_j = 1[j = y] − p_j          ∂H/∂z_j = −p_j (log p_j + H)
 
 Forward reads the logits once and keeps (max, log Σ e^d) per row; backward reads them once more and
@@ -95,23 +98,24 @@ def scaled(x: Inputs, top: Tensor | None = None) -> ScaledRows:
 
 
 def reference(x: Inputs) -> Outputs:
-    """The specification: the formulas at the top of this page."""
-    vocab = x.logits.shape[-1]
-    kept, _, top, d = scaled(x)
+    """The specification: the formulas at the top of this page, in fp64."""
+    vocab, dtype = x.logits.shape[-1], x.temperature.dtype
+    kept, _, top, d = scaled(x._replace(temperature=x.temperature.double()))
     legal = kept & (x.labels >= 0) & (x.labels < vocab)
     check_label_values(OP, x.labels, legal, kept, vocab, x.ignore_index, x.temperature)
-    e = d.exp()
-    total = e.sum(-1)
-    log_sum = torch.where(total == 0, 0.0, total.log())
+    label = torch.where(legal, x.labels, 0)[..., None]
+    d_label, e = d.gather(-1, label)[..., 0], d.exp()
+    others, total = e.scatter(-1, label, 0.0).sum(-1), e.sum(-1)
+    log_sum = torch.where(d_label == 0, others.log1p(), total.log())
+    log_sum = torch.where(total == 0, 0.0, log_sum)
     log_sum = torch.where(legal, log_sum, math.nan)  # spoils what a device cannot raise about
-    logp = d.gather(-1, torch.where(legal, x.labels, 0)[..., None])[..., 0] - log_sum
-    stats = torch.where(kept, torch.stack([top, log_sum]), 0.0)
-    entropy = logp.new_empty(0)
-    if x.with_entropy:
-        weighted = (e * torch.where(e == 0, 0.0, d)).sum(-1)
-        entropy = torch.where(total == 0, 0.0, log_sum - weighted / total).clamp(min=0.0)
-        entropy = torch.where(kept, entropy, 0.0)
-    return Outputs(torch.where(kept, logp, 0.0), entropy, stats)
+    logp = torch.where(kept, d_label - log_sum, 0.0).to(dtype)
+    stats = torch.where(kept, torch.stack([top, log_sum]), 0.0).to(dtype)
+    if not x.with_entropy:
+        return Outputs(logp, logp.new_empty(0), stats)
+    weighted = (e * torch.where(e == 0, 0.0, d)).sum(-1)
+    entropy = torch.where(total == 0, 0.0, log_sum - weighted / total).clamp(min=0.0)
+    return Outputs(logp, torch.where(kept, entropy, 0.0).to(dtype), stats)
 
 
 def reference_backward(x: BackwardInputs) -> Gradient:
@@ -280,8 +284,9 @@ def _forward_of_shard(x: ShardInputs) -> tuple[tuple[Tensor, ...], Saved]:
         return Inputs(x.logits, labels, x.temperature, x.softcap, NEVER, x.with_entropy)
 
     def statistics(labels: Tensor) -> Statistics:
-        placeholders = torch.where(labels == NEVER, NEVER, 0)  # their log-probs are not used
-        part = token_logprobs_op(inputs(placeholders))
+        # Where the label is on another rank, any other stands in for it: its log-prob is not used.
+        here = (labels == NEVER) | ((labels >= 0) & (labels < x.logits.shape[-1]))
+        part = token_logprobs_op(inputs(torch.where(here, labels, 0)))
         found = label_logit(x.logits, labels, x.temperature.dtype, x.softcap)
         entropy = part.entropy if x.with_entropy else None
         return Statistics(found, part.stats[0], part.stats[1], entropy)

@@ -1,0 +1,79 @@
+"""A label whose probability goes to 1: 1 - p keeps its digits, in the log-prob and its gradient."""
+
+import math
+
+import pytest
+import torch
+
+from fastpg import linear_token_logprobs, token_logprobs
+
+OP = "token_logprobs"
+MARGINS = [20.0, 40.0, 80.0]
+TOLERANCE = 1e-6
+
+
+def nearly_certain(margin, vocab, place, dtype=torch.float32):
+    """Logits [1, V] whose label stands out by about the margin, and the label."""
+    generator = torch.Generator().manual_seed(vocab + place)
+    logits = torch.randn(1, vocab, generator=generator)
+    label = torch.tensor([place % vocab])
+    logits[0, label] = logits.max() + margin
+    return logits.to(dtype), label
+
+
+def one_minus_p(logits, label):
+    """1 - p of the label by its definition, in fp64: the others' share."""
+    z = logits.double()
+    weight = (z - z.gather(-1, label[:, None])).exp()
+    others = weight.scatter(-1, label[:, None], 0.0).sum(-1)
+    return others / (1 + others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("vocab, place", [(2, 1), (100, 0), (100, 99), (9000, 8192), (20000, 70)])
+def test_one_minus_p_keeps_its_digits(kernel, margin, vocab, place, dtype):
+    if kernel == "triton":
+        pytest.skip("not there yet")
+    logits, label = nearly_certain(margin, vocab, place, dtype)
+    x = logits.requires_grad_()
+    logp = token_logprobs(x, label)
+    want = one_minus_p(logits, label)
+    torch.testing.assert_close(-torch.expm1(logp.double()), want, rtol=TOLERANCE, atol=0)
+    logp.sum().backward()
+    slope = x.grad.gather(-1, label[:, None])[:, 0].double()
+    rounding = 2**-8 if dtype is torch.bfloat16 else 2 * TOLERANCE
+    torch.testing.assert_close(slope, want, rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+def test_the_entropy_keeps_its_digits(kernel, margin):
+    if kernel == "triton":
+        pytest.skip("not there yet")
+    logits, label = nearly_certain(margin, 9000, 8500)
+    p = (logits.double() - logits.double().max()).exp()
+    others = p.scatter(-1, label[:, None], 0.0)
+    d = torch.where(others > 0, others.log(), 0.0)
+    want = others.sum(-1).log1p() - (others * d).sum(-1) / (1 + others.sum(-1))
+    _, entropy = token_logprobs(logits, label, return_entropy=True)
+    torch.testing.assert_close(entropy.double(), want, rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("label", [3, 8190, 9999])
+def test_one_minus_p_keeps_its_digits_from_hidden_states(margin, label):
+    """The label's tile is one of several: the others' tiles must not be rounded away."""
+    weight = torch.zeros(10000, 4)
+    weight[:, 0] = torch.linspace(-1, 1, 10000)
+    weight[label, 0] = 1 + margin
+    hidden = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    logits = (hidden @ weight.t()).double()
+    want = one_minus_p(logits, torch.tensor([label]))
+    logp = linear_token_logprobs(hidden, weight, torch.tensor([label]))
+    torch.testing.assert_close(-torch.expm1(logp.double()), want, rtol=TOLERANCE, atol=0)
+
+
+def test_a_tie_for_the_maximum_is_no_certainty(kernel):
+    logits = torch.tensor([[5.0, 5.0, -math.inf]])
+    logp = token_logprobs(logits, torch.tensor([1]))
+    torch.testing.assert_close(logp, torch.tensor([-math.log(2)]), rtol=1e-7, atol=0)

@@ -12,7 +12,7 @@
 
 `Gradients` is a record of the gradients of the differentiable inputs in their order; None stands
 for no gradient. Saved tensors are kept as torch wants them kept, so that a change in place between
-forward and backward raises.
+forward and backward raises; and so does another shape or dtype, by x.data = y.
 """
 
 from __future__ import annotations
@@ -120,12 +120,28 @@ def _save(ctx: Any, layout: Layout[SavedT], saved: SavedT) -> None:
     if layout.has_lists:
         ctx.lengths = [len(value) if isinstance(value, list) else None for value in tensors]
         tensors = without_lists(tensors)
+    ctx.forms = _forms(tensors)
     ctx.save_for_backward(*tensors)
 
 
-def _restore(ctx: Any, layout: Layout[SavedT]) -> SavedT:
-    """The record that `_save` kept."""
+def _forms(tensors: Sequence) -> list:
+    """What a kernel relies on: the shape and the dtype of each tensor."""
+    return [None if x is None else (x.shape, x.dtype) for x in tensors]
+
+
+def _restore(name: str, ctx: Any, layout: Layout[SavedT]) -> SavedT:
+    """The record that `_save` kept.
+
+    torch notices what was written to a saved tensor, but not that its memory was exchanged, by
+    x.data = y. A kernel would then read beyond it.
+    """
     tensors: Sequence = ctx.saved_tensors
+    for form, now in zip(ctx.forms, _forms(tensors), strict=True):
+        if form != now:
+            raise RuntimeError(
+                f"{name}: a tensor that was saved for backward was {form[1]} {tuple(form[0])}, and "
+                f"is {now[1]} {tuple(now[0])} now"
+            )
     if layout.has_lists:
         each = iter(tensors)
         tensors = [
@@ -138,7 +154,7 @@ def _restore(ctx: Any, layout: Layout[SavedT]) -> SavedT:
 def _gradients(op: Differentiable, ctx: Any, grads: tuple) -> list[Tensor | None]:
     """The gradients of the differentiable inputs; None for one that wants none."""
     _, *wanted = ctx.needs_input_grad
-    saved = _restore(ctx, op.saved)
+    saved = _restore(op.name, ctx, op.saved)
     if op.selective:
         gradients: Sequence = op.backward(saved, *grads, wanted=wanted)
     else:

@@ -92,11 +92,22 @@ def _ticket_of_stream(device: torch.device, stream: int) -> torch.Tensor:
     return torch.zeros((), dtype=torch.int32, device=device)
 
 
+def nothing_listens() -> bool:
+    """Whether no mode, transform of torch.func, tracer or profiler takes part in ops now."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
 def scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A 0-d tensor of a number that changes from call to call, without compiling anew for each."""
     if torch.compiler.is_compiling():  # only arithmetic keeps a Python float symbolic there
         return torch.ones((), dtype=dtype, device=device) * value
-    if not torch._C._len_torch_dispatch_stack():  # no fake tensors now
+    if nothing_listens():  # else it might be fake, or a transform's own
         if device.type == "cpu":
             return _kept_scalar(float(value), dtype, device, 0)
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():

@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._library import _C, LIBRARY, _cuda, kernels, reduction_scratch
+from ._library import _C, LIBRARY, _cuda, kernels, nothing_listens, reduction_scratch
 from ._record import Layout
 
 InputsT = TypeVar("InputsT", bound=NamedTuple)
@@ -268,16 +268,11 @@ class Op(Generic[InputsT, OutputsT]):
 def are_plain(tensors: Sequence) -> bool:
     """Whether torch's dispatcher would do nothing but call the kernel: it takes 5 of 15 us.
 
-    It has more to do in a mode (of fake tensors, of a tracer, of a profiler), in a transform of
-    torch.func, for a subclass of Tensor, and for a tensor whose sign is still to be applied.
+    It has more to do where something listens to it, for a subclass of Tensor, and for a tensor
+    whose sign is still to be applied. A kernel that someone else registers for an operator of
+    fastpg serves torch.ops and torch.compile, not the public functions in eager mode.
     """
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    ):
+    if not nothing_listens():
         return False
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.is_neg()):

@@ -21,9 +21,17 @@ struct HasFields : std::false_type {};
 template <typename T>
 struct HasFields<T, std::void_t<decltype(std::declval<T&>().fields())>> : std::true_type {};
 
-// Stands for the memory of an empty tensor, which has none: it is there, though never read.
-inline void* empty_tensor() {
+// Stands for the memory of an empty tensor, which has none: it is there, though never read. A
+// tensor with elements has memory, unless it is one of torch's internal ones, or its storage was
+// resized.
+inline void* memory_of_empty(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("numel");
   static char byte;
+  PyObject* count = PyErr_Occurred() ? nullptr : PyObject_CallMethodNoArgs(tensor, name);
+  if (count == nullptr) return nullptr;
+  if (PyLong_AsLongLong(count) > 0)
+    PyErr_SetString(PyExc_RuntimeError, "fastpg: a tensor with elements has no memory");
+  Py_DECREF(count);
   return &byte;
 }
 
@@ -45,7 +53,9 @@ class FieldReader {
     if constexpr (HasFields<T>::value) {
       std::apply([this](auto&... inner) { (read(inner), ...); }, field.fields());
     } else if constexpr (std::is_same_v<T, Strided>) {
-      field.data = address(*next_++);
+      PyObject* tensor = *next_++;
+      field.data = address(tensor);
+      if (field.data == nullptr) field.data = memory_of_empty(tensor);
     } else if constexpr (std::is_same_v<T, Stream>) {
       field = static_cast<T>(PyLong_AsVoidPtr(*next_++));
     } else if constexpr (std::is_pointer_v<T>) {
@@ -54,8 +64,9 @@ class FieldReader {
       field = nullptr;
       if (tensor == Py_None) return;
       if constexpr (std::is_const_v<Element>) {
-        field = static_cast<T>(address(contiguous(tensor)));
-        if (field == nullptr) field = static_cast<T>(empty_tensor());
+        PyObject* const adjacent = contiguous(tensor);
+        field = static_cast<T>(address(adjacent));
+        if (field == nullptr) field = static_cast<T>(memory_of_empty(adjacent));
       } else {
         field = static_cast<T>(address(tensor));
       }

@@ -27,6 +27,12 @@ void add(double* total, const double* part) {
       larger(total[ImportanceStats::ratio_max], part[ImportanceStats::ratio_max]);
 }
 
+// A NaN ratio must show: minima and maxima skip it, but the sum of positive ratios does not.
+void show_nan(double* total) {
+  const double sum = total[ImportanceStats::ratio];
+  if (sum != sum) total[ImportanceStats::ratio_min] = total[ImportanceStats::ratio_max] = sum;
+}
+
 void clear(double* total) {
   for (int i = 0; i < ImportanceStats::kFields; ++i) total[i] = 0;
   total[ImportanceStats::ratio_min] = infinity<double>(),
@@ -102,6 +108,7 @@ void run(const ImportanceWeightsArguments& in) {
   }
   clear(in.stats->x);
   for (size_t i = 0; i < parts.size(); i += ImportanceStats::kFields) add(in.stats->x, &parts[i]);
+  show_nan(in.stats->x);
 }
 
 void importance_weights(const ImportanceWeightsArguments& in) {

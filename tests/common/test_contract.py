@@ -1,5 +1,6 @@
 """What every public op promises, asked of every op by the examples of the benchmarks."""
 
+import contextlib
 import importlib
 import re
 
@@ -124,6 +125,24 @@ def test_a_gradient_can_be_read_but_a_penalty_on_it_raises(example, checkpointed
 
 
 @with_gradient
+def test_memory_exchanged_before_backward_raises(example):
+    """By x.data = y, as ZeRO does: a kernel would read beyond it."""
+    if not has_operators(example):
+        pytest.skip("torch's own ops look at what they saved")
+    leaves = example.leaves()
+    shapes = [x.shape for x in leaves.values()]
+    total = sum(x.sum() for x in example.call(**leaves) if x.requires_grad)
+    for leaf in leaves.values():
+        leaf.data = torch.cat([leaf.data, leaf.data])
+    try:
+        got = torch.autograd.grad(total, list(leaves.values()))
+    except RuntimeError as error:
+        assert re.match(rf"{example.op}: a tensor that was saved for backward was", str(error))
+    else:  # it saved nothing of its inputs
+        assert [x.shape for x in got] == shapes
+
+
+@with_gradient
 def test_statistics_have_no_gradient(example):
     results = example.function(**example.arguments | example.leaves())
     records = results if type(results) is tuple else (results,)
@@ -141,6 +160,20 @@ def test_vmap_raises(example):
     batch = torch.stack([example.arguments[name]] * 2)
     with pytest.raises(RuntimeError, match="vmap"):
         torch.vmap(lambda x: tuple(example.call(**{name: x})))(batch)
+
+
+@every_example
+def test_a_refused_transform_leaves_nothing_behind(example):
+    """What it made must not be found by a later call: the same temperature, for instance."""
+    before = example.call()
+    name = (*example.differentiable, *example.arguments)[0]
+
+    def total(x):
+        return sum(result.sum() for result in example.call(**{name: x}))
+
+    with contextlib.suppress(RuntimeError):
+        torch.func.grad(total)(example.arguments[name].clone())
+    assert all(torch.equal(a, b) for a, b in zip(before, example.call(), strict=True))
 
 
 @every_example

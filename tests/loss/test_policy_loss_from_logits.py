@@ -277,6 +277,14 @@ def test_without_a_gradient_nothing_is_written():
         assert torch.equal(loss, want[0]) and torch.equal(stats.values, want[1])
 
 
+def test_logits_that_want_no_gradient_stay_in_a_dual_level():
+    logits, labels, tokens = sample((4,), 50)
+    before = logits.clone()
+    with torch.autograd.forward_ad.dual_level():
+        policy_loss_from_logits(logits, labels, **tokens, **ROWS, inplace=True)
+    assert torch.equal(logits, before)
+
+
 def test_fp16_gradients_are_made_after_the_loss_is_scaled():
     """In forward they would underflow: 6e-8 is the least that fp16 holds."""
     logits, labels, tokens = sample((4,), 50, torch.float16)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from bench.inputs import logits_and_labels
 from fastpg import token_logprobs
@@ -78,12 +79,24 @@ def test_logits_that_want_no_gradient_stay(kernel):
     assert torch.equal(logits, before)
 
 
-def test_saved_tensors_may_be_packed(kernel):
-    """As activation offloading does: the gradient then lies over what was unpacked."""
-    logits, labels = logits_and_labels((3, 2), 150)
-    with saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
-        packed = gradient(logits, labels, inplace=True)
-    assert torch.equal(packed, gradient(logits, labels, inplace=False))
+def squares_and_logprobs(source, labels, inplace):
+    logits = source * 1
+    return logits.square().sum() + token_logprobs(logits, labels, inplace_backward=inplace).sum()
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "identity hooks", "copying hooks"])
+def test_logits_stay_where_torch_cannot_tell_who_needs_them(where):
+    source, labels = logits_and_labels((3, 2), 50)
+    source.requires_grad_()
+    if where == "checkpoint":
+        loss = checkpoint(squares_and_logprobs, source, labels, True, use_reentrant=False)
+    else:
+        pack = torch.clone if where == "copying hooks" else lambda x: x
+        with saved_tensors_hooks(pack, lambda x: x):
+            loss = squares_and_logprobs(source, labels, True)
+    ours = torch.autograd.grad(loss, source)[0]
+    expected = torch.autograd.grad(squares_and_logprobs(source, labels, False), source)[0]
+    assert torch.equal(ours, expected)
 
 
 def test_compile():
@@ -96,6 +109,10 @@ def test_compile():
 LEAF = torch.zeros(2, 6, requires_grad=True)
 BAD = [
     (LEAF, "inplace_backward=True would overwrite logits that are a leaf of the graph"),
+    (
+        torch.zeros(2, 6).view(2, 6).requires_grad_(),
+        "inplace_backward=True would overwrite logits that are a leaf of the graph",
+    ),
     (LEAF.view(2, 6), "inplace_backward=True would overwrite logits that are a leaf of the graph"),
     (
         (LEAF * 1)[:, ::2],
@@ -108,7 +125,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("logits", "message"), BAD, ids=["leaf", "view", "strided", "expanded"])
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    BAD,
+    ids=["leaf", "leaf that is a view", "view of a leaf", "strided", "expanded"],
+)
 def test_logits_that_cannot_be_overwritten_raise(logits, message):
     with pytest.raises(ValueError, match=f"^token_logprobs: {message}"):
         token_logprobs(logits, torch.tensor([0, 1]), inplace_backward=True)

@@ -6,6 +6,7 @@ value that it saw.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from numbers import Real
 from typing import Any, TypeVar, overload
@@ -37,6 +38,14 @@ def check_number(op: str, name: str, value: object) -> None:
     # NumPy's scalars are found by the slower second question.
     if not isinstance(value, (float, int)) and not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def integer(op: str, name: str, value: object) -> int:
+    """The value as an int: NumPy's integers are some too."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # what it refuses, it raises about
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}") from None
 
 
 def check_choice(op: str, name: str, value: object, known: Collection[str]) -> None:
@@ -283,6 +292,8 @@ def label_temperature(
     if not isinstance(temperature, Tensor):
         return scalar(positive(op, "temperature", temperature, dtype), dtype, labels.device)
     check_device(op, "temperature", temperature, labels)
+    if temperature.is_complex():
+        raise TypeError(f"{op}: temperature must be real, got {temperature.dtype}")
     # Only expand knows which shapes broadcast, so its refusal is what the message is made of.
     try:
         return temperature.detach().to(dtype).expand(labels.shape)

@@ -22,7 +22,7 @@ from ..._op import Op
 from ..common.checks import alike, cast, check_shape, check_tensors
 from ..common.stats import PolicyStats
 from ..vocabulary import token_logprobs as rows_page
-from ..vocabulary.logit_rows import RowSizes, RowsOp, check_overwritable
+from ..vocabulary.logit_rows import RowSizes, RowsOp, may_overwrite
 from . import policy_loss as tokens_page
 from .policy_loss import as_traced, policy_loss
 from .surrogates import (
@@ -322,8 +322,9 @@ def policy_loss_from_logits(
         kl: "k3", "k3_naive" or "k2", as in policy_loss.
         entropy_coef: Any finite number, which multiplies the entropy of the rows.
         inplace: Whether the gradient may overwrite the logits, which must be contiguous and no leaf
-            of the graph; nothing else may use them then. In torch.compile, whose own matter this
-            is, and where no gradient is wanted, they stay.
+            of the graph; nothing else may use them then. They stay where no gradient is wanted, in
+            torch.compile, whose own matter this is, and in a checkpoint or under other hooks of
+            saved tensors.
 
     Returns:
         (loss, stats): a scalar, fp32, or fp64 for fp64 logits; and `PolicyStats`.
@@ -379,9 +380,7 @@ def policy_loss_from_logits(
             kl=kl,
             entropy_coef=entropy_coef,
         )
-    inplace = inplace and not torch.compiler.is_compiling()
-    if inplace:
-        check_overwritable(OP, "inplace", logits)
+    inplace = inplace and may_overwrite(OP, "inplace", logits)
     options, traced = as_traced(options, logits.device)
     inputs = Inputs(rows, rows.logits, tokens, surrogate, kl, options, traced)
     loss, stats = _policy_loss_from_logits(Call(logits, inplace, inputs))

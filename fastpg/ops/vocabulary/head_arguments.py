@@ -17,6 +17,7 @@ from ..common.checks import (
     check_temperature,
     check_tensor,
     compute_dtype,
+    integer,
     label_temperature,
     positive,
 )
@@ -171,9 +172,7 @@ def head_inputs(
     check_tensor(op, "labels", labels)
     head = as_head(op, hidden, weight, bias)
     check_head(op, head, labels, group)
-    if not isinstance(ignore_index, int):
-        kind = type(ignore_index).__name__
-        raise TypeError(f"{op}: ignore_index must be an integer, got {kind}")
+    ignore_index = integer(op, "ignore_index", ignore_index)
     dtype = compute_dtype(op, hidden=head.hidden[0])
     scale = positive(op, "logit_scale", logit_scale, dtype)
     t = scaled_temperature(op, temperature, scale, labels, ignore_index, dtype)

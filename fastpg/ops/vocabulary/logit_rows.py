@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..._library import DTYPE_CODE
@@ -70,17 +71,31 @@ def _leading_axes_are_one(logits: Tensor) -> bool:
     return True
 
 
-def check_overwritable(op: str, argument: str, logits: Tensor) -> None:
-    """The gradient may lie where the logits lie, as an argument of this name asks for."""
+def may_overwrite(op: str, argument: str, logits: Tensor) -> bool:
+    """Whether the gradient goes over the logits, where an argument of this name is True.
+
+    It does not where no gradient is wanted, nor in torch.compile, whose own matter this is, nor
+    under hooks of saved tensors, as in a checkpoint: there torch does not notice who else needs
+    the logits.
+
+    Raises:
+        ValueError: The logits are a leaf of the graph, or not contiguous.
+    """
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    if not wanted or torch.compiler.is_compiling():
+        return False
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return False
     # A view of a leaf is as much in use as the leaf: the optimiser reads it later.
     base = logits if logits._base is None else logits._base
-    if base.is_leaf and base.requires_grad:
+    if logits.is_leaf or (base.is_leaf and base.requires_grad):
         raise ValueError(
             f"{op}: {argument}=True would overwrite logits that are a leaf of the graph"
         )
     if not logits.is_contiguous():
         shape, strides = tuple(logits.shape), logits.stride()
         raise ValueError(f"{op}: {argument}=True needs contiguous logits, got {shape} by {strides}")
+    return True
 
 
 class RowsOp(Op):

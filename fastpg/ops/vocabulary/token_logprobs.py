@@ -29,10 +29,11 @@ from ..common.checks import (
     check_labels,
     check_tensors,
     compute_dtype,
+    integer,
     label_temperature,
     positive,
 )
-from .logit_rows import RowSizes, RowsOp, check_overwritable, row_sizes
+from .logit_rows import RowSizes, RowsOp, may_overwrite, row_sizes
 from .shards import NEVER, Shard, Statistics, finite_max, label_logit, over_all_ranks
 
 OP = "token_logprobs"
@@ -336,8 +337,8 @@ def checked_inputs(
         labels=labels if labels.dtype is torch.int64 else labels.long(),
         temperature=label_temperature(OP, temperature, dtype, labels),
         softcap=0.0 if softcap is None else positive(OP, "softcap", softcap, dtype),
-        ignore_index=ignore_index,
-        with_entropy=with_entropy,
+        ignore_index=integer(OP, "ignore_index", ignore_index),
+        with_entropy=bool(with_entropy),
     )
 
 
@@ -403,8 +404,9 @@ def token_logprobs(
             rank gets the same results, and the gradient of its shard.
         inplace_backward: Whether backward may write the gradient over the logits, which then must
             be contiguous and no leaf of the graph: half the memory. Whatever else needs their
-            values in a later backward raises, a second backward through this op too. In
-            torch.compile, whose own matter this is, and where no gradient is wanted, they stay.
+            values in a later backward raises, a second backward through this op too. They stay
+            where no gradient is wanted, in torch.compile, whose own matter this is, and in a
+            checkpoint or under other hooks of saved tensors.
         support: A pair (token_ids, offsets), the tokens that a sampler kept in each row, flat and
             in the CSR form: row n keeps token_ids[offsets[n]:offsets[n + 1]], integers that rise.
             The softmax is then over what is kept, and nothing else is read. A label outside its set
@@ -448,9 +450,7 @@ def token_logprobs(
             raise ValueError(f"{OP}: inplace_backward must be False with support, got True")
         results = token_support.logprobs(inputs, support, process_group)
         return results if return_entropy else results[0]
-    inplace = inplace_backward and not torch.compiler.is_compiling()
-    if inplace and torch.is_grad_enabled() and logits.requires_grad:
-        check_overwritable(OP, "inplace_backward", logits)
+    inplace = inplace_backward and may_overwrite(OP, "inplace_backward", logits)
     if process_group is None:
         of_rows = _token_logprobs_inplace if inplace else _token_logprobs
         results = of_rows(inputs)

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastpg.ops.common.checks import alike
+from fastpg.ops.common.checks import alike, segments
 
 
 def test_any_fp64_tensor_makes_all_of_them_fp64():
@@ -18,3 +18,9 @@ def test_half_precision_is_computed_in_fp32():
         for tensors in ((x, x), (x, torch.ones(2))):
             first, second = alike("op", first=tensors[0], second=tensors[1])
             assert first.dtype is second.dtype is torch.float32
+
+
+def test_a_token_belongs_to_the_sequence_that_begins_with_it():
+    """An empty sequence has none."""
+    cu_seqlens = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    assert segments(cu_seqlens, torch.empty(5)).tolist() == [0, 0, 2, 2, 2]

@@ -95,3 +95,11 @@ def test_two_processes_equal_one(tmp_path):
     for i in (0, 1):
         one = merge_stats([stats_of(seed)[i] for seed in (0, 1, 2)])
         assert ranks[0][i] == pytest.approx(one, rel=1e-12)
+
+
+def test_a_mean_of_0_is_reported_where_its_term_was_computed():
+    """A policy that still is its reference has a KL of exactly 0 to it."""
+    logp, ones = torch.tensor([-1.0, -2.0]), torch.ones(2)
+    _, stats = policy_loss(logp, ones, ones, ref_logp=logp, kl_coef=0.1)
+    merged = merge_stats([stats])
+    assert merged["ref_kl"] == 0.0 and "entropy" not in merged

@@ -138,7 +138,7 @@ MUTANTS = [
         CHECKS,
         "positions, right=True)",
         "positions)",
-        ("tests/credit/test_token_rewards.py::test_packed_equals_padded", *ON_REFERENCE),
+        ("tests/common/test_checks.py",),
     ),
     Mutant(
         "a-masked-token-is-the-last",

@@ -19,12 +19,8 @@ from ..common.triton import BLOCK as TOKENS
 from ..common.triton import OPTIONS, blocks_of, jit, load_kept
 from ..vocabulary import token_logprobs_triton
 from ..vocabulary.row_gradient_triton import write_gradient
-from ..vocabulary.rows_triton import (
-    inverse_temperature,
-    read_row,
-    record_label,
-    row_offset,
-)
+from ..vocabulary.row_results_triton import read_row
+from ..vocabulary.rows_triton import inverse_temperature, record_label, row_offset
 from ..vocabulary.token_logprobs_triton import Tiles
 from .policy_loss_from_logits import (
     OP,

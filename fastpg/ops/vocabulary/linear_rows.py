@@ -110,8 +110,9 @@ def reference(x: Inputs) -> Outputs:
 def reference_part(x: Inputs) -> PartOutputs:
     """The statistics of rows over a part of the vocabulary, where a label may be elsewhere."""
     logits = logits_of(x)
-    placeholders = torch.where(x.labels == x.ignore_index, x.ignore_index, 0)
-    _, entropy, stats = page.reference(rows_of(x, logits, placeholders))
+    # Where the label is elsewhere, any other stands in for it: its log-prob is not used.
+    here = (x.labels >= 0) & (x.labels < logits.shape[-1]) | (x.labels == x.ignore_index)
+    _, entropy, stats = page.reference(rows_of(x, logits, torch.where(here, x.labels, 0)))
     found = label_logit(logits, x.labels, stats.dtype, x.softcap)
     return PartOutputs(found, stats[0].clone(), stats[1].clone(), entropy)
 

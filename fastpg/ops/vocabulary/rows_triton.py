@@ -1,4 +1,5 @@
-"""A row of logits in Triton: its statistics. `row_gradient_triton` has its gradient.
+"""A row of logits in Triton: its statistics by lanes. `row_results_triton` has what they come to,
+and `row_gradient_triton` the gradient.
 
 The maths is that of csrc/vocabulary/online_softmax.h: z = c / T with c the logits after softcap,
 exponentials in units of log2, a row as (max c, sum of e^d, sum of e^d d). A lane keeps the
@@ -15,8 +16,6 @@ import math
 
 import triton
 import triton.language as tl
-
-from ..common.triton import load_kept
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -252,55 +251,3 @@ def record_label(flag, row, label):
     if tl.atomic_add(flag, 1, sem="relaxed") == 0:
         tl.store(flag + 1, row)
         tl.store(flag + 2, label)
-
-
-@triton.jit
-def read_row(
-    x,
-    label,
-    here,
-    legal,
-    length,
-    softcap,
-    inv_temperature,
-    ENTROPY: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    VECTORS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVICTION: tl.constexpr,
-):
-    """Reads a row of `length` logits.
-
-    Returns the label's logit after softcap, the label's log-prob, the maximum of the row, its log
-    sum and its entropy. The label's logit is read where `here`; without `legal` the row is NaN.
-    """
-    scale = inv_temperature * LOG2E
-    c_label = capped(load_kept(x, label, here), softcap, SOFTCAP)
-    TILE: tl.constexpr = VECTORS * VECTOR * LANES
-    top = tl.full([LANES], -INFINITY, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    weighted = tl.zeros([LANES], tl.float32)
-    whole = length // TILE * TILE
-    for start in tl.range(0, whole, TILE, num_stages=STAGES):
-        parts = load_tile(
-            x + start, None, softcap, SOFTCAP, ALIGNED, VECTORS, LANES, VECTOR, EVICTION
-        )
-        top, total, weighted = add_tile(top, total, weighted, parts, scale, ENTROPY)
-    for start in range(whole, length, TILE):  # one tile that is not full, or none
-        parts = load_tile(
-            x + start, length - start, softcap, SOFTCAP, ALIGNED, VECTORS, LANES, VECTOR, EVICTION
-        )
-        top, total, weighted = add_tile(top, total, weighted, parts, scale, ENTROPY)
-    row_top, total_sum, weighted_sum = merge_lanes(top, total, weighted, scale, LANES, ENTROPY)
-    log_sum = tl.log(tl.where(total_sum == 0, 1.0, total_sum))
-    log_sum = tl.where(legal, log_sum, float("nan"))  # spoils the gradient of the row too
-    value = (c_label - finite_max(row_top)) * inv_temperature - log_sum
-    h = 0.0
-    if ENTROPY:
-        h = log_sum - tl.div_rn(weighted_sum * LN2, total_sum)
-        h = tl.where(h < 0, 0.0, h)  # rounding must not make it negative
-        h = tl.where(total_sum != 0, h, 0.0)
-    return c_label, value, row_top, log_sum, h

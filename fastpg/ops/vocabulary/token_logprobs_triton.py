@@ -14,13 +14,8 @@ from ..._flags import label_flag
 from ..common.triton import jit, load_kept
 from .logit_rows import addressable
 from .row_gradient_triton import write_gradient
-from .rows_triton import (
-    capped,
-    inverse_temperature,
-    read_row,
-    record_label,
-    row_offset,
-)
+from .row_results_triton import read_row
+from .rows_triton import capped, inverse_temperature, record_label, row_offset
 from .token_logprobs import (
     OP,
     BackwardInputs,

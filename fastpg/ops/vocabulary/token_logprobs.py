@@ -16,6 +16,7 @@ writes their gradient.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -34,7 +35,7 @@ from ..common.checks import (
     positive,
 )
 from .logit_rows import RowSizes, RowsOp, may_overwrite, row_sizes
-from .shards import NEVER, Shard, Statistics, finite_max, label_logit, over_all_ranks
+from .shards import finite_max
 
 OP = "token_logprobs"
 
@@ -233,13 +234,15 @@ def _backward_inputs(
     return BackwardInputs(x.inputs, grad_logp, grad_entropy, x.entropy, x.stats)
 
 
-def _backward(x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None = None) -> Gradient:
+def backward(x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None = None) -> Gradient:
+    """The gradient of the logits."""
     return token_logprobs_backward_op(_backward_inputs(x, grad_logp, grad_entropy))
 
 
-def _backward_inplace(
+def backward_inplace(
     x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None = None
 ) -> Gradient:
+    """The same, over the logits."""
     # torch counts that the logits are written to: whoever saved them and needs them later raises,
     # and so does a second backward through here.
     out = x.inputs.logits.detach()
@@ -248,72 +251,11 @@ def _backward_inplace(
     return Gradient(out)
 
 
-_token_logprobs = Differentiable(
-    OP,
-    inputs=Inputs,
-    saved=Saved,
-    differentiable=("logits",),
-    forward=_forward,
-    backward=_backward,
+differentiable = partial(
+    Differentiable, OP, inputs=Inputs, saved=Saved, differentiable=("logits",), forward=_forward
 )
-_token_logprobs_inplace = Differentiable(
-    OP,
-    inputs=Inputs,
-    saved=Saved,
-    differentiable=("logits",),
-    forward=_forward,
-    backward=_backward_inplace,
-)
-
-
-class ShardInputs(NamedTuple):
-    """The fields of Inputs, with the logits of this rank's shard, and the group."""
-
-    logits: Tensor  # [..., V_rank]
-    labels: Tensor  # of the whole vocabulary
-    temperature: Tensor
-    softcap: float
-    ignore_index: int
-    with_entropy: bool
-    group: dist.ProcessGroup
-
-
-def _forward_of_shard(x: ShardInputs) -> tuple[tuple[Tensor, ...], Saved]:
-    """The results for whole rows. To backward this shard is a row of its own."""
-
-    def inputs(labels: Tensor) -> Inputs:
-        return Inputs(x.logits, labels, x.temperature, x.softcap, NEVER, x.with_entropy)
-
-    def statistics(labels: Tensor) -> Statistics:
-        # Where the label is on another rank, any other stands in for it: its log-prob is not used.
-        here = (labels == NEVER) | ((labels >= 0) & (labels < x.logits.shape[-1]))
-        part = token_logprobs_op(inputs(torch.where(here, labels, 0)))
-        found = label_logit(x.logits, labels, x.temperature.dtype, x.softcap)
-        entropy = part.entropy if x.with_entropy else None
-        return Statistics(found, part.stats[0], part.stats[1], entropy)
-
-    shard = Shard(OP, x.group, x.logits.shape[-1], x.labels, x.temperature, x.ignore_index)
-    whole, local = over_all_ranks(shard, statistics)
-    saved = Saved(inputs(local), whole.entropy, whole.stats)
-    return ((whole.logp,) if whole.entropy is None else (whole.logp, whole.entropy)), saved
-
-
-_token_logprobs_of_shard = Differentiable(
-    OP,
-    inputs=ShardInputs,
-    saved=Saved,
-    differentiable=("logits",),
-    forward=_forward_of_shard,
-    backward=_backward,
-)
-_token_logprobs_of_shard_inplace = Differentiable(
-    OP,
-    inputs=ShardInputs,
-    saved=Saved,
-    differentiable=("logits",),
-    forward=_forward_of_shard,
-    backward=_backward_inplace,
-)
+_token_logprobs = differentiable(backward=backward)
+_token_logprobs_inplace = differentiable(backward=backward_inplace)
 
 
 def checked_inputs(
@@ -443,18 +385,16 @@ def token_logprobs(
         with_entropy=return_entropy,
         group=process_group,
     )
-    if support is not None:
-        from . import token_support  # it is made of this page
-
-        if inplace_backward:
-            raise ValueError(f"{OP}: inplace_backward must be False with support, got True")
-        results = token_support.logprobs(inputs, support, process_group)
-        return results if return_entropy else results[0]
     inplace = inplace_backward and may_overwrite(OP, "inplace_backward", logits)
-    if process_group is None:
-        of_rows = _token_logprobs_inplace if inplace else _token_logprobs
-        results = of_rows(inputs)
+    results: tuple[Tensor, ...]
+    if support is not None:
+        from .token_support import logprobs  # it is made of this page
+
+        results = logprobs(inputs, support, process_group, inplace=inplace_backward)
+    elif process_group is not None:
+        from .logit_shards import logprobs_of_shard  # and so is it
+
+        results = logprobs_of_shard(inputs, process_group, inplace=inplace)
     else:
-        of_shard = _token_logprobs_of_shard_inplace if inplace else _token_logprobs_of_shard
-        results = of_shard(ShardInputs(*inputs, process_group))
+        results = _token_logprobs_inplace(inputs) if inplace else _token_logprobs(inputs)
     return results if return_entropy else results[0]

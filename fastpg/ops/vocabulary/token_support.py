@@ -210,8 +210,12 @@ _token_support = Differentiable(
 )
 
 
-def logprobs(x: page.Inputs, support: object, group: object) -> tuple[Tensor, Tensor]:
+def logprobs(
+    x: page.Inputs, support: object, group: object, *, inplace: bool
+) -> tuple[Tensor, Tensor]:
     """The log-prob and the entropy of each row over its kept set, in the shape of the labels."""
+    if inplace:
+        raise ValueError(f"{OP}: inplace_backward must be False with support, got True")
     shape, t = x.labels.shape, x.temperature
     sets = checked_support(OP, support, x.labels, group)
     logp, entropy = _token_support(

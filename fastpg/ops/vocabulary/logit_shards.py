@@ -1,0 +1,76 @@
+"""token_logprobs of logits whose vocabulary is in shards, one on each rank of a group."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..._autograd import Differentiable
+from .shards import NEVER, Shard, Statistics, label_logit, over_all_ranks
+from .token_logprobs import (
+    OP,
+    Inputs,
+    Saved,
+    backward,
+    backward_inplace,
+    token_logprobs_op,
+)
+
+
+class ShardInputs(NamedTuple):
+    """The fields of Inputs, with the logits of this rank's shard, and the group."""
+
+    logits: Tensor  # [..., V_rank]
+    labels: Tensor  # of the whole vocabulary
+    temperature: Tensor
+    softcap: float
+    ignore_index: int
+    with_entropy: bool
+    group: dist.ProcessGroup
+
+
+def _forward_of_shard(x: ShardInputs) -> tuple[tuple[Tensor, ...], Saved]:
+    """The results for whole rows. To backward this shard is a row of its own."""
+
+    def inputs(labels: Tensor) -> Inputs:
+        return Inputs(x.logits, labels, x.temperature, x.softcap, NEVER, x.with_entropy)
+
+    def statistics(labels: Tensor) -> Statistics:
+        # Where the label is on another rank, any other stands in for it: its log-prob is not used.
+        here = (labels == NEVER) | ((labels >= 0) & (labels < x.logits.shape[-1]))
+        part = token_logprobs_op(inputs(torch.where(here, labels, 0)))
+        found = label_logit(x.logits, labels, x.temperature.dtype, x.softcap)
+        entropy = part.entropy if x.with_entropy else None
+        return Statistics(found, part.stats[0], part.stats[1], entropy)
+
+    shard = Shard(OP, x.group, x.logits.shape[-1], x.labels, x.temperature, x.ignore_index)
+    whole, local = over_all_ranks(shard, statistics)
+    saved = Saved(inputs(local), whole.entropy, whole.stats)
+    return ((whole.logp,) if whole.entropy is None else (whole.logp, whole.entropy)), saved
+
+
+_token_logprobs_of_shard = Differentiable(
+    OP,
+    inputs=ShardInputs,
+    saved=Saved,
+    differentiable=("logits",),
+    forward=_forward_of_shard,
+    backward=backward,
+)
+_token_logprobs_of_shard_inplace = Differentiable(
+    OP,
+    inputs=ShardInputs,
+    saved=Saved,
+    differentiable=("logits",),
+    forward=_forward_of_shard,
+    backward=backward_inplace,
+)
+
+
+def logprobs_of_shard(x: Inputs, group: dist.ProcessGroup, *, inplace: bool) -> tuple[Tensor, ...]:
+    """(logp,), or (logp, entropy), from this rank's shard of the logits; a collective call."""
+    of_shard = _token_logprobs_of_shard_inplace if inplace else _token_logprobs_of_shard
+    return of_shard(ShardInputs(*x, group))

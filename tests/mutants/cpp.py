@@ -133,8 +133,8 @@ MUTANTS = [
     Mutant(
         "an-entropy-below-0",
         SOFTMAX,
-        "return value < T(0) ? T(0) : value;",
-        "return value;",
+        "const U not_below_zero = entropy < U(0) ? U(0) : entropy;",
+        "const U not_below_zero = entropy;",
         LOGPROBS_TESTS,
     ),
     Mutant(

@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant(
         "a-long-sequence-has-the-ratio-of-its-beginning",
         POLICY_LOSS,
-        "    sums.x[1] += kept;\n",
-        "    sums.x[1] += kept;\n    break;\n",
+        "    own.x[1] += kept;\n",
+        "    own.x[1] += kept;\n    break;\n",
         POLICY_TESTS,
     ),
     Mutant(

@@ -186,15 +186,15 @@ MUTANTS = [
     Mutant(
         "shards-are-merged-at-temperature-1",
         SHARDS,
-        "(parts.top - finite_max(top)) / temperature\n",
-        "(parts.top - finite_max(top))\n",
+        "finite_max(top).double()) / temperature.double()\n",
+        "finite_max(top).double())\n",
         ("tests/vocabulary/test_vocab_parallel.py",),
     ),
     Mutant(
         "an-empty-share-of-a-shard-is-nan",
         SHARDS,
-        "torch.where(share == 0, 0.0, share * (parts.entropy - log_share))",
-        "share * (parts.entropy - log_share)",
+        "torch.where(share == 0, 0.0, share * (parts.entropy.double() - log_share))",
+        "share * (parts.entropy.double() - log_share)",
         ("tests/vocabulary/test_vocab_parallel.py",),
     ),
     Mutant(
@@ -329,9 +329,9 @@ MUTANTS = [
     ),
     Mutant(
         "overwritten-logits-do-not-raise",
-        FROM_LOGITS,
-        "        torch.autograd.graph.increment_version(logits)  #",
-        "        pass  #",
+        OP,
+        "            torch.autograd.graph.increment_version(flatten(x)[place])",
+        "            pass",
         (
             "tests/loss/test_policy_loss_from_logits.py"
             "::test_who_saved_the_logits_raises_once_they_are_overwritten",

@@ -140,13 +140,13 @@ class Op(Generic[InputsT, OutputsT]):
     def attach(self, device: str, label: str, kernel: Callable[[InputsT], OutputsT]) -> None:
         """Makes a function the kernel of "CPU" or "CUDA"; kernels_of() shows it by its label."""
         if self.mutates is not None:
-            kernel = self.counting(kernel)
+            kernel = self.marking_as_changed(kernel)
         LIBRARY.impl(self.name, self.flat(kernel), device)
         kernels[self.name][device] = label
         if not self.inputs.has_lists:  # a list is left to torch's dispatcher
             self.kernels[device.lower()] = kernel
 
-    def counting(self, kernel: Callable[[InputsT], OutputsT]) -> Callable[[InputsT], OutputsT]:
+    def marking_as_changed(self, kernel: Callable[[InputsT], OutputsT]) -> Callable[[InputsT], OutputsT]:
         """The kernel, with the tensor that it writes to marked as changed.
 
         torch counts what its own ops write: whoever saved the tensor for backward then raises.
@@ -176,17 +176,17 @@ class Op(Generic[InputsT, OutputsT]):
         def kernel(x: InputsT) -> OutputsT:
             outputs = allocate(x)
             values = flatten(x)
-            device_of = values[0]
+            first = values[0]
             if codes:
                 values = list(values)
                 for place, table in codes.items():
                     values[place] = table[values[place]]
             scratch: tuple = no_scratch  # it lives until the launch is made
             if on_gpu and statistics:
-                scratch = reduction_scratch(device_of, statistics)
+                scratch = reduction_scratch(first, statistics)
             elif on_gpu and scratch_of is not None:
                 scratch = scratch_of(x)
-            stream = current_stream(device_of) if on_gpu else 0
+            stream = current_stream(first) if on_gpu else 0
             function(*sizes(x), *values, *outputs, *scratch, stream)
             return outputs
 

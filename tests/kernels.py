@@ -71,7 +71,7 @@ def run_with(monkeypatch, kind, page_name, cache):
 def use(monkeypatch, op, kernel):
     """Makes a function from record to record the kernel of an op on every device."""
     if op.mutates is not None:
-        kernel = op.counting(kernel)
+        kernel = op.marking_as_changed(kernel)
     monkeypatch.setattr(op, "overload", op.flat(kernel))
     monkeypatch.setattr(op, "kernels", {})
 

@@ -47,6 +47,13 @@ class Worker:
         assert line, "the worker has ended; what it printed tells why"
         return line
 
+    def close(self) -> None:
+        """Ends the process, which waits for nothing else."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
     def time(self, name: str, direction: str) -> float:
         """Seconds of one call of an example."""
         assert self.process.stdin is not None
@@ -61,7 +68,7 @@ def workers() -> Iterator[tuple[Worker, Worker]]:
     pair = Worker(HERE.parent), Worker(Path(os.environ["FASTPG_BASE"]))
     yield pair
     for worker in pair:
-        worker.process.kill()
+        worker.close()
 
 
 @pytest.mark.parametrize(("name", "direction"), CASES)
@@ -77,5 +84,5 @@ def test_a_call_is_no_slower_than_before(name, direction, workers, benchmark):
     ratio = statistics.median(times[here][1:]) / statistics.median(times[base])
     benchmark.extra_info["ratio"] = ratio
     benchmark.extra_info["microseconds"] = statistics.median(times[here][1:]) * 1e6
-    print(f"{name}, {direction}: {ratio:.3f} of the time before")
+    print(f"\n{name}, {direction}: {ratio:.3f} of the time before")
     assert ratio <= ALLOWED

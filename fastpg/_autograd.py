@@ -10,6 +10,10 @@
         constants=(1,),                      # the places of the results that have no gradient
     )
 
+No op has a second derivative: a backward with create_graph=True raises. torch's once_differentiable
+would give a gradient that raises when it is differentiated, but torch.autograd.grad, which asks for
+the gradient of some tensors only, would go past it, and a penalty be dropped in silence.
+
 `Gradients` is a record of the gradients of the differentiable inputs in their order; None stands
 for no gradient. Saved tensors are kept as torch wants them kept, so that a change in place between
 forward and backward raises; and so does another shape or dtype, by x.data = y.
@@ -100,7 +104,10 @@ def _function(op: Differentiable[InputsT, SavedT]) -> type[torch.autograd.Functi
             if _are_none(grads):
                 return (None,) * len(ctx.needs_input_grad)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                return None, *_refusing_a_second(op, ctx, grads)
+                raise RuntimeError(
+                    f"{op.name}: its gradient is not differentiable, double backward is not "
+                    f"supported; call it without create_graph=True"
+                )
             return None, *_gradients(op, ctx, grads)
 
     return Function
@@ -164,19 +171,3 @@ def _gradients(op: Differentiable, ctx: Any, grads: tuple) -> list[Tensor | None
     if all(wanted):
         return list(gradients)
     return [x if want else None for x, want in zip(gradients, wanted, strict=True)]
-
-
-def _refusing_a_second(op: Differentiable, ctx: Any, grads: tuple) -> list[Tensor | None]:
-    """Gradients that raise when they are differentiated: no op has a second derivative.
-
-    torch's own once_differentiable refuses only where the incoming gradient requires one. That of a
-    plain loss does not, and a penalty on its gradient would be dropped in silence.
-    """
-    with torch.no_grad():
-        gradients = _gradients(op, ctx, grads)
-    leaves = [x if x is None else x.detach().requires_grad_() for x in gradients]
-    message = f"{op.name}: its gradient is not differentiable, double backward is not supported"
-    # torch takes None for a leaf, and returns a lone one without a tuple; its stub knows neither.
-    delay: Callable = torch._C._functions.DelayedError(message.encode(), len(leaves))
-    refusing = delay(*leaves)
-    return [refusing] if len(leaves) == 1 else refusing

@@ -146,7 +146,9 @@ class Op(Generic[InputsT, OutputsT]):
         if not self.inputs.has_lists:  # a list is left to torch's dispatcher
             self.kernels[device.lower()] = kernel
 
-    def marking_as_changed(self, kernel: Callable[[InputsT], OutputsT]) -> Callable[[InputsT], OutputsT]:
+    def marking_as_changed(
+        self, kernel: Callable[[InputsT], OutputsT]
+    ) -> Callable[[InputsT], OutputsT]:
         """The kernel, with the tensor that it writes to marked as changed.
 
         torch counts what its own ops write: whoever saved the tensor for backward then raises.

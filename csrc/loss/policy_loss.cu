@@ -44,7 +44,8 @@ __device__ void policy_four(const PolicyTokens<T>& in, int64_t first, int64_t le
   for (int i = 0; i < 4; ++i) {
     const T w = weight.x[i], x = logp.x[i];
     if (w == T(0)) continue;
-    const T d = in.old_logp ? log_ratio(x, old_logp.x[i]) : T(0);
+    const T own = x != x ? x : T(0);  // without old_logp the ratio is 1; that of a NaN must show
+    const T d = in.old_logp ? log_ratio(x, old_logp.x[i]) : own;
     const ExpExcess<T> e = exp_excess(d);
     const T ratio = in.ratio ? ratios.x[i] : e.exp;
     // The terms are the same for all threads: a branch costs less than a kernel for each of them.

@@ -33,6 +33,22 @@ void ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T* __restrict__ ratios
   part[PolicyStats::k1] = fold_sum(k1), part[PolicyStats::k3] = fold_sum(k3);
 }
 
+// Without old_logp the ratio is 1; that of a NaN must show.
+template <typename T>
+void own_ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T* __restrict__ ratios,
+                    double* part) {
+  T excess[kTokenLanes] = {};
+  for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
+    for (int64_t i = 0; i < kTokenLanes; ++i) {
+      const int64_t t = begin + i;
+      const T x = select(tokens.weight[t] != T(0), tokens.logp[t], T(0));
+      ratios[t] = select(x != x, x, T(1));
+      excess[i] += ratios[t] - T(1);
+    }
+  }
+  part[PolicyStats::k1] = part[PolicyStats::k3] = fold_sum(excess);
+}
+
 template <typename SurrogateOf, typename T>
 void surrogate_pass(const PolicyTokens<T>& tokens, int64_t n, const LossOptions& options,
                     const T* __restrict__ ratios, T* __restrict__ coefficient, double* part) {
@@ -118,10 +134,11 @@ void whole_block(const PolicyTokens<T>& tokens, int64_t n, const PolicyTerms& te
                  double* part) {
   const LossOptions options = options_of(terms);
   alignas(64) T ratios[kTokenBlock];
-  if (tokens.old_logp)
+  if (tokens.old_logp) {
     ratio_pass(tokens, n, ratios, part);
-  else
-    for (int64_t i = 0; i < n; ++i) ratios[i] = T(1);
+  } else {
+    own_ratio_pass(tokens, n, ratios, part);
+  }
   const auto add_surrogate = with_surrogate(
       terms.surrogate, [](auto surrogate) { return &surrogate_pass<decltype(surrogate), T>; });
   add_surrogate(tokens, n, options, tokens.ratio ? tokens.ratio : ratios, coefficient, part);

@@ -103,7 +103,8 @@ def test_every_kernel_agrees_with_the_reference(example, kind, monkeypatch, requ
 
 @with_gradient
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_gradient_can_be_read_but_a_penalty_on_it_raises(example, checkpointed):
+def test_a_gradient_that_is_to_be_differentiated_raises(example, checkpointed):
+    """A penalty on it would be dropped in silence where torch.autograd.grad is given inputs."""
     if not has_operators(example):
         pytest.skip("its gradient is torch's own, which can be differentiated")
     leaves = example.leaves()
@@ -116,12 +117,9 @@ def test_a_gradient_can_be_read_but_a_penalty_on_it_raises(example, checkpointed
         out = checkpoint(first_result, *inputs, use_reentrant=False)
     else:
         out = first_result(*inputs)
-    loss = out.sum()
-    retain = example.op != "policy_loss_from_logits"  # which allows one backward
-    grads = torch.autograd.grad(loss, inputs, create_graph=True, retain_graph=retain)
     message = f"{example.op}: its gradient is not differentiable, double backward"
     with pytest.raises(RuntimeError, match=message):
-        sum(grad.square().sum() for grad in grads).backward()
+        torch.autograd.grad(out.sum(), inputs, create_graph=True)
 
 
 @with_gradient
@@ -299,13 +297,17 @@ def test_an_op_takes_a_few_launches(example, monkeypatch, request):
         assert len(seen.names) <= example.backward_launches, seen.names
 
 
+# What kept sets are made of: README says so.
+PYTORCH_ON_A_GPU = {"sampled_product", "sparse_product"}
+
+
 def test_every_op_has_a_kernel_that_needs_no_toolkit():
     """CUDA C++ needs an nvcc; so every op that it serves has a kernel in Triton as well."""
     for op in OPS.values():
         if fastpg.kernels_of()[op.name]["CUDA"] in ("CUDA C++", "Triton"):
             module = importlib.import_module(f"{op.page}_triton")
             assert hasattr(module, op.name), op.name
-        else:
+        elif op.name not in PYTORCH_ON_A_GPU:
             assert fastpg.kernels_of()[op.name]["CUDA"] == "BLAS", op.name
 
 

@@ -9,7 +9,7 @@ from accuracy import TOLERANCE, assert_no_worse, leaves
 from registration import check_registration
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastpg import PolicyStats, policy_loss
+from fastpg import PolicyStats, merge_stats, policy_loss
 from fastpg.ops.loss import policy_loss as page
 from fastpg.ops.loss import surrogates
 
@@ -303,3 +303,21 @@ def test_cu_seqlens_are_checked_without_old_logp_too():
     for old in (None, x):
         with pytest.raises(ValueError, match="got 5 at index 2"):
             policy_loss(x, x, x, old_logp=old, level="sequence", cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("surrogate", ["ppo", "reinforce", "cispo", "sapo"])
+@pytest.mark.parametrize("count", [3, 1000])
+def test_a_nan_shows_without_old_logp(kernel, surrogate, count):
+    """The ratio is 1 whatever the log-prob, but for that of a model that has diverged."""
+    logp, ones = torch.full((count,), -1.0), torch.ones(count)
+    logp[1] = math.nan
+    weight = ones.clone()
+    for masked in (False, True):
+        weight[1] = 0.0 if masked else 1.0
+        (x,) = leaves(logp)
+        loss, stats = policy_loss(x, ones, weight, surrogate=surrogate)
+        loss.backward()
+        merged = merge_stats([stats])
+        shown = (loss.item(), merged["ratio_mean"], merged["ratio_max"], merged["approx_kl"])
+        assert [math.isnan(value) for value in shown] == [not masked] * 4
+        assert x.grad[[0, 2]].isfinite().all() and (x.grad[1] == 0 or not masked)

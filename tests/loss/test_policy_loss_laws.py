@@ -364,10 +364,8 @@ def test_double_backward_raises_and_single_repeats():
     loss = policy_loss(logp, x["advantages"], x["weight"])[0]
     once = torch.autograd.grad(loss, logp, retain_graph=True)[0]
     assert torch.equal(once, torch.autograd.grad(loss, logp, retain_graph=True)[0])
-    grad = torch.autograd.grad(loss, logp, create_graph=True)[0]
-    assert torch.equal(grad, once)
     with pytest.raises(RuntimeError, match="policy_loss: its gradient is not differentiable"):
-        (loss + grad.square().sum()).backward()
+        torch.autograd.grad(loss, logp, create_graph=True)
     with torch.inference_mode():
         weight = x["weight"].clone()
     assert policy_loss(logp, x["advantages"], weight)[0] == loss

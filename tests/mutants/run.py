@@ -105,6 +105,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="copies of the tree that run at a time")
     arguments = parser.parse_args()
     mutants = [mutant for mutant in all_mutants() if arguments.only in mutant.name]
+    if not mutants:
+        parser.error(f"no fault has {arguments.only!r} in its name")
     with tempfile.TemporaryDirectory() as folder:
         trees: Queue[Tree] = Queue()
         for number in range(arguments.jobs):

@@ -326,6 +326,5 @@ def test_autocast(kernel):
 def test_double_backward_raises(kernel):
     (hidden, weight, _), labels, _ = problem(4, 20, 4)
     loss, _ = linear_token_loss(hidden, weight, labels, lambda a, b, c: (a.sum() * math.pi, None))
-    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="linear_token_loss: its gradient is not differentiable"):
-        (loss + grad.square().sum()).backward()
+        torch.autograd.grad(loss, hidden, create_graph=True)

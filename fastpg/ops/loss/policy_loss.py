@@ -122,7 +122,8 @@ def reference(x: Inputs) -> Outputs:
     weight = masked(x.weight, kept)
     old_logp, given_ratio = masked(x.old_logp, kept), masked(x.ratio, kept)
     ref_logp, entropy = masked(x.ref_logp, kept), masked(x.entropy, kept)
-    d = torch.zeros_like(logp) if old_logp is None else log_ratio(logp, old_logp)
+    # Without old_logp the ratio is 1, but that of a NaN must show.
+    d = torch.where(logp.isnan(), logp, 0.0) if old_logp is None else log_ratio(logp, old_logp)
     # The KL of a token takes the token's own ratio, also where the surrogate is given another.
     token_ratio = d.exp()
     ratio = token_ratio if given_ratio is None else given_ratio
@@ -301,7 +302,7 @@ def policy_loss(
         weight: w, a constant, as from token_weights. Weight 0 masks a token: it is not read, gets
             no gradient and is not counted.
         old_logp: The log-probs when the tokens were sampled, a constant. None: logp itself; the
-            ratio is then exactly 1.
+            ratio is then exactly 1. Else logp − old_logp is held within ±20.
         clip: (low, high): "ppo" and "cispo" bound r by 1 − low and 1 + high; None on a side leaves
             it unbounded.
         dual_clip: > 1; bounds r of "ppo" where A < 0, and so the loss by −dual_clip · A.

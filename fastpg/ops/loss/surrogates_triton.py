@@ -126,9 +126,10 @@ def token_loss(
 
     r is what the surrogate took, d = logp - old_logp. old_logp, ratio and ref_logp may be None.
     """
-    # Without old_logp the policy sampled itself: the ratio is exactly 1, its logarithm 0.
+    # Without old_logp the policy sampled itself: the ratio is 1, its logarithm 0. A NaN must show.
     zero = tl.zeros_like(logp)
-    d, excess, token_ratio = zero, zero, zero + 1.0
+    d = tl.where(logp == logp, zero, logp)
+    excess, token_ratio = d, d + 1.0
     if old_logp is not None:
         d = log_ratio(logp, old_logp)
         token_ratio, excess = exp_excess(d)

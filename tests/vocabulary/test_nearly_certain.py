@@ -73,3 +73,31 @@ def test_a_tie_for_the_maximum_is_no_certainty(kernel):
     logits = torch.tensor([[5.0, 5.0, -math.inf]])
     logp = token_logprobs(logits, torch.tensor([1]))
     torch.testing.assert_close(logp, torch.tensor([-math.log(2)]), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_minus_p_keeps_its_digits_under_softcap_from_hidden_states(frozen):
+    """The label's logit and the maximum of its row must be the same number to the last bit."""
+    hidden = torch.linspace(15, 40, 64)[:, None].requires_grad_()
+    weight = torch.tensor([[1.0], [0.0], [-0.1]], requires_grad=not frozen)
+    labels = torch.zeros(64, dtype=torch.int64)
+    logp = linear_token_logprobs(hidden, weight, labels, softcap=30.0)
+    x64 = hidden.detach().double().requires_grad_()
+    capped = 30 * torch.tanh(x64 @ weight.detach().double().t() / 30)
+    want = -(capped[:, 1:] - capped[:, :1]).exp().sum(-1).log1p()
+    torch.testing.assert_close(logp.double(), want, rtol=2e-5, atol=0)
+    (slope,) = torch.autograd.grad(logp.sum(), hidden)
+    (expected,) = torch.autograd.grad(want.sum(), x64)
+    torch.testing.assert_close(slope.double(), expected, rtol=5e-4, atol=0)
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+def test_one_minus_p_keeps_its_digits_over_a_kept_set(margin):
+    logits = torch.tensor([[0.0, margin, -1.0, 99.0]], requires_grad=True)
+    label, support = torch.tensor([1]), (torch.tensor([0, 1, 2]), torch.tensor([0, 3]))
+    logp = token_logprobs(logits, label, support=support)
+    want = one_minus_p(logits.detach()[:, :3], label)
+    torch.testing.assert_close(-torch.expm1(logp.double()), want, rtol=TOLERANCE, atol=0)
+    logp.sum().backward()
+    torch.testing.assert_close(logits.grad[:, 1].double(), want, rtol=2 * TOLERANCE, atol=0)
+    assert logits.grad[0, 3] == 0

@@ -16,7 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .shards import NEVER, Statistics, label_logprob, merge, over_ranks
+from .shards import (
+    NEVER,
+    Statistics,
+    label_logprob,
+    merge,
+    over_ranks,
+    with_bits_of_maximum,
+)
 from .token_logprobs import (
     BackwardInputs,
     BackwardOutInputs,
@@ -225,16 +232,18 @@ def statistics(
         # Where the label is in another tile, any other stands in for it: its log-prob is not used.
         here = (labels >= tokens.start) & (labels < tokens.stop)
         column = torch.where(here, labels - tokens.start, 0)
-        _, entropy, stats = token_logprobs_op(
+        part = token_logprobs_op(
             Inputs(logits, column, temperature, softcap, NEVER, with_entropy=True)
         )
-        each.append(torch.stack([stats[0], stats[1], entropy]))
-        found = logits.gather(1, column[:, None])[:, 0]
+        top, log_sum = part.stats
+        each.append(torch.stack([top, log_sum, part.entropy]))
+        found = logits.gather(1, column[:, None])[:, 0].to(top.dtype)
+        if softcap:
+            found = softcap * torch.tanh(found / softcap)
+            found = with_bits_of_maximum(found, here, part)
         label_logit = torch.where(here, found, label_logit)
         if then is not None:
-            then(tile, stats[0])
-    if softcap:
-        label_logit = softcap * torch.tanh(label_logit / softcap)
+            then(tile, top)
     top, log_sum, entropy = torch.stack(each, 1)
     return merge(Statistics(label_logit, top, log_sum, entropy), label_logit, temperature)
 

@@ -33,7 +33,15 @@ from ..._op import Op
 from . import token_logprobs as page
 from .head import Head
 from .head_arguments import HeadInputs, legal_labels
-from .shards import NEVER, Shard, Statistics, add_over_ranks, label_logit, over_all_ranks
+from .shards import (
+    NEVER,
+    Shard,
+    Statistics,
+    add_over_ranks,
+    label_logit,
+    over_all_ranks,
+    with_bits_of_maximum,
+)
 
 OP = "linear_token_logprobs"
 
@@ -112,9 +120,11 @@ def reference_part(x: Inputs) -> PartOutputs:
     logits = logits_of(x)
     # Where the label is elsewhere, any other stands in for it: its log-prob is not used.
     here = (x.labels >= 0) & (x.labels < logits.shape[-1]) | (x.labels == x.ignore_index)
-    _, entropy, stats = page.reference(rows_of(x, logits, torch.where(here, x.labels, 0)))
-    found = label_logit(logits, x.labels, stats.dtype, x.softcap)
-    return PartOutputs(found, stats[0].clone(), stats[1].clone(), entropy)
+    part = page.reference(rows_of(x, logits, torch.where(here, x.labels, 0)))
+    found = label_logit(logits, x.labels, part.stats.dtype, x.softcap)
+    found = with_bits_of_maximum(found, here & (x.labels != x.ignore_index), part)
+    top, log_sum = part.stats
+    return PartOutputs(found, top.clone(), log_sum.clone(), part.entropy)
 
 
 def reference_products(x: BackwardInputs) -> list[Tensor]:

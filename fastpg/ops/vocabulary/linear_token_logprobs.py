@@ -121,9 +121,10 @@ def linear_token_logprobs(
         Off fp64 at H=896, V=151936 (on a CPU, 256 rows of logits of standard deviation 2, half the
         labels the likeliest): log-probs at most 4e-6 in fp32, 0.04 from logits in bf16, 2e-6 from
         fp32 logits of bf16 operands; gradients, relative, 6e-7 in fp32 and 3e-3 in bf16. A row's
-        bits depend on itself alone as far as BLAS keeps to that: a CPU's does for log-probs in fp32
-        and bf16, and for the gradient of hidden if 4 rows have one; in fp64, and on a GPU, its
-        kernel may depend on the number of rows.
+        bits depend on itself alone as far as BLAS keeps to that: MKL with AVX-512 does for
+        log-probs in fp32 and bf16, and for the gradient of hidden if 4 rows have one. With AVX2
+        the last rows of 5, 6, 7 or 9 may differ from the same among more, by 6e-6; in fp64, and on
+        a GPU, its kernel may depend on the number of rows.
 
         Where hidden alone requires a gradient (a frozen head), off fp16, and neither the entropy
         nor a process_group is asked for, forward makes it too: 4 units of work in place of 6, and

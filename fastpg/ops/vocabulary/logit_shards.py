@@ -9,7 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..._autograd import Differentiable
-from .shards import NEVER, Shard, Statistics, label_logit, over_all_ranks
+from .shards import (
+    NEVER,
+    Shard,
+    Statistics,
+    label_logit,
+    over_all_ranks,
+    with_bits_of_maximum,
+)
 from .token_logprobs import (
     OP,
     Inputs,
@@ -43,6 +50,7 @@ def _forward_of_shard(x: ShardInputs) -> tuple[tuple[Tensor, ...], Saved]:
         here = (labels == NEVER) | ((labels >= 0) & (labels < x.logits.shape[-1]))
         part = token_logprobs_op(inputs(torch.where(here, labels, 0)))
         found = label_logit(x.logits, labels, x.temperature.dtype, x.softcap)
+        found = with_bits_of_maximum(found, here & (labels != NEVER), part)
         entropy = part.entropy if x.with_entropy else None
         return Statistics(found, part.stats[0], part.stats[1], entropy)
 

@@ -17,13 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import reduce
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..common.checks import check_label_values
+
+if TYPE_CHECKING:
+    from .token_logprobs import Outputs
 
 NEVER = -(2**63)  # an ignore_index that no label is, however shifted
 
@@ -62,6 +65,16 @@ def label_logit(logits: Tensor, labels: Tensor, dtype: torch.dtype, softcap: flo
     if softcap:
         x = softcap * torch.tanh(x / softcap)
     return torch.where(here, x, 0.0)
+
+
+def with_bits_of_maximum(found: Tensor, here: Tensor, part: Outputs) -> Tensor:
+    """The label's logit; where the label is `here` and leads, it is the part's maximum to the bit.
+
+    Another tanh than the kernel's has another last bit under softcap, and as p goes to 1, 1 - p is
+    made of such bits. The log-prob of a label that leads is minus the log sum.
+    """
+    top, log_sum = part.stats
+    return torch.where(here & (part.logp == -log_sum), top, found)
 
 
 def merge(parts: Statistics, label_logit: Tensor, temperature: Tensor) -> Statistics:

@@ -87,8 +87,11 @@ def check_support_values(op: str, support: Support, vocab: int) -> None:
     rises = (offsets[1:] >= offsets[:-1]).all()
     if not (rises & (offsets[0] == 0) & (offsets[-1] == count)):
         needs = f"begin at 0, never fall, and end at the number of token_ids, {count}"
-        ends = f"{offsets[0].item()} to {offsets[-1].item()}"
-        raise ValueError(f"{op}: support's offsets must {needs}, got {ends}")
+        got = f"{offsets[0].item()} to {offsets[-1].item()}"
+        if not rises:
+            row = int((offsets[1:] < offsets[:-1]).int().argmax())
+            got = f"{offsets[row].item()} and then {offsets[row + 1].item()}"
+        raise ValueError(f"{op}: support's offsets must {needs}, got {got}")
     outside = (token_ids < 0) | (token_ids >= vocab)
     falls = torch.zeros_like(outside)
     falls[1:] = token_ids[1:] <= token_ids[:-1]
@@ -139,13 +142,16 @@ def kept_softmax(logits: Tensor, entries: Entries, x: RowOptions) -> KeptRows:
     )
     d = (capped - finite_max(top)[entries.rows]) / per_entry(x.temperature.double(), entries)
     e = d.exp()
-    total = segment_sum(e, entries.offsets)
-    log_sum = torch.where(total == 0, 0.0, total.log())
-    weighted = segment_sum(torch.where(e == 0, 0.0, e * d), entries.offsets)
-    entropy = torch.where(total == 0, 0.0, log_sum - weighted / total).clamp(min=0.0)
     is_label = entries.token_ids == x.labels[entries.rows]
     has_label = segment_sum(is_label.double(), entries.offsets) > 0
     of_label = segment_sum(torch.where(is_label, d, 0.0), entries.offsets)
+    # Where the label leads, it is kept out of the sum: 1 - p keeps its digits as p goes to 1.
+    total = segment_sum(e, entries.offsets)
+    others = segment_sum(torch.where(is_label, 0.0, e), entries.offsets)
+    log_sum = torch.where(has_label & (of_label == 0), others.log1p(), total.log())
+    log_sum = torch.where(total == 0, 0.0, log_sum)
+    weighted = segment_sum(torch.where(e == 0, 0.0, e * d), entries.offsets)
+    entropy = torch.where(total == 0, 0.0, log_sum - weighted / total).clamp(min=0.0)
     logp = torch.where(has_label, of_label, -math.inf) - log_sum
     return KeptRows(logp.clamp(max=0.0), entropy, has_label, d - log_sum[entries.rows], capped)
 

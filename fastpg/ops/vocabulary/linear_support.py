@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._autograd import Differentiable
+from ..._library import kernels
 from ..._op import Op
 from . import linear_rows, linear_rows_blas
 from . import token_logprobs as page
@@ -272,7 +273,9 @@ linear_support_backward_op = Op(
     reference=reference_backward,
     allocate=allocate_backward,
 )
-for device, label in (("CPU", "C++"), ("CUDA", "PyTorch")):
+# On a CPU the two products are C++, where it was built.
+for device in ("CPU", "CUDA"):
+    label = "C++" if kernels["sampled_product"][device] == "C++" else "PyTorch"
     linear_support_op.attach(device, label, forward)
     linear_support_backward_op.attach(device, label, backward)
 

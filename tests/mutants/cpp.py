@@ -136,6 +136,7 @@ MUTANTS = [
         "const U not_below_zero = entropy < U(0) ? U(0) : entropy;",
         "const U not_below_zero = entropy;",
         LOGPROBS_TESTS,
+        harmless="e^0 is in every sum, and no term of the weighted sum is above 0",
     ),
     Mutant(
         "a-label-of-minus-infinity-has-a-gradient",

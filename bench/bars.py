@@ -108,7 +108,7 @@ BARS = (
 # The most registers of a thread. A multiprocessor has 65536 of them: of programs with 4 warps and
 # 128 registers a thread it runs four at a time.
 REGISTERS = {
-    (LOGP, "forward_kernel"): 104,
+    (LOGP, "forward_kernel"): 80,
     (LOGP, "backward_kernel"): 80,
     (ROWS, "rows_kernel"): 128,
     (ROWS, "scale_kernel"): 40,

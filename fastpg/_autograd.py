@@ -143,12 +143,14 @@ def _restore(name: str, ctx: Any, layout: Layout[SavedT]) -> SavedT:
     x.data = y. A kernel would then read beyond it.
     """
     tensors: Sequence = ctx.saved_tensors
-    for form, now in zip(ctx.forms, _forms(tensors), strict=True):
-        if form != now:
-            raise RuntimeError(
-                f"{name}: a tensor that was saved for backward was {form[1]} {tuple(form[0])}, and "
-                f"is {now[1]} {tuple(now[0])} now"
-            )
+    forms = _forms(tensors)
+    if forms != ctx.forms:
+        changed = (pair for pair in zip(ctx.forms, forms, strict=True) if pair[0] != pair[1])
+        (shape, dtype), (new_shape, new_dtype) = next(changed)
+        raise RuntimeError(
+            f"{name}: a tensor that was saved for backward was {dtype} {tuple(shape)}, and is "
+            f"{new_dtype} {tuple(new_shape)} now"
+        )
     if layout.has_lists:
         each = iter(tensors)
         tensors = [
@@ -158,16 +160,16 @@ def _restore(name: str, ctx: Any, layout: Layout[SavedT]) -> SavedT:
     return layout.join(tensors, ctx.others)
 
 
-def _gradients(op: Differentiable, ctx: Any, grads: tuple) -> list[Tensor | None]:
+def _gradients(op: Differentiable, ctx: Any, grads: tuple) -> Sequence[Tensor | None]:
     """The gradients of the differentiable inputs; None for one that wants none."""
-    _, *wanted = ctx.needs_input_grad
+    wanted = ctx.needs_input_grad[1:]
     saved = _restore(op.name, ctx, op.saved)
     if op.selective:
-        gradients: Sequence = op.backward(saved, *grads, wanted=wanted)
+        gradients: Sequence = op.backward(saved, *grads, wanted=list(wanted))
     else:
         gradients = op.backward(saved, *grads)
     if op.inputs.has_lists:
         gradients = without_lists(gradients)
-    if all(wanted):
-        return list(gradients)
+    if False not in wanted:
+        return gradients
     return [x if want else None for x, want in zip(gradients, wanted, strict=True)]

@@ -68,8 +68,8 @@ MUTANTS = [
     Mutant(
         "exchanged-memory-is-not-noticed",
         AUTOGRAD,
-        "        if form != now:\n",
-        "        if False:\n",
+        "    if forms != ctx.forms:\n",
+        "    if False:\n",
         ("tests/common/test_contract.py", "-k", "exchanged"),
     ),
     Mutant(

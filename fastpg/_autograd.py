@@ -73,12 +73,14 @@ class Differentiable(Generic[InputsT, SavedT]):
         self.name, self.constants, self.selective = name, constants, selective
         self.forward, self.backward = forward, backward
         self.inputs, self.saved = Layout(inputs), Layout(saved)
-        self.places = [inputs._fields.index(field) for field in differentiable]
+        names = list(self.inputs.types)
+        self.places = [names.index(field) for field in differentiable]
         self.function = _function(self)
 
     def __call__(self, x: InputsT) -> tuple:
         """The results; differentiable, unless no input wants a gradient."""
-        tensors = [x[place] for place in self.places]
+        values = self.inputs.flatten(x)
+        tensors = [values[place] for place in self.places]
         if self.inputs.has_lists:
             tensors = without_lists(tensors)
         if needs_no_gradient(*tensors):

@@ -12,6 +12,7 @@ from bench.inputs import head_and_labels
 from fastpg import linear_token_logprobs
 from fastpg.ops.vocabulary import frozen_head as page
 from fastpg.ops.vocabulary import head as head_module
+from fastpg.ops.vocabulary import linear_rows
 
 OP = "frozen_head"
 TUNED = {"temperature": 0.7, "softcap": 20.0, "logit_scale": 0.5}
@@ -199,7 +200,8 @@ def test_registration(wanted):
     labels[1] = -100
     h, w = (list(x.split((5, 3), 1)) for x in (hidden, weight))
     t = torch.tensor(0.7)
-    x = page.Inputs(h, w, bias, labels, t, 0.0, -100, torch.float32, wanted)
+    rows = linear_rows.Inputs(h, w, bias, labels, t, 0.0, -100, torch.float32)
+    x = page.Inputs(rows, wanted)
     check_registration(page.frozen_head_op, x)
 
 

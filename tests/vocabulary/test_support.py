@@ -9,8 +9,10 @@ from registration import check_registration
 
 from bench.inputs import head_and_labels
 from fastpg import linear_token_logprobs, linear_token_loss
+from fastpg.ops.vocabulary import linear_rows
 from fastpg.ops.vocabulary import linear_support as page
 from fastpg.ops.vocabulary import sparse_products as products
+from fastpg.ops.vocabulary.support import Support
 
 OP = "linear_support"
 TUNED = {"temperature": 0.7, "softcap": 20.0, "logit_scale": 0.5}
@@ -261,7 +263,8 @@ def test_registration():
     (hidden, weight, bias), labels, support = problem(sizes=(5, 0, 3))
     labels[2] = -100
     t = torch.tensor(0.7)
-    x = page.Inputs([hidden], [weight], bias, labels, t, 0.0, -100, torch.float32, *support)
+    rows = linear_rows.Inputs([hidden], [weight], bias, labels, t, 0.0, -100, torch.float32)
+    x = page.Inputs(rows, Support(*support))
     check_registration(page.linear_support_op, x)
     _, entropy, stats, logits = page.linear_support_op(x)
     for wanted in ([True, True, True], [True, False, False], [False, True, False]):

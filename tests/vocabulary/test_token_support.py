@@ -9,7 +9,9 @@ from registration import check_registration
 
 from bench.inputs import logits_and_labels
 from fastpg import token_logprobs
+from fastpg.ops.vocabulary import token_logprobs as token_logprobs_page
 from fastpg.ops.vocabulary import token_support as page
+from fastpg.ops.vocabulary.support import Support
 
 OP = "token_support"
 VOCAB = 150
@@ -115,7 +117,9 @@ def test_registration():
     logits, labels, support = problem()
     labels = labels.view(-1)
     labels[3] = -100
-    x = page.Inputs(logits.view(-1, VOCAB), labels, torch.tensor(0.7), 0.0, -100, *support)
+    t = torch.tensor(0.7)
+    rows = token_logprobs_page.Inputs(logits.view(-1, VOCAB), labels, t, 0.0, -100, True)
+    x = page.Inputs(rows, Support(*support))
     check_registration(page.token_support_op, x)
     upstream = page.BackwardInputs(x, torch.randn(6), None)
     check_registration(page.token_support_backward_op, upstream)

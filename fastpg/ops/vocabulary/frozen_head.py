@@ -28,22 +28,8 @@ from .linear_rows import OP, BackwardInputs, attach_blas
 
 
 class Inputs(NamedTuple):
-    """The fields of linear_rows.Inputs, and what is wanted."""
-
-    hidden: list[Tensor]  # [N, H_i] each
-    head_weight: list[Tensor]  # [V, H_i] each, like hidden
-    bias: Tensor | None  # [V], like hidden
-    labels: Tensor  # int64 [N]
-    temperature: Tensor  # [N] or [], in the compute dtype
-    softcap: float  # 0: none
-    ignore_index: int
-    logits_dtype: torch.dtype
+    rows: linear_rows.Inputs
     wanted: list[bool]  # whether to make the gradient of each hidden
-
-    @property
-    def rows(self) -> linear_rows.Inputs:
-        """All but what is wanted."""
-        return linear_rows.Inputs._make(self[:-1])
 
 
 class Outputs(NamedTuple):
@@ -56,7 +42,7 @@ def reference(x: Inputs) -> Outputs:
     logp, entropy, stats = linear_rows.reference(x.rows)
     ones = torch.ones_like(logp)
     found = linear_rows.reference_products(BackwardInputs(x.rows, ones, None, entropy, stats, []))
-    gradients = found[: len(x.hidden)]
+    gradients = found[: len(x.rows.hidden)]
     return Outputs(
         logp,
         [
@@ -68,12 +54,12 @@ def reference(x: Inputs) -> Outputs:
 
 def allocate(x: Inputs) -> Outputs:
     """Makes empty log-probs and gradients."""
-    like = x.temperature
+    like = x.rows.temperature
     return Outputs(
-        like.new_empty(x.labels.shape),
+        like.new_empty(x.rows.labels.shape),
         [
             like.new_empty(hidden.shape if want else 0)
-            for hidden, want in zip(x.hidden, x.wanted, strict=True)
+            for hidden, want in zip(x.rows.hidden, x.wanted, strict=True)
         ],
     )
 
@@ -101,8 +87,8 @@ class Saved(NamedTuple):
 
 def _forward(x: Inputs) -> tuple[tuple[Tensor], Saved]:
     logp, logp_gradients = frozen_head_op(x)
-    dtype = x.hidden[0].dtype
-    return (logp,), Saved(logp_gradients, x.labels, x.ignore_index, x.wanted, dtype)
+    dtype = x.rows.hidden[0].dtype
+    return (logp,), Saved(logp_gradients, x.rows.labels, x.rows.ignore_index, x.wanted, dtype)
 
 
 def _backward(x: Saved, grad_logp: Tensor) -> tuple[list[Tensor | None]]:
@@ -153,5 +139,5 @@ def serves(x: HeadInputs) -> bool:
 def logprobs(x: HeadInputs) -> Tensor:
     """The log-probs [N], where this page serves."""
     rows = linear_rows.inputs_of(x, x.labels, x.ignore_index)
-    (logp,) = _logprobs(Inputs(*rows, [hidden.requires_grad for hidden in x.hidden]))
+    (logp,) = _logprobs(Inputs(rows, [hidden.requires_grad for hidden in x.hidden]))
     return logp

@@ -11,7 +11,6 @@ from torch import Tensor
 from .frozen_head import Inputs, Outputs
 from .head import (
     ALL,
-    Head,
     RowLabels,
     Tile,
     filled,
@@ -22,8 +21,7 @@ from .head import (
     take,
     tiles,
 )
-from .head_arguments import legal_labels
-from .linear_rows import OP
+from .linear_rows import checked_labels
 from .shards import NEVER, Statistics, finite_max, label_logprob
 from .token_logprobs import (
     BackwardInputs,
@@ -98,13 +96,12 @@ def chunk_logprobs(logits: Iterable[Tile], rows: RowLabels, sums: Sums) -> Tenso
 
 def forward(x: Inputs) -> Outputs:
     """Log-probs, and their gradients by hidden; rows that are ignored go through no product."""
-    vocab = len(x.head_weight[0])
-    kept, legal, _ = legal_labels(OP, x.labels, vocab, x.temperature, x.ignore_index)
+    kept, legal, _ = checked_labels(x.rows)
     rows = kept_rows(kept)
-    head = Head(x.hidden, x.head_weight, x.bias).tile(rows, ALL)
-    labels = take(RowLabels(x.labels, legal, x.temperature), rows)
+    head = x.rows.head.tile(rows, ALL)
+    labels = take(RowLabels(x.rows.labels, legal, x.rows.temperature), rows)
     sums = [
-        hidden.new_zeros(hidden.shape, dtype=x.temperature.dtype) if want else None
+        hidden.new_zeros(hidden.shape, dtype=x.rows.temperature.dtype) if want else None
         for hidden, want in zip(head.hidden, x.wanted, strict=True)
     ]
 
@@ -112,11 +109,11 @@ def forward(x: Inputs) -> Outputs:
         of_chunk, its_labels = head.tile(chunk, ALL), take(labels, chunk)
         its_sums = Sums(
             [None if total is None else total[chunk] for total in sums],
-            x.head_weight,
+            x.rows.head_weight,
             its_labels,
-            x.softcap,
+            x.rows.softcap,
         )
-        logits = tiles(of_chunk, x.logits_dtype)
+        logits = tiles(of_chunk, x.rows.logits_dtype)
         return chunk_logprobs(logits, its_labels, its_sums)
 
     logp = torch.cat([results(chunk) for chunk in row_chunks(labels.labels)])

@@ -35,6 +35,7 @@ from .head import Head
 from .head_arguments import HeadInputs, legal_labels
 from .shards import (
     NEVER,
+    LocalLabels,
     Shard,
     Statistics,
     add_over_ranks,
@@ -108,9 +109,14 @@ def rows_of(x: Inputs, logits: Tensor, labels: Tensor) -> page.Inputs:
     return page.Inputs(logits, labels, x.temperature, x.softcap, x.ignore_index, with_entropy=True)
 
 
+def checked_labels(x: Inputs) -> LocalLabels:
+    """What is known of the labels; raises for a bad one, and for a bad temperature."""
+    return legal_labels(OP, x.labels, len(x.head_weight[0]), x.temperature, x.ignore_index)
+
+
 def reference(x: Inputs) -> Outputs:
     """The specification: token_logprobs of all the logits."""
-    legal_labels(OP, x.labels, len(x.head_weight[0]), x.temperature, x.ignore_index)
+    checked_labels(x)
     rows = page.reference(rows_of(x, logits_of(x), x.labels))
     return Outputs(rows.logp, rows.entropy, rows.stats)
 

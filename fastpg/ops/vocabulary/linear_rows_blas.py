@@ -29,15 +29,20 @@ from .head import (
     tiles,
     write_gradients,
 )
-from .head_arguments import legal_labels
-from .linear_rows import OP, BackwardInputs, Gradients, Inputs, Outputs, PartOutputs
+from .linear_rows import (
+    BackwardInputs,
+    Gradients,
+    Inputs,
+    Outputs,
+    PartOutputs,
+    checked_labels,
+)
 from .shards import Statistics
 
 
 def forward(x: Inputs) -> Outputs:
     """Log-probs, entropies and statistics; rows that are ignored go through no product."""
-    vocab = len(x.head_weight[0])
-    kept, legal, _ = legal_labels(OP, x.labels, vocab, x.temperature, x.ignore_index)
+    kept, legal, _ = checked_labels(x)
     # Ignored rows are left out before the first product: they would cost as much as any.
     rows = kept_rows(kept)
     head, labels = x.head.tile(rows, ALL), take(RowLabels(x.labels, legal, x.temperature), rows)

@@ -22,7 +22,7 @@ from ..._op import Op
 from . import linear_rows, linear_rows_blas
 from . import token_logprobs as page
 from .head import filled, reached
-from .head_arguments import HeadInputs, legal_labels
+from .head_arguments import HeadInputs
 from .linear_rows import OP, Gradients, allocate_gradients
 from .sparse_products import (
     SampledInputs,
@@ -41,37 +41,18 @@ from .support import (
     kept_gradient,
     kept_softmax,
     mask_of,
+    masked_logits,
 )
 
 
 class Inputs(NamedTuple):
-    """The fields of linear_rows.Inputs, and the kept sets."""
-
-    hidden: list[Tensor]  # [N, H_i] each
-    head_weight: list[Tensor]  # [V, H_i] each, like hidden
-    bias: Tensor | None  # [V], like hidden
-    labels: Tensor  # int64 [N]
-    temperature: Tensor  # [N] or [], in the compute dtype
-    softcap: float  # 0: none
-    ignore_index: int
-    logits_dtype: torch.dtype
-    token_ids: Tensor  # int64 [E]
-    offsets: Tensor  # int64 [N + 1]
-
-    @property
-    def rows(self) -> linear_rows.Inputs:
-        """All but the sets."""
-        return linear_rows.Inputs._make(self[:-2])
-
-    @property
-    def support(self) -> Support:
-        """The sets."""
-        return Support(self.token_ids, self.offsets)
+    rows: linear_rows.Inputs
+    support: Support
 
     @property
     def options(self) -> RowOptions:
         """What the softmax needs."""
-        return RowOptions(self.labels, self.temperature, self.softcap)
+        return RowOptions(self.rows.labels, self.rows.temperature, self.rows.softcap)
 
 
 class Outputs(NamedTuple):
@@ -93,40 +74,38 @@ class BackwardInputs(NamedTuple):
 
 def masked_rows(x: Inputs) -> page.Inputs:
     """All logits, after softcap, with -inf for what is not kept, as token_logprobs takes them."""
-    check_support_values(OP, x.support, len(x.head_weight[0]))
-    kept = (x.labels != x.ignore_index)[:, None]
-    hidden = [torch.where(kept, h, 0.0) for h in x.hidden]
-    logits = linear_rows.logits_of(x.rows._replace(hidden=hidden)).to(x.temperature.dtype)
-    if x.softcap:
-        logits = x.softcap * torch.tanh(logits / x.softcap)
-    logits = logits.masked_fill(~mask_of(x.support, logits.shape[1]), -torch.inf)
-    return page.Inputs(logits, x.labels, x.temperature, 0.0, x.ignore_index, with_entropy=True)
+    rows = x.rows
+    check_support_values(OP, x.support, len(rows.head_weight[0]))
+    kept = (rows.labels != rows.ignore_index)[:, None]
+    hidden = [torch.where(kept, h, 0.0) for h in rows.hidden]
+    logits = linear_rows.logits_of(rows._replace(hidden=hidden)).to(rows.temperature.dtype)
+    masked = masked_logits(logits, rows.softcap, x.support)
+    return linear_rows.rows_of(rows, masked, rows.labels)._replace(softcap=0.0)
 
 
 def reference(x: Inputs) -> Outputs:
     """The specification: token_logprobs of all logits, with -inf for what is not kept."""
-    legal_labels(OP, x.labels, len(x.head_weight[0]), x.temperature, x.ignore_index)
-    rows = masked_rows(x)
-    logp, entropy, stats = page.reference(rows)
-    return Outputs(logp.clamp(max=0.0), entropy, stats, logp.new_zeros(len(x.token_ids)))
+    linear_rows.checked_labels(x.rows)
+    logp, entropy, stats = page.reference(masked_rows(x))
+    return Outputs(logp.clamp(max=0.0), entropy, stats, logp.new_zeros(len(x.support.token_ids)))
 
 
 def reference_backward(x: BackwardInputs) -> Gradients:
     """The specification: the gradient of all logits, and the products with it."""
     inputs = x.inputs
     rows = masked_rows(inputs)
-    kept = (inputs.labels != inputs.ignore_index)[:, None]
-    hidden = [torch.where(kept, h, 0.0) for h in inputs.hidden]
-    label = torch.where(kept[:, 0], inputs.labels, 0)[:, None]
+    kept = (inputs.rows.labels != inputs.rows.ignore_index)[:, None]
+    hidden = [torch.where(kept, h, 0.0) for h in inputs.rows.hidden]
+    label = torch.where(kept[:, 0], inputs.rows.labels, 0)[:, None]
     outside = rows.logits.gather(1, label)[:, 0] == -torch.inf
     outside &= ~mask_of(inputs.support, rows.logits.shape[1]).gather(1, label)[:, 0]
     grad_logp = torch.where(outside, 0.0, x.grad_logp)
     _, entropy, stats = page.reference(rows)
     upstream = page.BackwardInputs(rows, grad_logp, x.grad_entropy, entropy, stats)
     g = page.reference_backward(upstream).grad_logits
-    if inputs.softcap:
-        g = torch.where(g == 0, 0.0, g * (1 - (rows.logits / inputs.softcap) ** 2))
-    found = [g @ w.to(g.dtype) for w in inputs.head_weight]
+    if inputs.rows.softcap:
+        g = torch.where(g == 0, 0.0, g * (1 - (rows.logits / inputs.rows.softcap) ** 2))
+    found = [g @ w.to(g.dtype) for w in inputs.rows.head_weight]
     found += [g.T @ h.to(g.dtype) for h in hidden]
     dtype = hidden[0].dtype
     return Gradients(
@@ -140,45 +119,44 @@ def reference_backward(x: BackwardInputs) -> Gradients:
 def logits_of_entries(x: Inputs, entries: Entries) -> Tensor:
     """The logits [E'], rounded as a model's own head rounds them, in the compute dtype."""
     total = None
-    for hidden, weight in zip(x.hidden, x.head_weight, strict=True):
+    for hidden, weight in zip(x.rows.hidden, x.rows.head_weight, strict=True):
         inputs = SampledInputs(hidden, weight, entries.token_ids, entries.offsets)
         (part,) = sampled_product_op(inputs)
         if total is not None:
             part = total + part
-        elif x.bias is not None:
-            part = part + x.bias[entries.token_ids]
-        total = part.to(x.logits_dtype).to(part.dtype)
+        elif x.rows.bias is not None:
+            part = part + x.rows.bias[entries.token_ids]
+        total = part.to(x.rows.logits_dtype).to(part.dtype)
     assert total is not None  # there is a product
     return total
 
 
 def forward(x: Inputs) -> Outputs:
     """The kernel: products with what is kept alone."""
-    vocab, count = len(x.head_weight[0]), len(x.labels)
-    kept, legal, _ = legal_labels(OP, x.labels, vocab, x.temperature, x.ignore_index)
-    check_support_values(OP, x.support, vocab)
+    kept, legal, _ = linear_rows.checked_labels(x.rows)
+    check_support_values(OP, x.support, len(x.rows.head_weight[0]))
     entries = entries_of(x.support, kept)
     logits = logits_of_entries(x, entries)
     found = kept_softmax(logits, entries, x.options)
-    dtype = x.temperature.dtype
+    dtype = x.rows.temperature.dtype
     logp, entropy = (
         torch.where(kept, torch.where(legal, value, torch.nan), 0.0).to(dtype)
         for value in (found.logp, found.entropy)
     )
-    stats = logp.new_zeros(2, count)
-    whole = (kept & (lengths(x.offsets) == 0)).nonzero()[:, 0]
+    stats = logp.new_zeros(2, len(logp))
+    whole = (kept & (lengths(x.support.offsets) == 0)).nonzero()[:, 0]
     if len(whole):
         dense = linear_rows_blas.forward(rows_at(x, whole))
         logp[whole], entropy[whole], stats[:, whole] = dense.logp, dense.entropy, dense.stats
-    return Outputs(logp, entropy, stats, filled(entries.places, len(x.token_ids), logits))
+    return Outputs(logp, entropy, stats, filled(entries.places, len(x.support.token_ids), logits))
 
 
 def rows_at(x: Inputs, places: Tensor) -> linear_rows.Inputs:
     """Some rows, over the whole vocabulary."""
-    t = x.temperature
+    t = x.rows.temperature
     return x.rows._replace(
-        hidden=[hidden[places] for hidden in x.hidden],
-        labels=x.labels[places],
+        hidden=[hidden[places] for hidden in x.rows.hidden],
+        labels=x.rows.labels[places],
         temperature=t if t.dim() == 0 else t[places],
     )
 
@@ -186,12 +164,12 @@ def rows_at(x: Inputs, places: Tensor) -> linear_rows.Inputs:
 def backward(x: BackwardInputs) -> Gradients:
     """The kernel: entries of rows that no gradient reaches go through no product."""
     inputs = x.inputs
-    live = (inputs.labels != inputs.ignore_index) & reached(x.grad_logp, x.grad_entropy)
+    live = (inputs.rows.labels != inputs.rows.ignore_index) & reached(x.grad_logp, x.grad_entropy)
     entries = entries_of(inputs.support, live)
     found = kept_softmax(x.logits[entries.places], entries, inputs.options)
     g = kept_gradient(found, entries, inputs.options, x.grad_logp, x.grad_entropy)
     gradients = gradients_of_entries(inputs, entries, g.to(x.logits.dtype), x.wanted)
-    whole = (live & (lengths(inputs.offsets) == 0)).nonzero()[:, 0]
+    whole = (live & (lengths(inputs.support.offsets) == 0)).nonzero()[:, 0]
     if len(whole):
         add_whole_rows(gradients, x, whole)
     return Gradients(gradients)
@@ -201,21 +179,21 @@ def gradients_of_entries(
     x: Inputs, entries: Entries, g: Tensor, wanted: list[bool]
 ) -> list[Tensor]:
     """The gradients that are wanted, from the gradient g [E'] of the logits of the entries."""
-    terms = len(x.hidden)
-    found = [x.hidden[0].new_empty(0) for _ in wanted]
+    terms = len(x.rows.hidden)
+    found = [x.rows.hidden[0].new_empty(0) for _ in wanted]
     for i in range(terms):
         if wanted[i]:
-            inputs = SparseInputs(x.head_weight[i], g, entries.token_ids, entries.offsets)
+            inputs = SparseInputs(x.rows.head_weight[i], g, entries.token_ids, entries.offsets)
             found[i] = sparse_product_op(inputs).sums
     if not any(wanted[terms:]):
         return found
     order = torch.argsort(entries.token_ids, stable=True)
-    counts = torch.bincount(entries.token_ids, minlength=len(x.head_weight[0]))
+    counts = torch.bincount(entries.token_ids, minlength=len(x.rows.head_weight[0]))
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     rows, g = entries.rows[order], g[order]
     for i in range(terms):
         if wanted[terms + i]:
-            inputs = SparseInputs(x.hidden[i], g, rows, offsets)
+            inputs = SparseInputs(x.rows.hidden[i], g, rows, offsets)
             found[terms + i] = sparse_product_op(inputs).sums
     if wanted[-1]:
         found[-1] = segment_sum(g, offsets).to(found[-1].dtype)
@@ -224,7 +202,7 @@ def gradients_of_entries(
 
 def add_whole_rows(gradients: list[Tensor], x: BackwardInputs, places: Tensor) -> None:
     """Adds the gradients of rows whose set is the whole vocabulary."""
-    terms = len(x.inputs.hidden)
+    terms = len(x.inputs.rows.hidden)
     (dense,) = linear_rows_blas.backward(
         linear_rows.BackwardInputs(
             rows_at(x.inputs, places),
@@ -244,8 +222,8 @@ def add_whole_rows(gradients: list[Tensor], x: BackwardInputs, places: Tensor) -
 
 def allocate(x: Inputs) -> Outputs:
     """Makes empty log-probs, entropies, statistics and logits."""
-    like, shape = x.temperature, x.labels.shape
-    stats, logits = like.new_empty((2, *shape)), like.new_empty(x.token_ids.shape)
+    like, shape = x.rows.temperature, x.rows.labels.shape
+    stats, logits = like.new_empty((2, *shape)), like.new_empty(x.support.token_ids.shape)
     return Outputs(like.new_empty(shape), like.new_empty(shape), stats, logits)
 
 
@@ -319,5 +297,5 @@ _linear_support = Differentiable(
 def logprobs(x: HeadInputs, support: Support) -> tuple[Tensor, Tensor]:
     """The log-prob and the entropy [N] of each row over its kept set."""
     rows = linear_rows.inputs_of(x, x.labels, x.ignore_index)
-    logp, entropy = _linear_support(Inputs(*rows, *support))
+    logp, entropy = _linear_support(Inputs(rows, support))
     return logp, entropy

@@ -28,35 +28,30 @@ from .token_logprobs import (
 
 
 class ShardInputs(NamedTuple):
-    """The fields of Inputs, with the logits of this rank's shard, and the group."""
-
-    logits: Tensor  # [..., V_rank]
-    labels: Tensor  # of the whole vocabulary
-    temperature: Tensor
-    softcap: float
-    ignore_index: int
-    with_entropy: bool
+    rows: Inputs  # the logits of this rank's shard, and labels of the whole vocabulary
     group: dist.ProcessGroup
 
 
 def _forward_of_shard(x: ShardInputs) -> tuple[tuple[Tensor, ...], Saved]:
     """The results for whole rows. To backward this shard is a row of its own."""
+    rows = x.rows
+    size = rows.logits.shape[-1]
 
-    def inputs(labels: Tensor) -> Inputs:
-        return Inputs(x.logits, labels, x.temperature, x.softcap, NEVER, x.with_entropy)
+    def of_shard(labels: Tensor) -> Inputs:
+        return rows._replace(labels=labels, ignore_index=NEVER)
 
     def statistics(labels: Tensor) -> Statistics:
         # Where the label is on another rank, any other stands in for it: its log-prob is not used.
-        here = (labels == NEVER) | ((labels >= 0) & (labels < x.logits.shape[-1]))
-        part = token_logprobs_op(inputs(torch.where(here, labels, 0)))
-        found = label_logit(x.logits, labels, x.temperature.dtype, x.softcap)
+        here = (labels == NEVER) | ((labels >= 0) & (labels < size))
+        part = token_logprobs_op(of_shard(torch.where(here, labels, 0)))
+        found = label_logit(rows.logits, labels, rows.temperature.dtype, rows.softcap)
         found = with_bits_of_maximum(found, here & (labels != NEVER), part)
-        entropy = part.entropy if x.with_entropy else None
+        entropy = part.entropy if rows.with_entropy else None
         return Statistics(found, part.stats[0], part.stats[1], entropy)
 
-    shard = Shard(OP, x.group, x.logits.shape[-1], x.labels, x.temperature, x.ignore_index)
+    shard = Shard(OP, x.group, size, rows.labels, rows.temperature, rows.ignore_index)
     whole, local = over_all_ranks(shard, statistics)
-    saved = Saved(inputs(local), whole.entropy, whole.stats)
+    saved = Saved(of_shard(local), whole.entropy, whole.stats)
     return ((whole.logp,) if whole.entropy is None else (whole.logp, whole.entropy)), saved
 
 
@@ -81,4 +76,4 @@ _token_logprobs_of_shard_inplace = Differentiable(
 def logprobs_of_shard(x: Inputs, group: dist.ProcessGroup, *, inplace: bool) -> tuple[Tensor, ...]:
     """(logp,), or (logp, entropy), from this rank's shard of the logits; a collective call."""
     of_shard = _token_logprobs_of_shard_inplace if inplace else _token_logprobs_of_shard
-    return of_shard(ShardInputs(*x, group))
+    return of_shard(ShardInputs(x, group))

@@ -129,6 +129,13 @@ def per_entry(x: Tensor, entries: Entries) -> Tensor:
     return x if x.dim() == 0 else x[entries.rows]
 
 
+def masked_logits(logits: Tensor, softcap: float, support: Support) -> Tensor:
+    """The logits [N, V] after softcap, with -inf for what is not kept: for the specification."""
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.masked_fill(~mask_of(support, logits.shape[1]), -torch.inf)
+
+
 def kept_softmax(logits: Tensor, entries: Entries, x: RowOptions) -> KeptRows:
     """The softmax of each row over its entries, of logits [E'].
 

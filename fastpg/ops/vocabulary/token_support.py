@@ -27,31 +27,20 @@ from .support import (
     kept_gradient,
     kept_softmax,
     mask_of,
+    masked_logits,
 )
 
 OP = page.OP
 
 
 class Inputs(NamedTuple):
-    """The fields of token_logprobs' Inputs with the rows in one axis, and the kept sets."""
-
-    logits: Tensor  # [N, V]
-    labels: Tensor  # int64 [N]
-    temperature: Tensor  # [N] or [], in the compute dtype
-    softcap: float  # 0: none
-    ignore_index: int
-    token_ids: Tensor  # int64 [E]
-    offsets: Tensor  # int64 [N + 1]
-
-    @property
-    def support(self) -> Support:
-        """The sets."""
-        return Support(self.token_ids, self.offsets)
+    rows: page.Inputs  # in one axis: logits [N, V]; with an entropy
+    support: Support
 
     @property
     def options(self) -> RowOptions:
         """What the softmax needs."""
-        return RowOptions(self.labels, self.temperature, self.softcap)
+        return RowOptions(self.rows.labels, self.rows.temperature, self.rows.softcap)
 
 
 class Outputs(NamedTuple):
@@ -71,12 +60,10 @@ class Gradient(NamedTuple):
 
 def masked_rows(x: Inputs) -> page.Inputs:
     """The rows after softcap, with -inf for what is not kept, as token_logprobs takes them."""
-    check_support_values(OP, x.support, x.logits.shape[1])
-    logits = x.logits.to(x.temperature.dtype)
-    if x.softcap:
-        logits = x.softcap * torch.tanh(logits / x.softcap)
-    logits = logits.masked_fill(~mask_of(x.support, logits.shape[1]), -torch.inf)
-    return page.Inputs(logits, x.labels, x.temperature, 0.0, x.ignore_index, with_entropy=True)
+    rows = x.rows
+    check_support_values(OP, x.support, rows.logits.shape[1])
+    logits = rows.logits.to(rows.temperature.dtype)
+    return rows._replace(logits=masked_logits(logits, rows.softcap, x.support), softcap=0.0)
 
 
 def reference(x: Inputs) -> Outputs:
@@ -94,37 +81,38 @@ def reference_backward(x: BackwardInputs) -> Gradient:
     grad_logp = torch.where(inside, x.grad_logp, 0.0)
     upstream = page.BackwardInputs(rows, grad_logp, x.grad_entropy, entropy, stats)
     grad = page.reference_backward(upstream).grad_logits
-    if inputs.softcap:
-        grad = torch.where(grad == 0, 0.0, grad * (1 - (rows.logits / inputs.softcap) ** 2))
-    return Gradient(grad.to(inputs.logits.dtype))
+    if inputs.rows.softcap:
+        grad = torch.where(grad == 0, 0.0, grad * (1 - (rows.logits / inputs.rows.softcap) ** 2))
+    return Gradient(grad.to(inputs.rows.logits.dtype))
 
 
-def whole_rows(x: Inputs, rows: Tensor) -> tuple[Tensor, page.Inputs]:
+def whole_rows(x: Inputs, some: Tensor) -> tuple[Tensor, page.Inputs]:
     """The places of those of some rows whose set is empty, and these over the whole vocabulary."""
-    places = (rows & (lengths(x.offsets) == 0)).nonzero()[:, 0]
-    t = x.temperature if x.temperature.dim() == 0 else x.temperature[places]
-    inputs = page.Inputs(
-        x.logits[places], x.labels[places], t, x.softcap, x.ignore_index, with_entropy=True
+    places, t = (some & (lengths(x.support.offsets) == 0)).nonzero()[:, 0], x.rows.temperature
+    rows = x.rows._replace(
+        logits=x.rows.logits[places],
+        labels=x.rows.labels[places],
+        temperature=t[places] if t.dim() else t,
     )
-    return places, inputs
+    return places, rows
 
 
 def logits_of_entries(x: Inputs, entries: Entries) -> Tensor:
     """The logits of the entries, [E']."""
-    return x.logits[entries.rows, entries.token_ids]
+    return x.rows.logits[entries.rows, entries.token_ids]
 
 
 def forward(x: Inputs) -> Outputs:
     """The kernel: what is kept alone is read."""
-    vocab = x.logits.shape[1]
-    kept = x.labels != x.ignore_index
-    legal = kept & (x.labels >= 0) & (x.labels < vocab)
-    check_label_values(OP, x.labels, legal, kept, vocab, x.ignore_index, x.temperature)
+    labels, t, vocab = x.rows.labels, x.rows.temperature, x.rows.logits.shape[1]
+    kept = labels != x.rows.ignore_index
+    legal = kept & (labels >= 0) & (labels < vocab)
+    check_label_values(OP, labels, legal, kept, vocab, x.rows.ignore_index, t)
     check_support_values(OP, x.support, vocab)
     entries = entries_of(x.support, kept)
     found = kept_softmax(logits_of_entries(x, entries), entries, x.options)
     logp, entropy = (
-        torch.where(kept, torch.where(legal, value, torch.nan), 0.0).to(x.temperature.dtype)
+        torch.where(kept, torch.where(legal, value, torch.nan), 0.0).to(t.dtype)
         for value in (found.logp, found.entropy)
     )
     places, rows = whole_rows(x, kept)
@@ -136,11 +124,11 @@ def forward(x: Inputs) -> Outputs:
 def backward(x: BackwardInputs) -> Gradient:
     """The kernel: zeros, and the gradient of the entries."""
     inputs = x.inputs
-    live = (inputs.labels != inputs.ignore_index) & reached(x.grad_logp, x.grad_entropy)
+    live = (inputs.rows.labels != inputs.rows.ignore_index) & reached(x.grad_logp, x.grad_entropy)
     entries = entries_of(inputs.support, live)
     found = kept_softmax(logits_of_entries(inputs, entries), entries, inputs.options)
     g = kept_gradient(found, entries, inputs.options, x.grad_logp, x.grad_entropy)
-    grad = inputs.logits.new_zeros(inputs.logits.shape)
+    grad = inputs.rows.logits.new_zeros(inputs.rows.logits.shape)
     grad[entries.rows, entries.token_ids] = g.to(grad.dtype)
     places, rows = whole_rows(inputs, live)
     if len(places):
@@ -153,13 +141,13 @@ def backward(x: BackwardInputs) -> Gradient:
 
 def allocate(x: Inputs) -> Outputs:
     """Makes empty log-probs and entropies."""
-    like, shape = x.temperature, x.labels.shape
+    like, shape = x.rows.temperature, x.rows.labels.shape
     return Outputs(like.new_empty(shape), like.new_empty(shape))
 
 
 def allocate_gradient(x: BackwardInputs) -> Gradient:
     """Makes an empty gradient."""
-    return Gradient(x.inputs.logits.new_empty(x.inputs.logits.shape))
+    return Gradient(x.inputs.rows.logits.new_empty(x.inputs.rows.logits.shape))
 
 
 token_support_op = Op(
@@ -196,7 +184,7 @@ def _forward(x: Inputs) -> tuple[tuple[Tensor, Tensor], Saved]:
 
 def _backward(x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradient:
     if grad_logp is None:
-        grad_logp = torch.zeros_like(x.inputs.labels, dtype=x.inputs.temperature.dtype)
+        grad_logp = torch.zeros_like(x.inputs.rows.labels, dtype=x.inputs.rows.temperature.dtype)
     return token_support_backward_op(BackwardInputs(x.inputs, grad_logp, grad_entropy))
 
 
@@ -218,14 +206,11 @@ def logprobs(
         raise ValueError(f"{OP}: inplace_backward must be False with support, got True")
     shape, t = x.labels.shape, x.temperature
     sets = checked_support(OP, support, x.labels, group)
-    logp, entropy = _token_support(
-        Inputs(
-            x.logits.reshape(-1, x.logits.shape[-1]),
-            x.labels.reshape(-1),
-            t.reshape(-1) if t.dim() else t,
-            x.softcap,
-            x.ignore_index,
-            *sets,
-        )
+    rows = x._replace(
+        logits=x.logits.reshape(-1, x.logits.shape[-1]),
+        labels=x.labels.reshape(-1),
+        temperature=t.reshape(-1) if t.dim() else t,
+        with_entropy=True,
     )
+    logp, entropy = _token_support(Inputs(rows, sets))
     return logp.view(shape), entropy.view(shape)

@@ -93,6 +93,7 @@ endif
 	touch .triton-oldest
 
 .stamp: $(if $(HAVE),,.venv) pyproject.toml setup.py $(CPP)
+	@echo "Installing what fastpg needs, and compiling its kernels: a few minutes without a word."
 	FASTPG_STRICT=1 $(INSTALL)
 	touch .stamp
 

@@ -118,3 +118,25 @@ def test_bits_do_not_depend_on_where_a_row_begins(kernel, vocab, dtype):
         (grad,) = torch.autograd.grad(logp.sum() + entropy.sum(), x)
         results.append(torch.cat([logp.detach(), entropy.detach(), grad.float().flatten()]))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_the_entropy_alone_has_a_gradient(kernel):
+    logits, labels = logits_and_labels(3, 40)
+    (x,), (x64,) = leaves(logits), leaves(logits.double())
+    token_logprobs(x, labels, return_entropy=True)[1].sum().backward()
+    by_torch(x64, labels)[1].sum().backward()
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [5, 70])  # few are split by slices, many by rows
+def test_each_row_has_its_own_temperature(kernel, rows):
+    logits, labels = logits_and_labels(rows, 40)
+    temperature = torch.linspace(0.5, 3, rows)
+    (x64,) = leaves(logits.double())
+    (x,) = leaves(logits)
+    ours = token_logprobs(x, labels, temperature=temperature)
+    want, _ = by_torch(x64 / temperature.double()[:, None], labels)
+    torch.testing.assert_close(ours.double(), want, rtol=1e-5, atol=1e-6)
+    ours.sum().backward()
+    want.sum().backward()
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-6)

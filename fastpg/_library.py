@@ -1,6 +1,6 @@
 """The operator library: how an op is declared, how kernels attach to it, which one serves where.
 
-The only file that knows whether the C++ extension exists.
+It loads the C++ extensions; where one is missing, `_C` or `_cuda` is None.
 """
 
 from __future__ import annotations

@@ -148,8 +148,18 @@ def interrupting(number, at_call):
     return reward
 
 
+@pytest.fixture
+def usual_handlers():
+    """Those of a process in the foreground: one in the background of a script ignores Ctrl-C."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    earlier = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_checkpoint_and_model(tmp_path, capsys, number):
+def test_a_signal_saves_checkpoint_and_model(tmp_path, capsys, usual_handlers, number):
     whole, part = tmp_path / "whole", tmp_path / "part"
     trained(whole, save_steps=None)
     before = signal.getsignal(number)
@@ -166,7 +176,14 @@ def test_a_signal_saves_checkpoint_and_model(tmp_path, capsys, number):
     assert_same_run(part, whole)
 
 
-def test_a_signal_in_an_update_waits_for_its_end(tmp_path, monkeypatch):
+def test_a_signal_that_the_process_ignores_stays_ignored(tmp_path, usual_handlers):
+    """As in the background of a script, or under nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    make_trainer(tmp_path, interrupting(signal.SIGINT, 2), **RUN).train()
+    assert (tmp_path / "LATEST").read_text() == "checkpoint-4"
+
+
+def test_a_signal_in_an_update_waits_for_its_end(tmp_path, monkeypatch, usual_handlers):
     whole, part = tmp_path / "whole", tmp_path / "part"
     trained(whole)
     trainer = make_trainer(part, noisy_praise, **RUN)

@@ -288,15 +288,21 @@ def positive(op: str, name: str, value: float, dtype: torch.dtype) -> float:
 def label_temperature(
     op: str, temperature: float | Tensor, dtype: torch.dtype, labels: Tensor
 ) -> Tensor:
-    """The temperature as a tensor, 0-d or one per label: a new value compiles nothing anew."""
+    """The temperature as a tensor, 0-d or one per label: a new value compiles nothing anew.
+
+    A tensor broadcasts to labels [...], or is [..., 1], as whoever divides the logits has it.
+    """
     if not isinstance(temperature, Tensor):
         return scalar(positive(op, "temperature", temperature, dtype), dtype, labels.device)
     check_device(op, "temperature", temperature, labels)
     if temperature.is_complex():
         raise TypeError(f"{op}: temperature must be real, got {temperature.dtype}")
+    of_tokens = temperature.detach().to(dtype)
+    if of_tokens.dim() == labels.dim() + 1 and of_tokens.shape[-1] == 1:
+        of_tokens = of_tokens.squeeze(-1)  # it has the axes of the logits
     # Only expand knows which shapes broadcast, so its refusal is what the message is made of.
     try:
-        return temperature.detach().to(dtype).expand(labels.shape)
+        return of_tokens.expand(labels.shape)
     except RuntimeError:
         raise ValueError(
             f"{op}: temperature {tuple(temperature.shape)} does not broadcast to labels "

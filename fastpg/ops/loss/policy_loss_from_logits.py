@@ -309,7 +309,7 @@ def policy_loss_from_logits(
         advantages: A, like labels, of any float dtype; a constant, as are the other tensors.
         weight: w, like labels. Weight 0 masks a token, and so does ignore_index: its row is not
             read and gets gradient 0.
-        temperature: A number > 0, or a tensor that broadcasts to labels.
+        temperature: A number > 0, or a tensor that broadcasts to labels, or [..., 1].
         softcap: A number > 0: a logit x becomes softcap · tanh(x / softcap). None: x.
         ignore_index: The label that masks a row.
         old_logp: The log-probs when the tokens were sampled, like labels. None: those of logits.

@@ -85,7 +85,7 @@ def linear_token_logprobs(
             Differentiable. Under autocast all three are cast as for a linear layer.
         labels: [...], integers in [0, V), or ignore_index.
         bias: [V] of the dtype of hidden; differentiable. None: 0.
-        temperature: A number > 0, or a tensor that broadcasts to labels; a constant.
+        temperature: A number > 0, or a tensor that broadcasts to labels, or [..., 1]; a constant.
         softcap: A number > 0: a logit x becomes softcap · tanh(x / softcap), as in Gemma. None: x.
         logit_scale: A number > 0 that multiplies the logits, before softcap.
         ignore_index: A row with this label is not read; its results and its gradient are 0.

@@ -336,7 +336,7 @@ def token_logprobs(
         logits: [..., V], bf16, fp16, fp32 or fp64, with any strides; differentiable. A -inf logit
             has probability 0 (softcap makes it an ordinary one). NaN makes its own row NaN.
         labels: [...], integers in [0, V), or ignore_index.
-        temperature: A number > 0, or a tensor that broadcasts to labels; a constant.
+        temperature: A number > 0, or a tensor that broadcasts to labels, or [..., 1]; a constant.
         softcap: A number > 0: a logit x becomes softcap · tanh(x / softcap), as in Gemma. None: x.
         ignore_index: A row with this label is not read; its results and its gradient are 0.
         return_entropy: Whether to return the entropy, which comes from the same pass and is

@@ -1,4 +1,4 @@
-"""The `fastpg` command: what is installed, and `fastpg train`."""
+"""The `fastpg` command: what is installed, `fastpg train` and `fastpg reward-model`."""
 
 import argparse
 import io
@@ -39,14 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    # `train` reads its own flags, whose names are those of the settings.
-    if argv[:1] == ["train"]:
-        return train(argv[1:])
+    # These read their own flags, whose names are those of the settings.
+    if argv and argv[0] in COMMANDS:
+        return run(argv[0], argv[1:])
     parser = argparse.ArgumentParser("fastpg", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"fastpg {fastpg.__version__}")
-    # This lists `train` in the help and refuses other words.
+    # This lists the commands in the help and refuses other words.
     commands = parser.add_subparsers(title="commands")
     commands.add_parser("train", help="train a policy; `fastpg train --help` lists the settings")
+    commands.add_parser("reward-model", help="train a reward model on preference pairs")
     parser.parse_args(argv)
     print_kernels()
     return 0
@@ -75,11 +76,56 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def train(argv: Sequence[str]) -> int:
-    """Run `fastpg train`. Input that cannot be used is one sentence on stderr.
+def train(argv: Sequence[str]) -> None:
+    """Run `fastpg train`.
 
     Args:
         argv: The arguments after `fastpg train`: flags named as the settings of `PPOConfig`.
+
+    Raises:
+        InputError: They cannot be used.
+    """
+    trainer, resume = _build_trainer(argv)
+    trainer.train(resume_from_checkpoint=resume)
+
+
+def train_reward_model(argv: Sequence[str]) -> None:
+    """Run `fastpg reward-model`.
+
+    Args:
+        argv: The arguments after it: flags named as the settings of `RewardConfig`.
+
+    Raises:
+        InputError: They cannot be used.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from fastpg.trainer import RewardConfig, RewardTrainer
+    from fastpg.trainer.config import from_mapping
+    from fastpg.trainer.data import load_jsonl
+    from fastpg.trainer.options import read_options
+
+    disable_progress_bar()
+    args = from_mapping(RewardConfig, read_options(argv, "reward-model", RewardConfig))
+    model, dataset = _needed(model=args.model, dataset=args.dataset)
+    pair = ("chosen", "rejected")
+    RewardTrainer(
+        model,
+        args,
+        train_dataset=load_jsonl(dataset, pair),
+        eval_dataset=load_jsonl(args.eval_dataset, pair) if args.eval_dataset else None,
+    ).train()
+
+
+COMMANDS = {"train": train, "reward-model": train_reward_model}
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Run a command. Input that cannot be used is one sentence on stderr.
+
+    Args:
+        command: A key of `COMMANDS`.
+        argv: The arguments after it.
 
     Returns:
         The exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C, 143 for SIGTERM.
@@ -90,8 +136,8 @@ def train(argv: Sequence[str]) -> int:
     except ImportError as error:
         module = (error.name or "").partition(".")[0]
         print(
-            f"fastpg train needs {PACKAGES.get(module, module)}: install the trainer's packages "
-            "with pip install '.[trainer]' in the clone of fastpg.",
+            f"fastpg {command} needs {PACKAGES.get(module, module)}: install the trainer's "
+            "packages with pip install '.[trainer]' in the clone of fastpg.",
             file=sys.stderr,
         )
         return REJECTED
@@ -100,15 +146,14 @@ def train(argv: Sequence[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        trainer, resume = _build_trainer(argv)
-        trainer.train(resume_from_checkpoint=resume)
+        COMMANDS[command](argv)
     except InputError as error:
-        print(f"fastpg train: {error}", file=sys.stderr)
+        print(f"fastpg {command}: {error}", file=sys.stderr)
         return REJECTED
     except KeyboardInterrupt as interruption:
         # Before the run has begun, and for a second Ctrl-C, there is no word of what was saved.
         number = getattr(interruption, "number", signal.SIGINT)
-        print(f"fastpg train: stopped by {signal.Signals(number).name}.", file=sys.stderr)
+        print(f"fastpg {command}: stopped by {signal.Signals(number).name}.", file=sys.stderr)
         return STOPPED + number
     return 0
 
@@ -119,7 +164,7 @@ def _build_trainer(argv: Sequence[str]) -> tuple["PPOTrainer", "str | bool"]:
     Returns:
         The trainer, and what `train` is to resume from.
     """
-    # These imports take seconds, and need the extra that `train` has checked for.
+    # These imports take seconds, and need the extra that `run` has checked for.
     from transformers.utils.logging import disable_progress_bar
 
     from fastpg.tasks import reviews
@@ -127,7 +172,7 @@ def _build_trainer(argv: Sequence[str]) -> tuple["PPOTrainer", "str | bool"]:
     from fastpg.trainer.options import RunConfig, read_options, settings_of_run
 
     disable_progress_bar()
-    given = read_options(argv)
+    given = read_options(argv, "train", RunConfig)
     resume: str | bool = False
     if "resume" in given:
         default = reviews.DEFAULTS["output_dir"] if not _is_own(given) else RunConfig.output_dir
@@ -149,18 +194,24 @@ def _is_own(given: dict[str, Any]) -> bool:
 
 def _own_trainer(args: "RunConfig") -> "PPOTrainer":
     """Build the trainer of a user's own model, dataset and reward, all three of which it needs."""
-    from fastpg.trainer import InputError, PPOTrainer
-    from fastpg.trainer.options import load_jsonl
-    from fastpg.trainer.rewards import load_reward
+    from fastpg.trainer import PPOTrainer
+    from fastpg.trainer.data import load_jsonl
 
-    if args.model is None or args.dataset is None or args.reward is None:
-        needed = {"--model": args.model, "--dataset": args.dataset, "--reward": args.reward}
-        missing = [flag for flag, value in needed.items() if value is None]
-        raise InputError(f"Your own run also needs {' and '.join(missing)}.")
+    model, dataset, rewards = _needed(model=args.model, dataset=args.dataset, reward=args.reward)
     return PPOTrainer(
-        args.model,
-        [load_reward(reward) for reward in args.reward],
+        model,
+        rewards,
         args,
-        train_dataset=load_jsonl(args.dataset),
+        train_dataset=load_jsonl(dataset),
         eval_dataset=load_jsonl(args.eval_dataset) if args.eval_dataset else None,
     )
+
+
+def _needed(**settings: Any) -> list[Any]:
+    """Return the values of settings that are needed; refuse a command line that lacks one."""
+    from fastpg.trainer import InputError
+
+    missing = [f"--{name}" for name, value in settings.items() if value is None]
+    if missing:
+        raise InputError(f"Your own run also needs {' and '.join(missing)}.")
+    return list(settings.values())

@@ -2,6 +2,15 @@
 
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.parsing import InputError
+from fastpg.trainer.reward_model import RewardModel
+from fastpg.trainer.reward_trainer import RewardConfig, RewardTrainer
 from fastpg.trainer.trainer import PPOTrainer
 
-__all__ = ["InputError", "PPOConfig", "PPOTrainer"]
+__all__ = [
+    "InputError",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardModel",
+    "RewardTrainer",
+]

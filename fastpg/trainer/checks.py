@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastpg.trainer.columns import SAMPLED, dataset_columns
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.parsing import InputError
-from fastpg.trainer.rewards import RewardFunction, accepted, name_of
+from fastpg.trainer.reward_adapters import adapted
+from fastpg.trainer.rewards import RewardFunction, accepted, load_reward, name_of
 from fastpg.trainer.rollout import encode_one, eos_ids, vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -42,10 +44,9 @@ def check_dataset(name: str, dataset: Examples, reward_funcs: Sequence[RewardFun
             raise InputError(
                 f"Every example of the {name} dataset must have a 'prompt'; example {i} has not."
             )
-    # A column that some examples lack is None there.
-    columns = {column for example in examples for column in example if column != "prompt"}
+    columns = dataset_columns(examples) | {name: [] for name in SAMPLED}
     for reward in reward_funcs:
-        accepted(reward, {column: [] for column in (*columns, "prompts", "completions")})
+        accepted(reward, columns)
 
 
 def _is_prompt(prompt: Any) -> bool:
@@ -55,12 +56,12 @@ def _is_prompt(prompt: Any) -> bool:
     return isinstance(prompt, str)
 
 
-def checked_rewards(given: Any, weights: list[float] | None) -> list[RewardFunction]:
-    """Refuse rewards that cannot be called, or not be told apart.
+def checked_rewards(given: Any, args: PPOConfig) -> list[RewardFunction]:
+    """Load the rewards that are named; refuse those that cannot be called, or not be told apart.
 
     Args:
-        given: A reward function or a list of them.
-        weights: The weights of the settings.
+        given: A reward or a list of them: functions, or what `load_reward` loads.
+        args: The settings, for `reward_weights` and `trust_remote_code`.
 
     Returns:
         The reward functions.
@@ -68,21 +69,27 @@ def checked_rewards(given: Any, weights: list[float] | None) -> list[RewardFunct
     Raises:
         InputError: The sentence names the reward.
     """
-    reward_funcs = list(given) if isinstance(given, list | tuple) else [given]
-    if not reward_funcs:
+    several = given if isinstance(given, list | tuple) else [given]
+    if not several:
         raise InputError("There is no reward function.")
-    for reward in reward_funcs:
+    loaded = [
+        load_reward(reward, args.trust_remote_code) if isinstance(reward, str) else reward
+        for reward in several
+    ]
+    for reward in loaded:
         if isinstance(reward, torch.nn.Module):
             raise InputError(
                 f"A reward is a function of prompts and completions; {type(reward).__name__} is a "
-                "module, which a function has to call on tokens."
+                "module, which fastpg.trainer.RewardModel(model, tokenizer) makes one of."
             )
         if not callable(reward):
             raise InputError(f"A reward is a function of prompts and completions, not {reward!r}.")
+    reward_funcs = [adapted(reward) for reward in loaded]
     names = [name_of(reward) for reward in reward_funcs]
     # Rewards are logged by name, and one would hide the other.
     if len(set(names)) < len(names):
         raise InputError(f"The reward functions need different names, not {names}.")
+    weights = args.reward_weights
     if weights is not None and len(weights) != len(names):
         raise InputError(
             f"reward_weights has {len(weights)} values for {len(names)} reward functions."

@@ -12,8 +12,8 @@ import yaml
 
 from fastpg.algorithms import ALGORITHMS, Algorithm, AlgorithmName, GaeOptions, SurrogateOptions
 from fastpg.trainer.files import write_text
-from fastpg.trainer.parsing import InputError, convert, did_you_mean
-from fastpg.trainer.ranges import RANGES, MixedPrecision
+from fastpg.trainer.parsing import InputError, convert, convert_all, did_you_mean
+from fastpg.trainer.ranges import MixedPrecision, check_ranges
 
 
 def option(default: Any, text: str) -> Any:
@@ -164,12 +164,10 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         # HfArgumentParser and plain Python give values of any type, so they are converted here too.
-        # The type is that of the instance: a subclass may have settings of its own.
-        for name, hint in typing.get_type_hints(type(self)).items():
-            setattr(self, name, convert(name, getattr(self, name), hint))
+        convert_all(self)
         # The order matters: resolving, for the sizes, needs a known algorithm and legal values.
         self._check_algorithm()
-        self._check_ranges()
+        check_ranges(self)
         self._check_sizes()
 
     def _check_algorithm(self) -> None:
@@ -190,14 +188,6 @@ class PPOConfig:
                 raise InputError(
                     f"{name} needs a critic, which algorithm={self.algorithm} has not."
                 )
-
-    def _check_ranges(self) -> None:
-        """Refuse a value out of its range. None is left to the algorithm, whose own are legal."""
-        for legal in RANGES:
-            for name in legal.settings:
-                value = getattr(self, name)
-                if value is not None and not legal.holds(value):
-                    raise InputError(f"{name} must be {legal.words}, not {value!r}.")
 
     def _check_sizes(self) -> None:
         """Refuse sizes that do not fit together."""
@@ -251,15 +241,6 @@ class PPOConfig:
         surrogate["clip"] = (low, high)
         return surrogate
 
-    def save(self, path: Path) -> None:
-        """Write the settings as they were given, as YAML, in the order of their declaration.
-
-        Args:
-            path: The file to write.
-        """
-        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
-        write_text(path, text)
-
 
 @dataclass(frozen=True)
 class ResolvedConfig:
@@ -304,14 +285,24 @@ def _given_or(given: Setting | None, default: Setting) -> Setting:
     return default if given is None else given
 
 
-Config = TypeVar("Config", bound=PPOConfig)
+def save_config(config: Any, path: Path) -> None:
+    """Write settings as they were given, as YAML, in the order of their declaration.
+
+    Args:
+        config: The dataclass of the settings.
+        path: The file to write.
+    """
+    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+Config = TypeVar("Config")
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     """Build settings from names and values.
 
     Args:
-        config_class: `PPOConfig` or a subclass of it.
+        config_class: The dataclass of the settings.
         values: The value of each setting by its name. Values may still be text ("1e-5", "none").
 
     Returns:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fastpg.trainer.columns import reward_columns
 from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.rewards import RewardFunction, name_of, score
+from fastpg.trainer.rewards import RewardFunction, score
 from fastpg.trainer.rollout import Rollout
 
 
@@ -151,7 +152,8 @@ def score_rollout(
         text if isinstance(example["prompt"], str) else [{"role": "assistant", "content": text}]
         for example, text in zip(examples, texts, strict=True)
     ]
-    rewards = {name_of(reward): score(reward, examples, completions) for reward in reward_funcs}
+    columns = reward_columns(examples, rollout, completions, tokenizer)
+    rewards = score(reward_funcs, columns)
     # Everything about rewards is on the CPU: they come from Python and go to files.
     weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
     finished = rollout.finished.float().cpu()

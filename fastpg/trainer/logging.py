@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 from fastpg.trainer.checkpoint import LATEST
-from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.config import PPOConfig, save_config
 from fastpg.trainer.episodes import Episodes
 from fastpg.trainer.files import only_writer, write_text
 from fastpg.trainer.parsing import InputError
@@ -184,7 +184,7 @@ class RunLog:
                 self._set_earlier_run_aside()
             (self.directory / "completions").mkdir(exist_ok=True)
             # The settings are written first: they say what a run was that failed in its first step.
-            self.args.save(self.directory / "config.yaml")
+            save_config(self.args, self.directory / "config.yaml")
             self._keep_until(self.resumed_at or 0)
             self._open_metrics(opened)
         except OSError as error:

@@ -1,39 +1,22 @@
 """The policy with its value head in one module, and the frozen reference."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
 import fastpg
 from fastpg.trainer.head import HeadTransform, completion_logprobs, completion_loss
+from fastpg.trainer.loading import as_input_error
 from fastpg.trainer.objective import Objective, Targets
-from fastpg.trainer.parsing import InputError
 
 VALUE_HEAD = "value_head.safetensors"
 """The file beside a saved policy that holds its value head."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-)
-"""A directory with a tokenizer has one of these."""
 
 
 @dataclass(frozen=True)
@@ -210,90 +193,9 @@ def _value_head(policy: PreTrainedModel) -> nn.Linear:
     # A model built in code has no path, and the empty one would be the working directory.
     trained = Path(policy.name_or_path or "", VALUE_HEAD)
     if policy.name_or_path and trained.is_file():
-        with _as_input_error(f"Cannot load the value head {trained}"):
+        with as_input_error(f"Cannot load the value head {trained}"):
             head.load_state_dict(load_file(trained))
     return head
-
-
-def load_policy(model: str | PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a causal language model in float32.
-
-    Args:
-        model: A directory or name for `from_pretrained`. A module is returned as it is.
-        trust_remote_code: Whether code that comes with the model may run.
-
-    Returns:
-        The model.
-
-    Raises:
-        InputError: There is no such model, or its files are damaged, lack weights or are those of
-            a reward model.
-    """
-    if not isinstance(model, str):
-        return model
-    sentence = f"Cannot load a causal language model from {model!r}"
-    path = Path(model)
-    if path.is_file():
-        raise InputError(f"{sentence}: it is a file, and the directory around it is meant.")
-    if not path.exists() and (path.is_absolute() or model.startswith(".") or model.endswith("/")):
-        raise InputError(f"{sentence}: there is no such directory.")
-    with _as_input_error(sentence):
-        # Its type does not know of the second result.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    policy, loading = loaded
-    if any(name.startswith("score.") for name in loading["unexpected_keys"]):
-        raise InputError(f"{sentence}: it holds a reward model.")
-    # transformers makes up weights that it does not find.
-    missing = sorted(loading["missing_keys"])
-    missing += sorted(mismatch[0] for mismatch in loading["mismatched_keys"])
-    if missing:
-        more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
-        raise InputError(f"{sentence}: it lacks {missing[0]}{more}.")
-    return policy
-
-
-def load_tokenizer(policy: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that was saved with a model.
-
-    Args:
-        policy: A model that came from a directory or name.
-        trust_remote_code: Whether code that comes with the tokenizer may run.
-
-    Returns:
-        Its tokenizer.
-
-    Raises:
-        InputError: The model was built in code, or no tokenizer was saved with it.
-    """
-    if not policy.name_or_path:
-        raise InputError("A model built in code needs its tokenizer as processing_class.")
-    path = Path(policy.name_or_path)
-    if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
-        # transformers would make up an empty one for some families.
-        raise InputError(f"There is no tokenizer in {policy.name_or_path!r}.")
-    with _as_input_error(f"Cannot load a tokenizer from {policy.name_or_path!r}"):
-        return AutoTokenizer.from_pretrained(
-            policy.name_or_path, trust_remote_code=trust_remote_code
-        )
-
-
-@contextmanager
-def _as_input_error(sentence: str) -> Iterator[None]:
-    """Turn what reading a bad name or directory raises into an `InputError`."""
-    try:
-        yield
-    except Exception as error:
-        # Damaged files raise errors of safetensors, pickle, JSON and others. The first line of the
-        # message says what is wrong; more are advice about the hub.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "trust_remote_code" in str(error):
-            reason = "it comes with code of its own, which only trust_remote_code lets run."
-        raise InputError(f"{sentence}: {reason}") from error
 
 
 def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:

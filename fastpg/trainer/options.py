@@ -1,7 +1,6 @@
-"""`fastpg train` from the command line: flags, the config file, the dataset."""
+"""Settings from the command line: flags and the config file."""
 
 import argparse
-import json
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -11,7 +10,11 @@ from typing import Any, NoReturn
 from fastpg.trainer.config import PPOConfig, option
 from fastpg.trainer.parsing import InputError, did_you_mean, load_yaml
 
-DESCRIPTION = "Train a policy. Flags override the settings of the config file."
+DESCRIPTIONS = {
+    "train": "Train a policy. Flags override the settings of the config file.",
+    "reward-model": "Train a reward model on preference pairs. Flags override the config file.",
+}
+"""The commands that have settings."""
 
 
 @dataclass
@@ -22,14 +25,17 @@ class RunConfig(PPOConfig):
         model: Directory or name of a causal language model.
         dataset: JSONL file of prompts, one object with a "prompt" a line.
         eval_dataset: The same for evaluation. None: the first training prompts.
-        reward: The reward functions, each as "module:function".
+        reward: The rewards, each as "module:function" or the directory of a reward model.
     """
 
     model: str | None = option(None, "directory or name of a causal language model")
     dataset: str | None = option(None, "JSONL file of prompts: one object with a 'prompt' a line")
     eval_dataset: str | None = option(None, "likewise; by default the first training prompts")
     reward: list[str] | None = field(
-        default=None, metadata={"help": "module:function, the reward; may be given several times"}
+        default=None,
+        metadata={
+            "help": "module:function or the directory of a reward model; may be given several times"
+        },
     )
 
 
@@ -40,11 +46,13 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message[0].upper()}{message[1:]}.")
 
 
-def read_options(argv: Sequence[str]) -> dict[str, Any]:
+def read_options(argv: Sequence[str], command: str, config_class: type) -> dict[str, Any]:
     """Read the settings that a command line gives. Flags override the `--config` file.
 
     Args:
-        argv: The arguments after `fastpg train`.
+        argv: The arguments after the command.
+        command: A key of `DESCRIPTIONS`.
+        config_class: The dataclass of the settings.
 
     Returns:
         The values of the settings that were given, by name. Values may still be text.
@@ -53,12 +61,12 @@ def read_options(argv: Sequence[str]) -> dict[str, Any]:
         InputError: A flag is unknown (the sentence names the nearest one), or the file cannot be
             read.
     """
-    parser = _parser()
+    parser = _parser(command, config_class)
     # argparse's own error for an unknown flag would not name the nearest known one.
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
-        known = [setting.name for setting in fields(RunConfig)]
+        known = [setting.name for setting in fields(config_class)]
         raise InputError(f"Unknown setting {name!r}{did_you_mean(name, known)}")
     values = vars(flags)
     path = values.pop("config")
@@ -67,22 +75,23 @@ def read_options(argv: Sequence[str]) -> dict[str, Any]:
     return from_file | values
 
 
-def _parser() -> _Parser:
-    """Return the parser of `--config`, `--resume` and a flag for each setting."""
-    hints = typing.get_type_hints(RunConfig)
+def _parser(command: str, config_class: type) -> _Parser:
+    """Return the parser of `--config` and a flag for each setting; of `--resume` for a run."""
+    hints = typing.get_type_hints(config_class)
     # An abbreviated flag would change its meaning when a setting is added.
-    parser = _Parser("fastpg train", description=DESCRIPTION, allow_abbrev=False)
+    parser = _Parser(f"fastpg {command}", description=DESCRIPTIONS[command], allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of `name: value` settings")
-    parser.add_argument(
-        "--resume",
-        metavar="DIR",
-        nargs="?",
-        const=True,
-        default=argparse.SUPPRESS,
-        help="go on with the run in DIR, or from one of its checkpoints, with its settings; "
-        "without DIR, with that in output_dir",
-    )
-    for setting in fields(RunConfig):
+    if issubclass(config_class, PPOConfig):
+        parser.add_argument(
+            "--resume",
+            metavar="DIR",
+            nargs="?",
+            const=True,
+            default=argparse.SUPPRESS,
+            help="go on with the run in DIR, or from one of its checkpoints, with its settings; "
+            "without DIR, with that in output_dir",
+        )
+    for setting in fields(config_class):
         text = setting.metadata["help"]
         if setting.default is not None:
             text += f" (default: {setting.default})"
@@ -124,48 +133,3 @@ def settings_of_run(given: dict[str, Any], default: str) -> tuple[dict[str, Any]
     settings = load_yaml(str(run / "config.yaml")) | given | {"output_dir": str(run)}
     del settings["resume"]
     return settings, str(path)
-
-
-def load_jsonl(path: str) -> list[dict[str, Any]]:
-    """Read a JSONL dataset. Blank lines are skipped.
-
-    Args:
-        path: The file, UTF-8 text of one JSON object a line.
-
-    Returns:
-        The objects, each with a "prompt" that is text or a list of chat messages.
-
-    Raises:
-        InputError: The file cannot be read or is empty, or a line is bad (the sentence says which).
-    """
-    try:
-        # Lines are those of the file: splitlines() also splits at U+2028, which JSON may hold.
-        # Some editors begin UTF-8 text with a byte order mark, which is no part of the JSON.
-        with Path(path).open(encoding="utf-8-sig") as file:
-            lines = list(file)
-    except UnicodeDecodeError:
-        raise InputError(f"The dataset {path} is not UTF-8 text.") from None
-    except OSError as error:
-        raise InputError(f"Cannot read the dataset {path}: {error.strerror}.") from None
-    examples = [
-        _example(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not examples:
-        raise InputError(f"The dataset {path} is empty.")
-    return examples
-
-
-def _example(line: str, where: str) -> dict[str, Any]:
-    """Return the object of one line; `where` names the line in errors."""
-    try:
-        example = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}).") from None
-    except (ValueError, RecursionError) as error:
-        # Python bounds the digits of a number and the depth of brackets.
-        raise InputError(f"{where}: JSON that Python cannot read ({error}).") from None
-    if not isinstance(example, dict) or not isinstance(example.get("prompt"), str | list):
-        raise InputError(f"{where}: no 'prompt' that is text or a list of chat messages.")
-    return example

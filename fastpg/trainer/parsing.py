@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -83,6 +83,20 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         return parser.parse(value)
     except (TypeError, ValueError, OverflowError, yaml.YAMLError):
         raise InputError(f"{name} must be {parser.words}, not {value!r}.") from None
+
+
+def convert_all(config: Any) -> None:
+    """Convert the value of every setting to the type of its field.
+
+    Args:
+        config: A dataclass of settings, changed in place.
+
+    Raises:
+        InputError: A value cannot be converted.
+    """
+    # The type is that of the instance: a subclass may have settings of its own.
+    for name, hint in get_type_hints(type(config)).items():
+        setattr(config, name, convert(name, getattr(config, name), hint))
 
 
 def _integer(value: Any) -> int:

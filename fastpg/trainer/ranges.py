@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastpg.trainer.parsing import InputError
+
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
@@ -40,6 +42,8 @@ RANGES = (
             "num_generations",
             "save_steps",
             "save_total_limit",
+            "num_epochs",
+            "batch_size",
         ),
     ),
     Range(
@@ -56,6 +60,7 @@ RANGES = (
         ),
     ),
     Range("between 0 and 1", lambda value: 0 <= value <= 1, ("gamma", "lam")),
+    Range("between 0 and 1, and neither", lambda value: 0 < value < 1, ("eval_fraction",)),
     # NumPy's seeds have 32 bits, and each process adds its number to this one.
     Range("between 0 and 2**31 - 1", lambda value: 0 <= value < 2**31, ("seed",)),
     Range(
@@ -64,3 +69,19 @@ RANGES = (
         ("mixed_precision",),
     ),
 )
+
+
+def check_ranges(config: Any) -> None:
+    """Refuse a value out of its range.
+
+    Args:
+        config: A dataclass of settings. One that is None has a default to come, which is legal.
+
+    Raises:
+        InputError: The sentence names the setting and the value.
+    """
+    for legal in RANGES:
+        for name in legal.settings:
+            value = getattr(config, name, None)
+            if value is not None and not legal.holds(value):
+                raise InputError(f"{name} must be {legal.words}, not {value!r}.")

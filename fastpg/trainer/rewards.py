@@ -1,39 +1,49 @@
 """Rewards are plain callables: `reward(prompts, completions, **columns) -> list[float]`."""
 
+import asyncio
 import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastpg.trainer.parsing import InputError, did_you_mean
+from fastpg.trainer.reward_model import RewardModel
 
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 """A function of prompts, completions and columns of the dataset, each by name and of length B.
 
-A value of None says that it does not apply to a completion.
+A value of None says that it does not apply to a completion. The function may be `async`.
 """
 
 
-def load_reward(spec: str) -> RewardFunction:
-    """Import a reward function. Modules in the working directory are found too.
+def load_reward(spec: str, trust_remote_code: bool = False) -> RewardFunction:
+    """Load a reward model, or import a reward function, also from the working directory.
 
     Args:
-        spec: The function as "module:function".
+        spec: The function as "module:function", or the directory of a reward model.
+        trust_remote_code: Whether code that comes with a reward model may run.
 
     Returns:
-        The function.
+        The function; a reward model can be called as one.
 
     Raises:
-        InputError: There is no such module or function.
+        InputError: There is no such model, module or function.
     """
+    # A name with a slash and no colon is one of the Hub, unless it is a directory.
+    if Path(spec).is_dir() or ("/" in spec and ":" not in spec):
+        return RewardModel.load(spec, trust_remote_code)
     # "module:" and ":function" have a colon too, but name nothing.
     module_name, colon, name = spec.partition(":")
     if not (module_name and colon and name):
-        raise InputError(f"A reward is named as module:function, not {spec!r}.")
+        raise InputError(
+            f"A reward is module:function or the directory of a reward model, not {spec!r}."
+        )
     # The installed `fastpg` command, unlike `python -m fastpg`, does not search the working
     # directory by itself.
     if "" not in sys.path:
@@ -62,29 +72,47 @@ def name_of(reward: RewardFunction) -> str:
 
 
 def score(
-    reward: RewardFunction, examples: Sequence[dict[str, Any]], completions: Sequence[Any]
-) -> torch.Tensor:
-    """Call a reward function and check what it returns.
+    reward_funcs: Sequence[RewardFunction], columns: dict[str, list[Any]]
+) -> dict[str, torch.Tensor]:
+    """Call reward functions and check what they return. Those that are async wait together.
 
     Args:
-        reward: The function. It gets the columns that it names, or all if it has `**columns`.
-        examples: B dicts of the dataset. A column that one of them lacks is None there.
-        completions: B texts or lists of chat messages.
+        reward_funcs: The functions. Each gets the columns that it names, or all if it has
+            `**columns`.
+        columns: B values by name, "completions" among them.
 
     Returns:
-        float32 [B], on the CPU; NaN where the function returned None, for "does not apply".
+        By the name of the function, float32 [B] on the CPU; NaN where the function returned None,
+        for "does not apply".
 
     Raises:
-        InputError: The function needs a column that is not there, or does not return B values
-            that are finite numbers or None.
+        InputError: A function needs a column that is not there, or does not return B values that
+            are finite numbers or None.
     """
-    # A dict and not a set: the order of the columns is then that of the dataset.
-    names = dict.fromkeys(name for example in examples for name in example if name != "prompt")
-    columns = {name: [example.get(name) for example in examples] for name in names}
-    columns["prompts"] = [example["prompt"] for example in examples]
-    columns["completions"] = list(completions)
-    values = reward(**accepted(reward, columns))
-    return _checked(name_of(reward), values, len(examples))
+    results = [reward(**accepted(reward, columns)) for reward in reward_funcs]
+    pending = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
+    if pending:
+        finished = _run(_gathered(list(pending.values())))
+        results = [finished.pop(0) if i in pending else result for i, result in enumerate(results)]
+    names = map(name_of, reward_funcs)
+    count = len(columns["completions"])
+    return {
+        name: _checked(name, values, count) for name, values in zip(names, results, strict=True)
+    }
+
+
+async def _gathered(results: list[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.gather(*results)
+
+
+def _run(results: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """Wait for coroutines, also where an event loop runs already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(results)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, results).result()
 
 
 def accepted(reward: RewardFunction, columns: dict[str, list]) -> dict[str, list]:

@@ -20,17 +20,12 @@ from fastpg.trainer.engine import make_accelerator
 from fastpg.trainer.episodes import Episodes, score_rollout
 from fastpg.trainer.files import write_model
 from fastpg.trainer.learner import Learner
+from fastpg.trainer.loading import load_policy, load_tokenizer
 from fastpg.trainer.logging import RunLog, Stopwatch
-from fastpg.trainer.models import (
-    VALUE_HEAD,
-    PolicyWithValue,
-    disable_dropout,
-    frozen_copy,
-    load_policy,
-    load_tokenizer,
-)
+from fastpg.trainer.models import VALUE_HEAD, PolicyWithValue, disable_dropout, frozen_copy
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.prompts import Example, prompt_loader
+from fastpg.trainer.reward_model import RewardModel
 from fastpg.trainer.rewards import RewardFunction, name_of
 from fastpg.trainer.rollout import Rollout, sample
 from fastpg.trainer.saver import Saver
@@ -54,7 +49,9 @@ class PPOTrainer:
     Args:
         model: A directory or name for `from_pretrained`, or the module itself, trained in place.
         reward_funcs: One or several functions `reward(prompts, completions, **columns)` that
-            return a list of floats, one for each completion.
+            return a list of floats, one for each completion, or None where they do not apply; each
+            may be async, a `RewardModel`, a text that `load_reward` understands, or written for
+            verl or OpenRLHF.
         args: The settings. None: those of `PPOConfig()`.
         train_dataset: A sequence of dicts with a "prompt", text or chat messages. The other
             columns go to the reward functions by name.
@@ -82,7 +79,7 @@ class PPOTrainer:
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        reward_funcs: RewardFunction | str | Sequence[RewardFunction | str],
         args: PPOConfig | None = None,
         *,
         train_dataset: Dataset,
@@ -94,7 +91,7 @@ class PPOTrainer:
         self.train_dataset = train_dataset
         self.eval_dataset = train_dataset if eval_dataset is None else eval_dataset
         # Cheap checks come before the model is loaded.
-        self.reward_funcs = checked_rewards(reward_funcs, self.args.reward_weights)
+        self.reward_funcs = checked_rewards(reward_funcs, self.args)
         datasets = {"train": self.train_dataset}
         if eval_dataset is not None:
             datasets["eval"] = eval_dataset
@@ -105,8 +102,11 @@ class PPOTrainer:
         self.tokenizer = processing_class or load_tokenizer(policy, self.args.trust_remote_code)
         for name, dataset in datasets.items():
             check_prompts(name, dataset, policy, self.tokenizer, self.args)
-        self.accelerator = make_accelerator(self.args)
+        self.accelerator = make_accelerator(self.args.mixed_precision, self.args.output_dir)
         self.stopwatch = Stopwatch(self.accelerator.device)
+        for reward in self.reward_funcs:
+            if isinstance(reward, RewardModel):
+                reward.to(self.accelerator.device)
         # Without a penalty nothing reads the reference, and its memory is saved.
         algorithm = self.resolved.algorithm
         reference = None

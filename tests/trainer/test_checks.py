@@ -33,10 +33,11 @@ def chat_tokenizer(template="{% for m in messages %}{{ m.content }} {% endfor %}
 @pytest.mark.parametrize(
     ("reward", "sentence"),
     [
-        ("rm", "A reward is a function of prompts and completions, not 'rm'."),
-        ([share_of_praise, "rm"], "A reward is a function of prompts and completions, not 'rm'."),
+        ("rm", "A reward is module:function or the directory of a reward model, not 'rm'."),
+        ([share_of_praise, "./rm"], "Cannot load a reward model from './rm': there is no such"),
+        ([share_of_praise, 3], "A reward is a function of prompts and completions, not 3."),
         (None, "A reward is a function of prompts and completions, not None."),
-        (torch.nn.Linear(2, 1), "Linear is a module, which a function has to call on tokens."),
+        (torch.nn.Linear(2, 1), "is a module, which fastpg.trainer.RewardModel("),
     ],
 )
 def test_a_reward_that_is_no_function_is_refused(tmp_path, reward, sentence):

@@ -11,7 +11,7 @@ from tiny_trainer import make_trainer, metrics_of
 
 from fastpg.algorithms import ALGORITHMS
 from fastpg.trainer import InputError, PPOConfig, config
-from fastpg.trainer.config import from_mapping
+from fastpg.trainer.config import from_mapping, save_config
 from fastpg.trainer.parsing import load_yaml
 from fastpg.trainer.rollout import Rollout
 
@@ -108,7 +108,7 @@ def test_settings_take_the_place_of_the_algorithms_own():
 @pytest.mark.parametrize("first", ["ppo", "grpo"])
 def test_saved_settings_of_one_algorithm_do_for_another(tmp_path, first, other):
     given = PPOConfig(algorithm=first, learning_rate=1e-4)
-    given.save(tmp_path / "config.yaml")
+    save_config(given, tmp_path / "config.yaml")
     saved = from_mapping(PPOConfig, {**load_yaml(tmp_path / "config.yaml"), "algorithm": other})
     assert saved == dataclasses.replace(given, algorithm=other)
     assert saved.resolved() == PPOConfig(algorithm=other, learning_rate=1e-4).resolved()

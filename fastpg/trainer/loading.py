@@ -1,0 +1,149 @@
+"""Models and tokenizers from files: what cannot be used is refused in one sentence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastpg.trainer.parsing import InputError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+"""A directory with a tokenizer has one of these."""
+
+
+def load_policy(model: str | PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a causal language model in float32.
+
+    Args:
+        model: A directory or name for `from_pretrained`. A module is returned as it is.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: There is no such model, or its files are damaged, lack weights or are those of
+            a reward model.
+    """
+    if not isinstance(model, str):
+        return model
+    what = "a causal language model"
+    policy, loading = _load(AutoModelForCausalLM, what, model, trust_remote_code)
+    if any(name.startswith("score.") for name in loading["unexpected_keys"]):
+        raise InputError(f"Cannot load {what} from {model!r}: it holds a reward model.")
+    _refuse_made_up(what, model, loading, allowed=set())
+    return policy
+
+
+def load_scorer(model: str, trust_remote_code: bool, new_head: bool) -> PreTrainedModel:
+    """Load a model with a linear head of one output, in float32.
+
+    Args:
+        model: A directory or name for `from_pretrained`.
+        trust_remote_code: Whether code that comes with the model may run.
+        new_head: Whether a model without such a head, a language model, gets one with random
+            weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: There is no such model, its files are damaged or lack weights, or its head has
+            several outputs.
+    """
+    what = "a reward model"
+    options = {"num_labels": 1} if new_head else {}
+    scorer, loading = _load(
+        AutoModelForSequenceClassification, what, model, trust_remote_code, **options
+    )
+    if scorer.config.num_labels != 1:
+        raise InputError(
+            f"Cannot load {what} from {model!r}: it has {scorer.config.num_labels} outputs, not "
+            "one; a function can choose among them."
+        )
+    _refuse_made_up(what, model, loading, allowed={"score.weight"} if new_head else set())
+    return scorer
+
+
+def _load(
+    auto_class: Any, what: str, model: str, trust_remote_code: bool, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model, and what transformers says of its weights. Errors say `what` it should be."""
+    sentence = f"Cannot load {what} from {model!r}"
+    path = Path(model)
+    if path.is_file():
+        raise InputError(f"{sentence}: it is a file, and the directory around it is meant.")
+    if not path.exists() and (path.is_absolute() or model.startswith(".") or model.endswith("/")):
+        raise InputError(f"{sentence}: there is no such directory.")
+    with as_input_error(sentence):
+        return auto_class.from_pretrained(
+            model,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+
+
+def _refuse_made_up(what: str, model: str, loading: dict[str, Any], allowed: set[str]) -> None:
+    """Refuse a model whose weights transformers made up, but for those that may be."""
+    missing = sorted(set(loading["missing_keys"]) - allowed)
+    missing += sorted(mismatch[0] for mismatch in loading["mismatched_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+        raise InputError(f"Cannot load {what} from {model!r}: it lacks {missing[0]}{more}.")
+
+
+def load_tokenizer(policy: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that was saved with a model.
+
+    Args:
+        policy: A model that came from a directory or name.
+        trust_remote_code: Whether code that comes with the tokenizer may run.
+
+    Returns:
+        Its tokenizer.
+
+    Raises:
+        InputError: The model was built in code, or no tokenizer was saved with it.
+    """
+    if not policy.name_or_path:
+        raise InputError("A model built in code needs its tokenizer as processing_class.")
+    path = Path(policy.name_or_path)
+    if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
+        # transformers would make up an empty one for some families.
+        raise InputError(f"There is no tokenizer in {policy.name_or_path!r}.")
+    with as_input_error(f"Cannot load a tokenizer from {policy.name_or_path!r}"):
+        return AutoTokenizer.from_pretrained(
+            policy.name_or_path, trust_remote_code=trust_remote_code
+        )
+
+
+@contextmanager
+def as_input_error(sentence: str) -> Iterator[None]:
+    """Turn what reading a bad name or directory raises into an `InputError`."""
+    try:
+        yield
+    except Exception as error:
+        # Damaged files raise errors of safetensors, pickle, JSON and others. The first line of the
+        # message says what is wrong; more are advice about the hub.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own, which only trust_remote_code lets run."
+        raise InputError(f"{sentence}: {reason}") from error

@@ -1,0 +1,94 @@
+"""Reward functions written for verl or OpenRLHF, called as those call them."""
+
+import inspect
+from collections.abc import Callable
+from inspect import Parameter, Signature
+from typing import Any
+
+
+def adapted(reward: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a reward of verl or OpenRLHF the signature of ours; the names of its arguments tell.
+
+    Args:
+        reward: A function of prompts and completions, which is returned as it is; verl's
+            `compute_score(data_source, solution_str, ground_truth, extra_info)`; or OpenRLHF's
+            `reward_func(queries, prompts, labels)`.
+
+    Returns:
+        A function of columns. That of verl needs a column "ground_truth", or verl's own
+        "reward_model"; that of OpenRLHF needs a column "label".
+    """
+    names = _parameters(reward)
+    if {"solution_str", "ground_truth"} <= names.keys():
+        return VerlReward(reward)
+    if {"queries", "prompts"} <= names.keys():
+        return OpenRLHFReward(reward)
+    return reward
+
+
+def _parameters(reward: Callable[..., Any]) -> dict[str, Parameter]:
+    try:
+        return dict(inspect.signature(reward).parameters)
+    except (TypeError, ValueError):
+        # Some builtins have no signature. They are no adapted rewards either.
+        return {}
+
+
+class VerlReward:
+    """Calls `compute_score` for each completion.
+
+    Args:
+        compute_score: The function. It returns a number, or a dict with the "score".
+    """
+
+    def __init__(self, compute_score: Callable[..., Any]) -> None:
+        self.compute_score = compute_score
+        self.__name__ = getattr(compute_score, "__name__", type(compute_score).__name__)
+        self.taken = _parameters(compute_score)
+        # verl always passes `extra_info`, and None where the data has none.
+        needed = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=p.default)
+            for name, p in self.taken.items()
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            and name not in ("solution_str", "extra_info")
+        ]
+        ours = [
+            Parameter("completions", Parameter.KEYWORD_ONLY),
+            Parameter("extra_info", Parameter.KEYWORD_ONLY, default=None),
+        ]
+        self.__signature__ = Signature([*ours, *needed])
+
+    def __call__(self, completions: list[Any], **columns: list[Any]) -> list[Any]:
+        """Return the scores of B completions."""
+        scores = []
+        for i, completion in enumerate(completions):
+            row = {name: column[i] for name, column in columns.items()}
+            if "extra_info" in self.taken:
+                row.setdefault("extra_info", None)
+            text = completion if isinstance(completion, str) else completion[-1]["content"]
+            result = self.compute_score(solution_str=text, **row)
+            scores.append(result["score"] if isinstance(result, dict) else result)
+        return scores
+
+
+class OpenRLHFReward:
+    """Calls `reward_func` with texts.
+
+    Args:
+        reward_func: The function. It returns B rewards, or a dict with the "rewards".
+    """
+
+    def __init__(self, reward_func: Callable[..., Any]) -> None:
+        self.reward_func = reward_func
+        self.__name__ = getattr(reward_func, "__name__", type(reward_func).__name__)
+        self.has_labels = "labels" in _parameters(reward_func)
+        names = ["texts", "prompt_texts", *(["label"] if self.has_labels else [])]
+        self.__signature__ = Signature([Parameter(n, Parameter.KEYWORD_ONLY) for n in names])
+
+    def __call__(
+        self, texts: list[str], prompt_texts: list[str], label: list[Any] | None = None
+    ) -> Any:
+        """Return the rewards of B texts."""
+        labels = {"labels": label} if self.has_labels else {}
+        result = self.reward_func(queries=texts, prompts=prompt_texts, **labels)
+        return result["rewards"] if isinstance(result, dict) else result

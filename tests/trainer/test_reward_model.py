@@ -1,0 +1,226 @@
+"""Reward models: trained on pairs, loaded by transformers, and as rewards of a policy."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import OWN, workspace
+from tiny_trainer import make_trainer, tiny_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen3ForSequenceClassification,
+)
+
+from fastpg.cli import main
+from fastpg.tasks import reviews
+from fastpg.trainer import InputError, RewardConfig, RewardModel, RewardTrainer
+from fastpg.trainer.pairs import read_pairs
+from fastpg.trainer.reward_report import Judgement
+
+__all__ = ["workspace"]
+
+
+def praise_pairs(count, seed=0):
+    """Reviews of the same subject, of which the kinder one is chosen."""
+    rng, pairs = random.Random(seed), []
+    while len(pairs) < count:
+        prompt = rng.choice(reviews.subjects())
+        answers = [" " + reviews.opinion(rng) for _ in range(2)]
+        scores = reviews.praise([prompt] * 2, answers)
+        if scores[0] != scores[1]:
+            rejected, chosen = sorted(answers, key=lambda a: scores[answers.index(a)])
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def tiny_scorer(**changes):
+    torch.manual_seed(1)
+    config = tiny_model().config
+    config.update({"num_labels": 1, "pad_token_id": 0, **changes})
+    return Qwen3ForSequenceClassification(config)
+
+
+def make_reward_trainer(output_dir, pairs, **settings):
+    defaults = {"output_dir": str(output_dir), "learning_rate": 3e-3, "batch_size": 32}
+    return RewardTrainer(
+        tiny_scorer(),
+        RewardConfig(**{**defaults, **settings}),
+        train_dataset=pairs,
+        processing_class=reviews.build_tokenizer(),
+    )
+
+
+def test_a_reward_model_learns_to_order_pairs(tmp_path):
+    trainer = make_reward_trainer(tmp_path, praise_pairs(640), micro_batch_size=32)
+    before, after = trainer.evaluate(), trainer.train()
+    assert 0.2 < before["accuracy"] < 0.8 < after["accuracy"]
+    assert after["loss"] < 0.5 < before["loss"]
+    assert after == trainer.evaluate()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 19))
+    assert rows[0]["learning_rate"] == 3e-3 and rows[-1]["learning_rate"] < 2e-4
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "calibration_error" in summary and "accuracy" in summary
+    assert (tmp_path / "reward_model.png").stat().st_size > 0
+
+
+def test_a_saved_reward_model_is_one_of_transformers(tmp_path):
+    trainer = make_reward_trainer(tmp_path, praise_pairs(64))
+    trainer.train()
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    texts = ["the plot was clever .", "honestly this cast was very dull but fresh ."]
+    batch = tokenizer([f"{text} <eos>" for text in texts], padding=True, return_tensors="pt")
+    reward = RewardModel.load(str(tmp_path / "model"))
+    torch.testing.assert_close(
+        torch.tensor(reward.score(texts)), model(**batch).logits[:, 0], rtol=1e-5, atol=1e-6
+    )
+    assert reward.__name__ == tmp_path.name
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_the_score_does_not_depend_on_what_else_is_in_the_batch(pad):
+    tokenizer = reviews.build_tokenizer()
+    tokenizer.pad_token = pad
+    reward = RewardModel(tiny_scorer(pad_token_id=tokenizer.pad_token_id), tokenizer)
+    texts = ["the plot was clever .", "dull", "honestly this cast was very dull but fresh ."]
+    together = reward.score(texts)
+    alone = [reward.score([text])[0] for text in texts]
+    assert together == pytest.approx(alone, abs=1e-6)
+    assert len({round(score, 3) for score in together}) == 3
+
+
+def test_micro_batches_change_no_step(tmp_path):
+    weights = []
+    for size in (3, 32):
+        trainer = make_reward_trainer(tmp_path, praise_pairs(40), micro_batch_size=size)
+        trainer.train()
+        weights.append(torch.nn.utils.parameters_to_vector(trainer.reward.model.parameters()))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_a_policy_learns_from_a_reward_model_of_another_vocabulary(tmp_path):
+    """A directory is a reward; its tokenizer need not be that of the policy."""
+    tokenizer = reviews.build_tokenizer()
+    tokenizer.add_tokens(["<unused>"])
+    scorer = tiny_scorer(vocab_size=44)
+    scorer.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    trainer = make_trainer(tmp_path / "run", str(tmp_path / "rm"))
+    trainer.train()
+    lines = (tmp_path / "run/completions/step_000002.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    texts = [" ".join([s["prompt"], *s["completion"].split()]) for s in samples]
+    expected = RewardModel(scorer, tokenizer).score(texts)
+    assert [s["rewards"]["rm"] for s in samples] == pytest.approx(expected, abs=1e-6)
+    assert len(set(expected)) > 1
+
+
+def test_a_chat_is_scored_through_the_template_of_the_reward_model():
+    tokenizer = reviews.build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}honestly {% endif %}"
+        "{{ m.content }} {% endfor %}"
+    )
+    reward = RewardModel(tiny_scorer(), tokenizer)
+    prompt = [{"role": "user", "content": "the plot was"}]
+    begun = [*prompt, {"role": "assistant", "content": "very "}]
+    answer = [{"role": "assistant", "content": "clever ."}]
+    scores = reward([prompt, begun], [answer, answer], ["not read", "nor this"])
+    texts = ["honestly the plot was clever .", "honestly the plot was very clever ."]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    assert scores == pytest.approx(reward.scores_of(reward.model, ids).tolist(), abs=1e-6)
+    with pytest.raises(InputError, match="The tokenizer of reward_model has no chat template"):
+        RewardModel(tiny_scorer(), reviews.build_tokenizer()).score([prompt])
+
+
+def test_a_text_that_is_too_long_loses_its_beginning_with_a_warning(caplog):
+    reward = RewardModel(tiny_scorer(max_position_embeddings=8), reviews.build_tokenizer())
+    assert reward.score(["the plot " * 9]) == reward.score(["the plot " * 20])
+    assert [r.getMessage() for r in caplog.records] == [
+        "reward_model has 8 positions; longer texts lose their beginning."
+    ]
+
+
+def test_pairs_of_every_form():
+    user, kind = {"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}
+    rude = {"role": "assistant", "content": "bad"}
+    chat = ([user, kind], [user, rude])
+    rows = [
+        ({"prompt": "q", "chosen": " good", "rejected": " bad"}, ("q good", "q bad")),
+        ({"chosen": "q good", "rejected": "q bad"}, ("q good", "q bad")),
+        ({"prompt": [user], "chosen": [kind], "rejected": [rude]}, chat),
+        ({"prompt": [user], "chosen": "good", "rejected": "bad"}, chat),
+        ({"prompt": "q", "chosen": [kind], "rejected": [rude]}, chat),
+        # The answers of TRL's and UltraFeedback's data hold the prompt too.
+        ({"prompt": "q", "chosen": chat[0], "rejected": chat[1]}, chat),
+        ({"chosen": chat[0], "rejected": chat[1]}, chat),
+    ]
+    for row, expected in rows:
+        row = {k: list(v) if isinstance(v, tuple) else v for k, v in row.items()}
+        assert read_pairs([row]) == [expected], row
+    for row, sentence in [
+        ({"chosen": "a"}, "Example 0 must have 'chosen' and 'rejected'"),
+        ({"chosen": "a", "rejected": "a"}, "Example 0 prefers an answer to itself."),
+        ({"chosen": [{"from": "gpt"}], "rejected": "a"}, "Example 0 must have"),
+    ]:
+        with pytest.raises(InputError, match=sentence):
+            read_pairs([row])
+
+
+def test_calibration_compares_confidence_with_accuracy():
+    # Margins of 2 in three pairs, of which one is wrong; of 0.1 in one pair, which is right.
+    judgement = Judgement(torch.tensor([2.0, 2.0, 0.0, 0.1]), torch.tensor([0.0, 0.0, 2.0, 0.0]))
+    sure, unsure = (1 / (1 + math.exp(-m)) for m in (2.0, 0.1))
+    expected = 0.75 * abs(sure - 2 / 3) + 0.25 * abs(unsure - 1)
+    metrics = judgement.metrics()
+    assert metrics["calibration_error"] == pytest.approx(expected, abs=1e-6)
+    assert (metrics["accuracy"], metrics["count"]) == (0.75, 4)
+
+
+def test_the_command_trains_a_reward_model_that_the_trainer_takes(workspace, capsys):
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, praise_pairs(40))))
+    command = ["reward-model", "--model", "model", "--dataset", "pairs.jsonl"]
+    assert main([*command, "--output_dir", "kind", "--batch_size", "8"]) == 0
+    assert "of 4 held-out pairs" in capsys.readouterr().out.lower()
+    flags = ["--config", "run.yaml", "--reward", "kind/model", "--reward", "my_rewards:length"]
+    assert main(["train", *OWN[:4], *flags]) == 0
+    (row,) = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+    assert row["reward/mean"] == pytest.approx(
+        row["rewards/kind/mean"] + row["rewards/length/mean"]
+    )
+    # A policy is no reward model: its head would be random.
+    assert main(["train", *OWN[:4], "--reward", "model"]) == 2
+    assert "Cannot load a reward model from 'model': it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "Your own run also needs --model and --dataset."),
+        (["--batch_siz", "3"], "Unknown setting 'batch_siz'; did you mean 'batch_size'?"),
+        (["--eval_fraction", "1"], "eval_fraction must be between 0 and 1, and neither, not 1.0."),
+        (["--model", "model", "--dataset", "prompts.jsonl"], "prompts.jsonl, line 1: no 'chosen'"),
+        (["--model", "model", "--dataset", "one.jsonl"], "1 pairs are too few to hold one out"),
+    ],
+)
+def test_bad_input_of_the_command_is_one_sentence(workspace, capsys, flags, sentence):
+    Path("one.jsonl").write_text(json.dumps(praise_pairs(1)[0]))
+    assert main(["reward-model", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastpg reward-model: ") and error.count("\n") == 1
+    assert sentence in error
+
+
+def test_a_model_of_two_outputs_is_no_reward_model(tmp_path):
+    two = tiny_scorer(num_labels=2)
+    with pytest.raises(InputError, match="it has not one output"):
+        RewardModel(two, reviews.build_tokenizer())
+    two.save_pretrained(tmp_path)
+    reviews.build_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="it has 2 outputs, not one"):
+        RewardModel.load(str(tmp_path))

@@ -1,0 +1,136 @@
+"""Rewards of every kind: what they may ask for, async ones, those of verl and OpenRLHF."""
+
+import asyncio
+
+import pytest
+import torch
+from tiny_trainer import PROMPTS, make_trainer
+
+from fastpg.tasks import reviews
+from fastpg.trainer import InputError
+from fastpg.trainer.reward_adapters import adapted
+from fastpg.trainer.rewards import score
+
+
+def chat_tokenizer():
+    tokenizer = reviews.build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}honestly{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_reward_may_ask_for_ids_and_whole_texts(tmp_path):
+    seen = {}
+
+    def reward(prompts, completions, completion_ids, texts, prompt_texts):
+        seen.update(locals())
+        return [0.0] * len(prompts)
+
+    trainer = make_trainer(tmp_path, reward, max_prompt_length=2, num_eval_samples=8)
+    trainer.evaluate()
+    tokenizer = trainer.tokenizer
+    rows = zip(*(seen[name] for name in reward.__code__.co_varnames[:5]), strict=True)
+    for prompt, completion, ids, text, prompt_text in rows:
+        assert tokenizer.decode(ids, skip_special_tokens=True) == completion
+        # The prompt has lost its first words before the model, but not before the reward.
+        assert prompt_text == prompt
+        assert text.split() == [*prompt.split(), *completion.split()]
+
+
+def test_the_texts_of_a_chat_are_what_the_policy_saw(tmp_path):
+    seen = {}
+
+    def reward(completions, texts, prompt_texts):
+        seen.update(locals())
+        return [0.0] * len(texts)
+
+    dataset = [{"prompt": [{"role": "user", "content": "the plot was"}]}]
+    trainer = make_trainer(tmp_path, reward, dataset=dataset, tokenizer=chat_tokenizer())
+    trainer.evaluate()
+    (text,), ((message,),) = seen["texts"], seen["completions"]
+    assert seen["prompt_texts"] == ["the plot was honestly"]
+    assert text.startswith("the plot was honestly ")
+    assert text.removesuffix(" <eos>").split()[4:] == message["content"].split()
+
+
+def columns(**more):
+    return {"prompts": ["a", "b"], "completions": ["x", "y"], **more}
+
+
+def test_async_rewards_wait_together():
+    running = []
+
+    async def slow(completions):
+        running.append(1)
+        await asyncio.sleep(0.05)
+        assert len(running) == 2, "the other one has not begun"
+        return [1.0, None]
+
+    class Remote:
+        async def __call__(self, completions):
+            return await slow(completions)
+
+    def plain(completions):
+        return [2.0, 3.0]
+
+    rewards = score([slow, plain, Remote()], columns())
+    assert list(rewards) == ["slow", "plain", "Remote"]
+    assert rewards["plain"].tolist() == [2.0, 3.0]
+    for name in ("slow", "Remote"):
+        assert rewards[name][0] == 1.0 and rewards[name][1].isnan()
+
+
+def test_an_async_reward_runs_where_an_event_loop_runs_already():
+    async def reward(completions):
+        return [1.0, 2.0]
+
+    async def notebook():
+        return score([reward], columns())
+
+    assert asyncio.run(notebook())["reward"].tolist() == [1.0, 2.0]
+
+
+def test_the_error_of_an_async_reward_is_raised():
+    async def broken(completions):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        score([broken], columns())
+
+
+# These have the signatures of verl 0.9 and OpenRLHF 0.11.
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    assert data_source == "sums" and extra_info is None
+    return {"score": float(solution_str == ground_truth), "acc": True}
+
+
+def reward_func(queries, prompts, labels):
+    pairs = zip(queries, prompts, strict=True)
+    assert all(query.startswith(prompt) and len(query) > len(prompt) for query, prompt in pairs)
+    return {"rewards": torch.tensor([float(label) for label in labels]), "scores": None}
+
+
+def test_a_reward_of_verl_is_called_as_verl_does():
+    rows = columns(data_source=["sums"] * 2, ground_truth=["x", "z"], other=[1, 2])
+    assert score([adapted(compute_score)], rows)["compute_score"].tolist() == [1.0, 0.0]
+
+
+def test_a_reward_of_verl_finds_the_truth_where_verl_keeps_it(tmp_path):
+    row = {"data_source": "sums", "reward_model": {"style": "rule", "ground_truth": "x"}}
+    dataset = [{**prompt, **row} for prompt in PROMPTS]
+    metrics = make_trainer(tmp_path, compute_score, dataset=dataset).evaluate()
+    assert metrics["eval/rewards/compute_score/mean"] == 0.0
+    with pytest.raises(InputError, match="compute_score needs a dataset column 'data_source'"):
+        make_trainer(tmp_path, compute_score)
+
+
+def test_a_reward_of_openrlhf_is_called_as_openrlhf_does(tmp_path):
+    dataset = [{**prompt, "label": i} for i, prompt in enumerate(PROMPTS)]
+    metrics = make_trainer(tmp_path, reward_func, dataset=dataset).evaluate()
+    assert metrics["eval/rewards/reward_func/mean"] == 0.5
+    with pytest.raises(InputError, match="reward_func needs a dataset column 'label'"):
+        make_trainer(tmp_path, reward_func)

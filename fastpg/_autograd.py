@@ -134,8 +134,16 @@ def _save(ctx: Any, layout: Layout[SavedT], saved: SavedT) -> None:
 
 
 def _forms(tensors: Sequence) -> list:
-    """What a kernel relies on: the shape and the dtype of each tensor."""
-    return [None if x is None else (x.shape, x.dtype) for x in tensors]
+    """What a kernel relies on: the shape and the dtype of each tensor, one after the other.
+
+    A list of pairs would take half as long again, of 1 us in a call of 30.
+    """
+    forms: list = []
+    for x in tensors:
+        if x is not None:
+            forms.append(x.shape)
+            forms.append(x.dtype)
+    return forms
 
 
 def _restore(name: str, ctx: Any, layout: Layout[SavedT]) -> SavedT:
@@ -147,11 +155,9 @@ def _restore(name: str, ctx: Any, layout: Layout[SavedT]) -> SavedT:
     tensors: Sequence = ctx.saved_tensors
     forms = _forms(tensors)
     if forms != ctx.forms:
-        changed = (pair for pair in zip(ctx.forms, forms, strict=True) if pair[0] != pair[1])
-        (shape, dtype), (new_shape, new_dtype) = next(changed)
+        before, now = _first_difference(ctx.forms, forms)
         raise RuntimeError(
-            f"{name}: a tensor that was saved for backward was {dtype} {tuple(shape)}, and is "
-            f"{new_dtype} {tuple(new_shape)} now"
+            f"{name}: a tensor that was saved for backward was {before}, and is {now} now"
         )
     if layout.has_lists:
         each = iter(tensors)
@@ -160,6 +166,14 @@ def _restore(name: str, ctx: Any, layout: Layout[SavedT]) -> SavedT:
             for length in ctx.lengths
         ]
     return layout.join(tensors, ctx.others)
+
+
+def _first_difference(before: list, now: list) -> tuple[str, str]:
+    """The forms, in words, that the first tensor whose form has changed had and has."""
+    for i in range(0, len(before), 2):
+        if before[i : i + 2] != now[i : i + 2]:
+            break
+    return f"{before[i + 1]} {tuple(before[i])}", f"{now[i + 1]} {tuple(now[i])}"
 
 
 def _gradients(op: Differentiable, ctx: Any, grads: tuple) -> Sequence[Tensor | None]:

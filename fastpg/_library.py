@@ -13,6 +13,13 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import _profiler_enabled
 
 
 def _extension(name: str) -> tuple[ModuleType | None, str]:
@@ -95,11 +102,11 @@ def _ticket_of_stream(device: torch.device, stream: int) -> torch.Tensor:
 def nothing_listens() -> bool:
     """Whether no mode, transform of torch.func, tracer or profiler takes part in ops now."""
     return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
     )
 
 

@@ -47,6 +47,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from ._library import _C, LIBRARY, _cuda, kernels, nothing_listens, reduction_scratch
@@ -116,7 +117,7 @@ class Op(Generic[InputsT, OutputsT]):
 
     def __call__(self, x: InputsT) -> OutputsT:
         """Runs the fastest kernel that there is for the device of the inputs."""
-        if self.kernels and not torch.compiler.is_compiling():
+        if self.kernels and not is_dynamo_compiling():
             tensors, _ = self.inputs.split(x)
             first = tensors[0]
             kernel = self.kernels.get("cpu" if first.is_cpu else first.device.type)

@@ -9,7 +9,9 @@ CPP_OF_TESTS := tests/cuda_on_cpu/cuda_runtime.h
 
 TRITON_OLDEST := triton==3.6.0 numpy==2.3.5
 
-.PHONY: demo test test-newest test-oldest aot mutants lint format bench bench-compare gpu clean
+RELEASES := $(basename $(notdir $(wildcard tests/integrations/releases/*.txt)))
+
+.PHONY: demo test test-newest test-oldest test-integrations aot mutants lint format bench bench-compare gpu clean
 
 demo: .stamp
 	$(RUN) -m fastpg train
@@ -30,6 +32,10 @@ test-oldest: .stamp .triton-oldest
 	PYTHONPATH=.triton-oldest $(RUN) -m pytest -n auto --durations=5 -m "not slow" -k "triton" \
 	  -W "ignore:Conversion of an array with ndim:DeprecationWarning" \
 	  -W "ignore:All-NaN slice:RuntimeWarning" $(TESTS)
+
+# The integrations, each on every release of its package that is listed in tests/integrations/releases.
+test-integrations: .stamp $(RELEASES:%=.integrations/%)
+	FASTPG_TEST_RELEASES=all $(RUN) -m pytest tests/integrations
 
 # Reads the machine code of every kernel, compiled by the oldest and by the installed Triton for
 # sm_80, sm_90 and sm_100. All variants take half an hour of two cores; make aot FEW=--few takes two
@@ -91,6 +97,13 @@ endif
 	rm -rf .triton-oldest
 	$(RUN) -m pip install -q --no-deps --target .triton-oldest $(TRITON_OLDEST)
 	touch .triton-oldest
+
+# The wheels of a release, beside the environment. The tests put them on PYTHONPATH; dill would pickle
+# a module whose path has no "site-packages" by value.
+.integrations/%: tests/integrations/releases/%.txt | .stamp
+	rm -rf $@
+	$(RUN) -m pip install -q --no-deps --target $@/site-packages -r $<
+	touch $@
 
 .stamp: $(if $(HAVE),,.venv) pyproject.toml setup.py $(CPP)
 	@echo "Installing what fastpg needs, and compiling its kernels: a few minutes without a word."

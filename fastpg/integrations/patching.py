@@ -57,7 +57,7 @@ class PatchReport(NamedTuple):
 
     package: str
     version: str | None  # None: it is not installed
-    rows: tuple[PatchRow, ...]
+    rows: list[PatchRow]  # a call that is left to the package later adds one
 
     @property
     def complete(self) -> bool:
@@ -111,6 +111,8 @@ class Patches:
     def __init__(self, package: str) -> None:
         self.package = package
         self.replaced: list[Replaced] = []
+        self.rows: list[PatchRow] = []
+        self.strict = False
 
     @property
     def applied(self) -> bool:
@@ -143,12 +145,26 @@ class Patches:
                     rows.append(PatchRow(each.target, "refused", "already patched: unpatch first"))
                 else:
                     rows.append(self._replace(each))
-        report = PatchReport(self.package, installed, tuple(rows))
+        report = PatchReport(self.package, installed, rows)
+        if not was_applied:
+            self.rows, self.strict = rows, strict
         if strict and not report.complete:
             if not was_applied:
                 self.undo()
             raise PatchError(f"fastpg: not all of {report}")
         return report
+
+    def leave(self, target: str, reason: str) -> None:
+        """Notes in the report that a call is left to the package.
+
+        Raises:
+            PatchError: What is replaced was to be replaced strictly.
+        """
+        if self.strict:
+            raise PatchError(f"fastpg: {target}: {reason}")
+        row = PatchRow(target, "refused", reason)
+        if row not in self.rows:
+            self.rows.append(row)
 
     def version(self) -> str | None:
         """The installed version of the package; None if there is none."""

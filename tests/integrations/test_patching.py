@@ -49,7 +49,7 @@ def test_a_global_is_replaced_in_every_module_and_put_back_by_identity(house):
     early, stock, patches = sys.modules["house.early"], house.f, Patches("house")
     report = patches.apply([Replacement("house.utils.f", ours)], strict=True)
     assert report == PatchReport(
-        "house", "1.2", (PatchRow("house.utils.f", "replaced", "and in house.early.f"),)
+        "house", "1.2", [PatchRow("house.utils.f", "replaced", "and in house.early.f")]
     )
     late = importlib.import_module("house.late")
     assert {house.f(), early.f(), late.f()} == {"ours"} and patches.applied
@@ -110,7 +110,7 @@ def test_what_is_missing_or_refused_is_in_the_report_and_raises_if_strict(house)
 
 def test_a_package_that_is_not_installed_is_the_only_row():
     report = Patches("no_such_house").apply([Replacement("no_such_house.f", ours)], strict=False)
-    assert report.rows == (PatchRow("no_such_house", "missing", "the package is not installed"),)
+    assert report.rows == [PatchRow("no_such_house", "missing", "the package is not installed")]
     with pytest.raises(PatchError, match="no_such_house is not installed"):
         Patches("no_such_house").apply([], strict=True)
 
@@ -132,3 +132,16 @@ def test_the_replacements_end_with_the_block_also_when_it_raises(house):
         assert house.f() == "ours"
         _ = 1 / 0
     assert house.f() == "stock"
+
+
+def test_a_call_that_is_left_to_the_package_is_in_the_report_once_and_raises_if_strict(house):
+    patches, wanted = Patches("house"), [Replacement("house.utils.f", ours)]
+    with patches.during(wanted, strict=False) as report:
+        for _ in range(2):
+            patches.leave("house.utils.f", "its weight is quantised")
+        assert [row.state for row in report.rows] == ["replaced", "refused"]
+    with (
+        patches.during(wanted, strict=True),
+        pytest.raises(PatchError, match="its weight is quantised"),
+    ):
+        patches.leave("house.utils.f", "its weight is quantised")

@@ -123,7 +123,11 @@ class Op(Generic[InputsT, OutputsT]):
             kernel = self.kernels.get("cpu" if first.is_cpu else first.device.type)
             if kernel is not None and are_plain(tensors):
                 return kernel(x)
-        result = self.overload(*self.inputs.flatten(x))
+        values = self.inputs.flatten(x)
+        for name, value in zip(self.inputs.types, values, strict=True):
+            for x in value if isinstance(value, list) else [value]:
+                refuse_dtensor(self.name, name, x)
+        result = self.overload(*values)
         if self.single:
             result = (result,)
         return self.outputs.record._make(result or ())  # torch returns None for no outputs
@@ -281,6 +285,15 @@ def are_plain(tensors: Sequence) -> bool:
         if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.is_neg()):
             return False
     return True
+
+
+def refuse_dtensor(op: str, name: str, x: object) -> None:
+    """Raises for a DTensor: no op says which parts of its results each rank would have."""
+    if type(x) not in PLAIN_TENSORS and hasattr(x, "full_tensor"):
+        needs = f"pass {name}.to_local()"
+        if name == "logits":
+            needs += ", and process_group if the vocabulary is sharded"
+        raise TypeError(f"{op}: {name} is a DTensor: {needs}")
 
 
 def current_stream(tensor: Tensor) -> int:

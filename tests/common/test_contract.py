@@ -59,6 +59,24 @@ def test_every_public_op_has_an_example():
     assert {example.op for example in EXAMPLES} == public
 
 
+class Sharded(torch.Tensor):
+    """What a check can tell a DTensor by."""
+
+    def full_tensor(self):
+        """Gathers the parts of all ranks."""
+        raise AssertionError("no op asks for it")
+
+
+@every_example
+def test_a_dtensor_is_refused_by_its_name(example):
+    """torch's own message is that DTensors and tensors are mixed, and then that neither will do."""
+    for name, value in example.arguments.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        with pytest.raises(TypeError, match=rf"{name} is a DTensor: pass {name}\."):
+            example.call(**{name: value.as_subclass(Sharded)})
+
+
 @every_example
 def test_inputs_are_not_modified(example):
     before = {

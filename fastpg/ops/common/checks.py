@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..._flags import record_labels
 from ..._library import DTYPE_CODE, scalar
+from ..._op import PLAIN_TENSORS, refuse_dtensor
 
 # A function from this to this gives a tensor for a tensor, and None for None.
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -28,9 +29,10 @@ def check_tensors(op: str, **values: object) -> None:
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
-    """The value is a tensor."""
+    """The value is a tensor, and no DTensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    refuse_dtensor(op, name, value)
 
 
 def check_number(op: str, name: str, value: object) -> None:
@@ -106,7 +108,7 @@ def alike(op: str, optional: tuple[str, ...] = (), /, **tensors: Any) -> list:
     for name, x in tensors.items():
         if x is None and name in optional:
             continue
-        if not isinstance(x, Tensor):
+        if type(x) not in PLAIN_TENSORS:
             check_tensor(op, name, x)
         if x.dtype is not dtype or x.shape != shape or x.device != device:
             others.append(name)

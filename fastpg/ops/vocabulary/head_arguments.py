@@ -49,8 +49,13 @@ def check_whole(op: str, name: str, x: Tensor) -> None:
 
     It must be called before any cast, since casts drop what tells such a tensor.
     """
-    if hasattr(x, "full_tensor"):
-        raise TypeError(f"{op}: {name} is a DTensor: pass {name}.full_tensor()")
+    if name != "hidden" and hasattr(x, "full_tensor"):
+        average = f'{name}.full_tensor(grad_placements=[Partial("avg")])'
+        raise TypeError(
+            f"{op}: {name} is a DTensor: pass {average}, whose gradient is the mean over the ranks "
+            f"as in FSDP; or call within the forward of the module whose FSDP group owns the head; "
+            f"or, for a sharded vocabulary, pass {name}.to_local() and process_group"
+        )
     if hasattr(x, "ds_id") and x.numel() == 0:
         needs = "call within deepspeed.zero.GatheredParameters"
         raise ValueError(f"{op}: {name} is a ZeRO-3 placeholder: {needs}")
@@ -74,8 +79,8 @@ def as_head(
     biases = [] if bias is None else [bias]
     for name, tensors in (("hidden", hiddens), ("weight", weights), ("bias", biases)):
         for x in tensors:
-            check_tensor(op, name, x)
             check_whole(op, name, x)
+            check_tensor(op, name, x)
     if len(hiddens) != len(weights) or not weights:
         counts = f"got {len(hiddens)} and {len(weights)}"
         raise ValueError(f"{op}: hidden and weight must be a tensor each, or as many, {counts}")

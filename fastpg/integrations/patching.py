@@ -13,6 +13,8 @@ take the replacement from where it is defined, and `undo` looks through all modu
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
 
-State = Literal["replaced", "missing", "refused"]
+logger = logging.getLogger("fastpg")
+
+State = Literal["replaced", "added", "missing", "refused"]
 
 
 class Refused(Exception):
@@ -44,12 +48,22 @@ class Replacement(NamedTuple):
     everywhere: bool = True
 
 
+class Addition(NamedTuple):
+    """A new entry of a registry: "package.module.REGISTRY[key]". Nothing else may be there."""
+
+    target: str
+    value: Any
+
+
 class PatchRow(NamedTuple):
     """What became of one target."""
 
     target: str
     state: State  # missing: there is no such name here
     reason: str  # of "replaced": where it was
+
+
+Change = Replacement | Addition | PatchRow  # a row stands for what the caller refuses
 
 
 class PatchReport(NamedTuple):
@@ -61,8 +75,8 @@ class PatchReport(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether everything was replaced."""
-        return all(row.state == "replaced" for row in self.rows)
+        """Whether everything was replaced or added."""
+        return all(row.state in ("replaced", "added") for row in self.rows)
 
     def __str__(self) -> str:
         lines = [f"{self.package} {self.version or 'is not installed'}"]
@@ -82,12 +96,23 @@ class Place(NamedTuple):
         """What is there; a method as the class holds it. Raises KeyError where there is nothing."""
         return self._names()[self.name]
 
+    def holds(self) -> bool:
+        """Whether anything is there."""
+        return self.name in self._names()
+
     def put(self, value: Any) -> None:
         """Puts something else there."""
         if isinstance(self.owner, dict):
             self.owner[self.name] = value
         else:
             setattr(self.owner, self.name, value)
+
+    def remove(self) -> None:
+        """Takes away what is there."""
+        if isinstance(self.owner, dict):
+            del self.owner[self.name]
+        else:
+            delattr(self.owner, self.name)
 
     def _names(self) -> Any:
         return self.owner if isinstance(self.owner, dict) else vars(self.owner)
@@ -97,8 +122,11 @@ class Replaced(NamedTuple):
     """An original and what stands in its place."""
 
     place: Place
-    original: Any
+    original: Any  # NOTHING: `new` was added
     new: Any
+
+
+NOTHING = object()
 
 
 class Patches:
@@ -119,35 +147,26 @@ class Patches:
         """Whether anything is replaced."""
         return bool(self.replaced)
 
-    def apply(self, replacements: Iterable[Replacement | PatchRow], *, strict: bool) -> PatchReport:
+    def apply(self, replacements: Iterable[Change], *, strict: bool) -> PatchReport:
         """Makes the replacements, one after another.
 
         Args:
-            replacements: What to replace. A `PatchRow` stands for one that the caller refuses.
-            strict: Whether to raise unless everything was replaced.
+            replacements: What to replace or add.
+            strict: Whether to raise unless everything was replaced or added.
 
         Returns:
             A row for each. Where something is replaced already, nothing changes, and each says so.
 
         Raises:
-            PatchError: strict, and a row is not "replaced". Then nothing is replaced.
+            PatchError: strict, and a row is not "replaced" or "added". Then nothing is.
         """
         was_applied = self.applied
-        rows: list[PatchRow] = []
-        installed = self.version()
-        if installed is None:
-            rows.append(PatchRow(self.package, "missing", "the package is not installed"))
-        else:
-            for each in replacements:
-                if isinstance(each, PatchRow):
-                    rows.append(each)
-                elif was_applied:
-                    rows.append(PatchRow(each.target, "refused", "already patched: unpatch first"))
-                else:
-                    rows.append(self._replace(each))
-        report = PatchReport(self.package, installed, rows)
+        if was_applied:
+            reason = "already patched: unpatch first"
+            replacements = [PatchRow(each.target, "refused", reason) for each in replacements]
+        report = self.apply_more(replacements)
         if not was_applied:
-            self.rows, self.strict = rows, strict
+            self.rows, self.strict = report.rows, strict
         if strict and not report.complete:
             if not was_applied:
                 self.undo()
@@ -166,6 +185,21 @@ class Patches:
         if row not in self.rows:
             self.rows.append(row)
 
+    def apply_more(self, replacements: Iterable[Change]) -> PatchReport:
+        """Makes replacements beside those that are made, as when one module after another comes."""
+        installed = self.version()
+        if installed is None:
+            rows = [PatchRow(self.package, "missing", "the package is not installed")]
+        else:
+            rows = [self._row(each) for each in replacements]
+        return PatchReport(self.package, installed, rows)
+
+    def apply_and_warn(self, replacements: Iterable[Change]) -> None:
+        """The same where nobody looks at a report: what is not made is logged as a warning."""
+        report = self.apply_more(replacements)
+        if not report.complete:
+            logger.warning("fastpg: not all of %s", report)
+
     def version(self) -> str | None:
         """The installed version of the package; None if there is none."""
         try:
@@ -180,14 +214,17 @@ class Patches:
         """
         while self.replaced:
             place, original, new = self.replaced.pop()
-            if place.get() is new:
+            is_ours = place.holds() and place.get() is new
+            if original is NOTHING:
+                if is_ours:
+                    place.remove()
+                continue
+            if is_ours:
                 place.put(original)
             _exchange(new, original)
 
     @contextmanager
-    def during(
-        self, replacements: Iterable[Replacement | PatchRow], *, strict: bool
-    ) -> Iterator[PatchReport]:
+    def during(self, replacements: Iterable[Change], *, strict: bool) -> Iterator[PatchReport]:
         """Like `apply`, for a with block; what was replaced before it stays so after it."""
         was_applied = self.applied
         report = self.apply(replacements, strict=strict)
@@ -196,6 +233,24 @@ class Patches:
         finally:
             if not was_applied:
                 self.undo()
+
+    def _row(self, wanted: Change) -> PatchRow:
+        if isinstance(wanted, Replacement):
+            return self._replace(wanted)
+        return self._add(wanted) if isinstance(wanted, Addition) else wanted
+
+    def _add(self, wanted: Addition) -> PatchRow:
+        target = wanted.target
+        try:
+            place = find(target)
+        except (ImportError, AttributeError) as error:
+            return PatchRow(target, "missing", f"{type(error).__name__}: {error}")
+        if place.holds():
+            is_there = place.get() is wanted.value
+            return PatchRow(target, "added" if is_there else "refused", "there is one of this name")
+        place.put(wanted.value)
+        self.replaced.append(Replaced(place, NOTHING, wanted.value))
+        return PatchRow(target, "added", "")
 
     def _replace(self, wanted: Replacement) -> PatchRow:
         target = wanted.target
@@ -214,6 +269,21 @@ class Patches:
         return PatchRow(target, "replaced", f"and in {', '.join(others)}" if others else "")
 
 
+def words_in(variable: str, legal: Sequence[str]) -> list[str] | None:
+    """The words, separated by commas, of an environment variable; None if it is not set.
+
+    What is not legal is logged as a warning: who reads this has nobody to raise to.
+    """
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words:
+        if word not in legal:
+            logger.warning("fastpg: %s has %r, must be of %s", variable, word, ", ".join(legal))
+    return [word for word in words if word in legal]
+
+
 def find(target: str) -> Place:
     """Where a target is. The modules that its name begins with are imported.
 
@@ -225,9 +295,9 @@ def find(target: str) -> Place:
     names = path.split(".")
     owner: Any = import_module(names[0])
     for i, name in enumerate(names[1:] if key else names[1:-1], start=2):
-        if not hasattr(owner, name):
-            import_module(".".join(names[:i]))
-        owner = getattr(owner, name)
+        # A module that is being imported is not a name in its package yet.
+        module = ".".join(names[:i])
+        owner = getattr(owner, name) if hasattr(owner, name) else import_module(module)
     return Place(owner, key or names[-1])
 
 

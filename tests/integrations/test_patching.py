@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from fastpg.integrations.patching import (
+    Addition,
     PatchError,
     Patches,
     PatchReport,
@@ -72,6 +73,29 @@ def test_methods_and_entries_of_a_registry(house):
     assert (house.Actor().forward(), house.REGISTRY["f"]()) == ("ours", "ours")
     patches.undo()
     assert vars(house.Actor)["forward"] is stock and house.REGISTRY["f"] is house.f
+
+
+def test_an_entry_is_added_where_there_is_none_and_goes_with_the_patch(house):
+    patches, wanted = Patches("house"), Addition("house.utils.REGISTRY[ours]", "ours")
+    assert patches.apply([wanted], strict=True).rows[0].state == "added"
+    assert house.REGISTRY["ours"] == "ours"
+    assert Patches("house").apply([wanted], strict=True).complete
+    another = Addition("house.utils.REGISTRY[f]", "ours")
+    assert Patches("house").apply([another], strict=False).rows[0].state == "refused"
+    patches.undo()
+    assert list(house.REGISTRY) == ["f"]
+    assert patches.apply([Addition("house.utils.NONE[f]", 1)], strict=False).rows[0].state == (
+        "missing"
+    )
+
+
+def test_more_is_replaced_beside_what_is(house):
+    patches = Patches("house")
+    patches.apply_more([Replacement("house.utils.f", ours)])
+    patches.apply_more([Replacement("house.utils.Actor.forward", ours)])
+    assert (house.f(), house.Actor().forward()) == ("ours", "ours")
+    patches.undo()
+    assert (house.f(), house.Actor().forward()) == ("stock", "stock")
 
 
 def test_a_second_patch_changes_nothing_and_says_so(house):

@@ -15,7 +15,7 @@ from fastpg._library import _cuda
 
 from .sass import run
 
-NARROW = ("sequence_ratio_kernel",)  # A warp sums a sequence, which may begin at any address.
+NARROW = ("sequence_log_ratio_kernel",)  # A warp sums a sequence, which may begin at any address.
 COLUMNS = "{:8}{:>5}{:>7}{:>8}{:>9}{:>9}{:>6}  {}"
 
 

@@ -125,7 +125,7 @@ REGISTERS = {
     ("kl_estimate", "backward_kernel"): 72,
     ("policy_loss", "forward_kernel"): 228,
     ("policy_loss", "merge_kernel"): 80,
-    ("policy_loss", "sequence_ratio_kernel"): 96,
+    ("policy_loss", "sequence_log_ratio_kernel"): 96,
     ("value_loss", "forward_kernel"): 116,
     ("value_loss", "merge_kernel"): 48,
     ("importance_weights", "token_kernel"): 122,

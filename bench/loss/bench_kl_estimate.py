@@ -65,4 +65,4 @@ def variants(few, capability):
     from fastpg.ops.loss import kl_estimate_triton as page
 
     yield from variants_of(page.forward_kernel, few, KIND=("k3", "k2", "k1"))
-    yield from variants_of(page.backward_kernel, few, KIND=("k3", "k2"))
+    yield from variants_of(page.backward_kernel, few, KIND=("k3", "k2", "k1"))

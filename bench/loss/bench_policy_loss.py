@@ -162,7 +162,7 @@ def variants(few, capability):
     from fastpg.ops.loss import policy_loss_triton as page
 
     surrogates = ("sapo", "ppo", "cispo", "reinforce")
-    absent = dict.fromkeys(("ratio", "ref_logp", "entropy", "traced_options"), (None,))
+    absent = dict.fromkeys(("sequence_log_ratio", "ref_logp", "entropy", "traced_options"), (None,))
     forward, kls = page.forward_kernel, ("k3", "k3_naive", "k2")
     yield from variants_of(forward, few, SURROGATE=surrogates, KL=kls)
     if not few:
@@ -170,4 +170,4 @@ def variants(few, capability):
             forward, few, old_logp=GIVEN_OR_NOT, SURROGATE=surrogates, KL=("k3",), **absent
         )
     yield from variants_of(page.merge_kernel, few)
-    yield from variants_of(page.sequence_ratio_kernel, few, cu_seqlens=GIVEN_OR_NOT)
+    yield from variants_of(page.sequence_log_ratio_kernel, few, cu_seqlens=GIVEN_OR_NOT)

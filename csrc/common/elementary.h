@@ -8,7 +8,6 @@
 namespace fpg {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr double kMaxLogRatio = 20;  // MAX_LOG_RATIO of fastpg/ops/common/log_ratio.py
 
 FPG_HD double exp(double x) { return __builtin_exp(x); }
 FPG_HD double expm1(double x) { return __builtin_expm1(x); }
@@ -18,13 +17,6 @@ FPG_HD double tanh(double x) { return __builtin_tanh(x); }
 FPG_HD float log(float x) { return __builtin_logf(x); }
 FPG_HD float log1p(float x) { return __builtin_log1pf(x); }
 FPG_HD float expm1(float x) { return __builtin_expm1f(x); }
-
-// A log-ratio within +-kMaxLogRatio, before it is exponentiated. NaN passes through.
-template <typename T>
-FPG_HD T bounded_log_ratio(T d) {
-  constexpr T kMax = T(kMaxLogRatio);
-  return select(d > kMax, kMax, select(d < -kMax, -kMax, d));
-}
 
 template <typename T>
 struct ExpExcess {

@@ -18,8 +18,10 @@ void kl_estimate(const KlEstimateArguments& in) {
     const T* logp = static_cast<const T*>(in.inputs.logp);
     const T* ref_logp = static_cast<const T*>(in.inputs.ref_logp);
     T* kl = static_cast<T*>(in.kl);
+    const KlBounds<T> bounds = in.inputs.bounds<T>();
     parallel_for(in.inputs.count, kGrain, [&](int64_t begin, int64_t end) {
-      kernel.kl_values(logp + begin, ref_logp + begin, end - begin, in.inputs.kind, kl + begin);
+      kernel.kl_values(logp + begin, ref_logp + begin, end - begin, in.inputs.kind, bounds,
+                       kl + begin);
     });
   });
 }
@@ -32,9 +34,10 @@ void kl_estimate_backward(const KlEstimateBackwardArguments& in) {
     const T* logp = static_cast<const T*>(in.inputs.logp);
     const T* ref_logp = static_cast<const T*>(in.inputs.ref_logp);
     T* grad_logp = static_cast<T*>(in.grad_logp);
+    const KlBounds<T> bounds = in.inputs.bounds<T>();
     parallel_for(in.inputs.count, kGrain, [&](int64_t begin, int64_t end) {
       kernel.kl_gradient(grad_kl + begin, logp + begin, ref_logp + begin, end - begin,
-                         in.inputs.kind, grad_logp + begin);
+                         in.inputs.kind, bounds, grad_logp + begin);
     });
   });
 }

@@ -2,29 +2,38 @@
 // fastpg/ops/loss/kl_estimate.py.
 #pragma once
 
-#include "common/elementary.h"
 #include "common/fields.h"
+#include "common/log_ratio.h"
 #include "common/stream.h"
 
 namespace fpg {
 
-enum class KlKind : int { kK1, kK2, kK3 };  // the codes of fastpg/ops/loss/kl_estimate.py
+// The codes of fastpg/ops/loss/kl_estimate.py.
+enum class KlKind : int { kK1, kK2, kK3 };
+enum class Beyond : int { kStop, kHold };  // what happens to a gradient beyond max_log_ratio
 
-// d = logp - ref_logp
+template <typename T>
+struct KlBounds {
+  LogRatioBound<T> log_ratio;
+  T most;  // of the estimate; infinite: none
+};
+
+// By the log-ratio d: its value, and its derivative.
 template <KlKind kKind, typename T>
-FPG_HD T kl_value(T d) {
-  if constexpr (kKind == KlKind::kK1) return d;
-  if constexpr (kKind == KlKind::kK2) return d * d * T(0.5);
-  const T bounded = bounded_log_ratio(d);
-  return exp_excess(-bounded).excess + (d - bounded);
+FPG_HD Moving<T> kl_of(T d) {
+  if constexpr (kKind == KlKind::kK1) return {d, T(1)};
+  if constexpr (kKind == KlKind::kK2) return {d * d * T(0.5), d};
+  const T k3 = exp_excess(-d).excess;
+  return {k3, d - k3};  // 1 - e^-d without its cancellation
 }
 
-// The derivative of k2 or k3; that of k1 is 1.
+// The estimate within its bounds.
 template <KlKind kKind, typename T>
-FPG_HD T kl_slope(T d) {
-  if constexpr (kKind == KlKind::kK2) return d;
-  const T bounded = bounded_log_ratio(d);
-  return bounded - exp_excess(-bounded).excess;  // 1 - e^-d without its cancellation
+FPG_HD Moving<T> kl_term(T logp, T ref_logp, const KlBounds<T>& bounds) {
+  const Moving<T> d = held_log_ratio(logp, ref_logp, bounds.log_ratio);
+  const Moving<T> kl = kl_of<kKind>(d.value);
+  const bool too_much = (kl.value > bounds.most) | (kl.value < -bounds.most);
+  return {bounded(kl.value, bounds.most), select(too_much, T(0), kl.slope * d.slope)};
 }
 
 struct KlEstimateInputs {
@@ -32,8 +41,15 @@ struct KlEstimateInputs {
   int64_t count;
   const void *logp, *ref_logp;  // [count]
   KlKind kind;
+  double max_log_ratio, max_kl;
+  Beyond beyond;
 
-  FPG_FIELDS(dtype, count, logp, ref_logp, kind)
+  FPG_FIELDS(dtype, count, logp, ref_logp, kind, max_log_ratio, max_kl, beyond)
+
+  template <typename T>
+  KlBounds<T> bounds() const {
+    return {{T(max_log_ratio), T(beyond == Beyond::kHold)}, T(max_kl)};
+  }
 };
 
 struct KlEstimateArguments {
@@ -56,9 +72,10 @@ struct KlEstimateBackwardArguments {
 // The loops of kl_estimate_simd.cpp, which is compiled for each instruction set.
 template <typename T>
 struct KlEstimateKernels {
-  void (*kl_values)(const T* logp, const T* ref_logp, int64_t n, KlKind kind, T* kl);
+  void (*kl_values)(const T* logp, const T* ref_logp, int64_t n, KlKind kind,
+                    const KlBounds<T>& bounds, T* kl);
   void (*kl_gradient)(const T* grad, const T* logp, const T* ref_logp, int64_t n, KlKind kind,
-                      T* grad_logp);
+                      const KlBounds<T>& bounds, T* grad_logp);
 };
 
 }  // namespace fpg

@@ -21,7 +21,7 @@ double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t
   double sums[kSums] = {}, counts[kSums] = {};
   const auto add = [&](int64_t t, int64_t lane) {
     const bool kept = weight[t] != T(0);
-    sums[lane] += select(kept, double(logp[t]) - double(old_logp[t]), 0.0);
+    sums[lane] += select(kept, summand(logp[t], old_logp[t]), 0.0);
     counts[lane] += select(kept, 1.0, 0.0);
   };
   const int64_t whole = n - n % kSums;
@@ -29,7 +29,7 @@ double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t
     for (int64_t lane = 0; lane < kSums; ++lane) add(t + lane, lane);
   for (int64_t t = whole; t < n; ++t) add(t, t - whole);
   for (int64_t i = 1; i < kSums; ++i) sums[0] += sums[i], counts[0] += counts[i];
-  return bounded_log_ratio(sums[0] / larger(counts[0], 1.0));
+  return sums[0] / larger(counts[0], 1.0);
 }
 
 }  // namespace
@@ -69,7 +69,7 @@ void policy_loss(const PolicyLossArguments& in) {
   });
 }
 
-void policy_loss_sequence_ratio(const SequenceRatioArguments& in) {
+void policy_loss_sequence_log_ratio(const SequenceLogRatioArguments& in) {
   const Sequences sequences = {in.sequence_count, in.length, in.cu_seqlens};
   sequences.check("policy_loss");
   with_compute_dtype(in.dtype, [&](auto zero) {
@@ -77,21 +77,19 @@ void policy_loss_sequence_ratio(const SequenceRatioArguments& in) {
     const T* logp = static_cast<const T*>(in.logp);
     const T* old_logp = static_cast<const T*>(in.old_logp);
     const T* weight = static_cast<const T*>(in.weight);
-    T* ratio = static_cast<T*>(in.ratio);
+    T* log_ratio = static_cast<T*>(in.log_ratio);
     parallel_for(sequences, kSequenceGrain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t begin = sequences.begin(i), end = sequences.end(i);
-        const double d =
-            mean_log_ratio(logp + begin, old_logp + begin, weight + begin, end - begin);
-        const T value = T(exp(d));
-        for (int64_t t = begin; t < end; ++t) ratio[t] = select(weight[t] != T(0), value, T(0));
+        const T d = T(mean_log_ratio(logp + begin, old_logp + begin, weight + begin, end - begin));
+        for (int64_t t = begin; t < end; ++t) log_ratio[t] = select(weight[t] != T(0), d, T(0));
       }
     });
   });
 }
 
 FPG_BIND(policy_loss, policy_loss)
-FPG_BIND(policy_loss_sequence_ratio, policy_loss_sequence_ratio)
+FPG_BIND(policy_loss_sequence_log_ratio, policy_loss_sequence_log_ratio)
 FPG_BIND_STATISTICS(PolicyStats)
 
 }  // namespace

@@ -14,7 +14,6 @@ template <typename T>
 __device__ T add_surrogate(T w, T d, const ExpExcess<T>& e, T ratio, const SurrogateTerm<T>& term,
                            PolicyStats& stats) {
   stats.x[PolicyStats::count] += 1;
-  stats.x[PolicyStats::weight] += w;
   stats.x[PolicyStats::loss] += w * term.value;
   stats.x[PolicyStats::surrogate] += w * term.value;
   stats.x[PolicyStats::ratio] += ratio;
@@ -23,6 +22,7 @@ __device__ T add_surrogate(T w, T d, const ExpExcess<T>& e, T ratio, const Surro
   stats.x[PolicyStats::k3] += e.excess;
   stats.x[PolicyStats::clipped_low] += term.low;
   stats.x[PolicyStats::clipped_high] += term.high;
+  stats.x[PolicyStats::clipped_dual] += term.dual;
   stats.x[PolicyStats::ratio_min] = smaller(stats.x[PolicyStats::ratio_min], double(ratio));
   stats.x[PolicyStats::ratio_max] = larger(stats.x[PolicyStats::ratio_max], double(ratio));
   return term.slope;
@@ -37,25 +37,27 @@ __device__ void policy_four(const PolicyTokens<T>& in, int64_t first, int64_t le
   const T kl_coef = T(options.kl_coef), entropy_coef = T(options.entropy_coef);
   const auto four = [&](const T* x) { return load_four(x ? x + first : x, left, T(0)); };
   const Four<T> weight = four(in.weight), logp = four(in.logp), advantages = four(in.advantages);
-  const Four<T> old_logp = four(in.old_logp), ratios = four(in.ratio);
+  const Four<T> old_logp = four(in.old_logp), means = four(in.sequence_log_ratio);
   const Four<T> ref_logp = four(in.ref_logp), entropy = four(in.entropy);
   Four<T> slopes = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const T w = weight.x[i], x = logp.x[i];
     if (w == T(0)) continue;
-    const T own = x != x ? x : T(0);  // without old_logp the ratio is 1; that of a NaN must show
-    const T d = in.old_logp ? log_ratio(x, old_logp.x[i]) : own;
-    const ExpExcess<T> e = exp_excess(d);
-    const T ratio = in.ratio ? ratios.x[i] : e.exp;
+    // Without old_logp it is logp itself, whose ratio is 1; that of a NaN shows.
+    const Moving<T> d = held_log_ratio(x, in.old_logp ? old_logp.x[i] : x, bound.log_ratio);
+    const ExpExcess<T> e = exp_excess(d.value);
+    const Moving<T> token_ratio = {e.exp, e.exp * d.slope};
+    Moving<T> ratio = token_ratio;
+    if (in.sequence_log_ratio) ratio = ratio_of(held_mean(means.x[i], x, bound));
     // The terms are the same for all threads: a branch costs less than a kernel for each of them.
     const SurrogateTerm<T> term = with_surrogate(terms.surrogate, [&](auto surrogate) {
       return surrogate(ratio, advantages.x[i], x, bound);
     });
-    slopes.x[i] = w * add_surrogate(w, d, e, ratio, term, stats);
+    slopes.x[i] = w * add_surrogate(w, d.value, e, ratio.value, term, stats);
     if (in.ref_logp) {
-      const LossTerm<T> kl =
-          with_kl(terms.kl, [&](auto kl) { return kl(log_ratio(x, ref_logp.x[i]), e.exp); });
+      const Moving<T> d_ref = held_log_ratio(x, ref_logp.x[i], bound.log_ratio);
+      const Moving<T> kl = with_kl(terms.kl, [&](auto kl) { return kl(d_ref, token_ratio); });
       slopes.x[i] += w * kl_coef * kl.slope;
       stats.x[PolicyStats::loss] += w * kl_coef * kl.value;
       stats.x[PolicyStats::ref_kl] += kl.value;
@@ -87,20 +89,20 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
 // Threads take turns from the sequence's first token, so that no bit depends on the batch.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads)
-    sequence_ratio_kernel(Sequences sequences, const T* logp, const T* old_logp, const T* weight,
-                          T* ratio) {
+    sequence_log_ratio_kernel(Sequences sequences, const T* logp, const T* old_logp,
+                              const T* weight, T* mean) {
   const Sequence sequence = sequence_at(sequences, blockIdx.x);
   const int64_t begin = sequence.begin + threadIdx.x, end = sequence.end;
   Sums<2> own = {};
   for (int64_t t = begin; t < end; t += kReduceThreads) {
     const bool kept = weight[t] != T(0);
-    own.x[0] += select(kept, double(logp[t]) - double(old_logp[t]), 0.0);
+    own.x[0] += select(kept, summand(logp[t], old_logp[t]), 0.0);
     own.x[1] += kept;
   }
   const Sums<2>& sums = block_reduce(own);
-  const T value = T(exp(bounded_log_ratio(sums.x[0] / larger(sums.x[1], 1.0))));
+  const T value = T(sums.x[0] / larger(sums.x[1], 1.0));
   for (int64_t t = begin; t < end; t += kReduceThreads)
-    ratio[t] = select(weight[t] != T(0), value, T(0));
+    mean[t] = select(weight[t] != T(0), value, T(0));
 }
 
 void policy_loss(const PolicyLossArguments& in) {
@@ -112,18 +114,18 @@ void policy_loss(const PolicyLossArguments& in) {
   });
 }
 
-void policy_loss_sequence_ratio(const SequenceRatioArguments& in) {
+void policy_loss_sequence_log_ratio(const SequenceLogRatioArguments& in) {
   with_compute_dtype(in.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Sequences sequences = {in.sequence_count, in.length, in.cu_seqlens};
-    launch(sequence_ratio_kernel<T>, sequences.count, kReduceThreads, in.stream, sequences,
+    launch(sequence_log_ratio_kernel<T>, sequences.count, kReduceThreads, in.stream, sequences,
            static_cast<const T*>(in.logp), static_cast<const T*>(in.old_logp),
-           static_cast<const T*>(in.weight), static_cast<T*>(in.ratio));
+           static_cast<const T*>(in.weight), static_cast<T*>(in.log_ratio));
   });
 }
 
 FPG_BIND(policy_loss, policy_loss)
-FPG_BIND(policy_loss_sequence_ratio, policy_loss_sequence_ratio)
+FPG_BIND(policy_loss_sequence_log_ratio, policy_loss_sequence_log_ratio)
 FPG_BIND_STATISTICS(PolicyStats)
 
 }  // namespace

@@ -2,8 +2,8 @@
 // fastpg/ops/loss/policy_loss.py.
 #pragma once
 
-#include "common/elementary.h"
 #include "common/fields.h"
+#include "common/log_ratio.h"
 #include "common/statistics.h"
 #include "common/stream.h"
 
@@ -15,8 +15,8 @@ enum class PolicyKl : int { kK3, kK3Naive, kK2 };
 
 // Sums, then minima, then maxima: the names and their order are those of PolicyStats in Python.
 struct PolicyStats {
-  FPG_STATISTICS(count, weight, loss, surrogate, ratio, ratio_sq, k1, k3, clipped_low, clipped_high,
-                 ref_kl, entropy, ratio_min, has_ref_kl, has_entropy, ratio_max)
+  FPG_STATISTICS(count, loss, surrogate, ratio, ratio_sq, k1, k3, clipped_low, clipped_high,
+                 clipped_dual, ref_kl, entropy, ratio_min, has_ref_kl, has_entropy, ratio_max)
 
   static constexpr int kSums = ratio_min, kMinimaEnd = ratio_max;
 
@@ -47,7 +47,7 @@ template <typename T>
 struct PolicyTokens {  // all but the first three may be null
   const T *logp, *advantages, *weight;
   const T* old_logp;
-  const T* ratio;  // what the surrogate takes in place of exp(logp - old_logp)
+  const T* sequence_log_ratio;  // what the surrogate takes in place of logp - old_logp
   const T *ref_logp, *entropy;
 };
 
@@ -55,8 +55,9 @@ struct PolicyTokens {  // all but the first three may be null
 template <typename T>
 FPG_HD PolicyTokens<T> tokens_from(const PolicyTokens<T>& t, int64_t first) {
   const auto moved = [first](const T* x) { return x ? x + first : nullptr; };
-  return {moved(t.logp),  moved(t.advantages), moved(t.weight), moved(t.old_logp),
-          moved(t.ratio), moved(t.ref_logp),   moved(t.entropy)};
+  return {moved(t.logp),     moved(t.advantages),         moved(t.weight),
+          moved(t.old_logp), moved(t.sequence_log_ratio), moved(t.ref_logp),
+          moved(t.entropy)};
 }
 
 // The numbers of the loss.
@@ -64,8 +65,11 @@ struct LossOptions {
   double low, high, dual_clip;  // bounds of the ratio; infinite: none
   double tau_positive, tau_negative;
   double kl_coef, entropy_coef;
+  double max_log_ratio;  // the bound of log-ratios,
+  double beyond;         // and the factor of a gradient beyond it: 1 holds it, 0 stops it
 
-  FPG_FIELDS(low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef)
+  FPG_FIELDS(low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef, max_log_ratio,
+             beyond)
 };
 
 // Which loss it is.
@@ -82,82 +86,89 @@ FPG_HD LossOptions options_of(const PolicyTerms& terms) {
   return terms.traced_options ? *terms.traced_options : terms.options;
 }
 
-// For one token: a summand of its loss, and the derivative of that by the token's log-prob.
-template <typename T>
-struct LossTerm {
-  T value, slope;
-};
-
-template <typename T>
-FPG_HD T log_ratio(T logp, T other) {
-  return bounded_log_ratio(logp - other);
-}
-
-// What the surrogates need of the options, in the type of the tokens.
+// What the terms need of the options, in the type of the tokens.
 template <typename T>
 struct Bounds {
   T low, high, dual_clip, tau_positive, tau_negative;
+  LogRatioBound<T> log_ratio;
 };
 
 template <typename T>
 FPG_HD Bounds<T> bounds(const LossOptions& x) {
-  return {T(x.low), T(x.high), T(x.dual_clip), T(x.tau_positive), T(x.tau_negative)};
+  const LogRatioBound<T> log_ratio = {T(x.max_log_ratio), T(x.beyond)};
+  return {T(x.low), T(x.high), T(x.dual_clip), T(x.tau_positive), T(x.tau_negative), log_ratio};
 }
 
-// A surrogate's term, and 1 where the lower and the upper bound of the ratio are in force.
+// The log-ratio of a token's sequence, at its bound if it is beyond. A log-prob of -inf does not
+// move it.
+template <typename T>
+FPG_HD Moving<T> held_mean(T mean, T logp, const Bounds<T>& bounds) {
+  return held(mean, logp != -infinity<T>(), bounds.log_ratio);
+}
+
+// A surrogate's term, and 1 where the lower, the upper and the dual bound of the ratio are in
+// force.
 template <typename T>
 struct SurrogateTerm {
-  T value, slope, low, high;
+  T value, slope, low, high, dual;
 };
 
-// A surrogate is called with the ratio r, the advantage A, logp and the bounds.
+// A surrogate is called with the ratio r and its derivative, the advantage A, logp and the bounds.
 //
 // -min(r A, clip(r) A), for A < 0 at most -dual_clip A: no gradient where the ratio is held.
 struct Ppo {
   template <typename T>
-  FPG_METHOD SurrogateTerm<T> operator()(T ratio, T advantage, T, const Bounds<T>& bounds) const {
+  FPG_METHOD SurrogateTerm<T> operator()(Moving<T> r, T advantage, T,
+                                         const Bounds<T>& bounds) const {
     const bool gain = advantage > T(0), penalty = advantage < T(0);
-    const T most = select(gain, bounds.high, bounds.dual_clip);
-    const bool too_low = penalty & (ratio < bounds.low);
-    const bool too_high = (gain | penalty) & (ratio > most);
-    const T held = select(too_low, bounds.low, select(too_high, most, ratio));
-    const T slope = select(too_low | too_high, T(0), -(ratio * advantage));
-    return {-(held * advantage), slope, select(too_low, T(1), T(0)), select(too_high, T(1), T(0))};
+    const bool too_low = penalty & (r.value < bounds.low);
+    const bool too_high = gain & (r.value > bounds.high);
+    const bool dual = penalty & (r.value > bounds.dual_clip);
+    const T above = select(gain, bounds.high, bounds.dual_clip);
+    const T held = select(too_low, bounds.low, select(too_high | dual, above, r.value));
+    const T slope = select(too_low | too_high | dual, T(0), -(r.slope * advantage));
+    return {-(held * advantage), slope, select(too_low, T(1), T(0)), select(too_high, T(1), T(0)),
+            select(dual, T(1), T(0))};
   }
 };
 
-// -r A logp with r a constant
+// -r A logp with r a constant; 0 for a token of probability 0, which has no gradient.
 struct Reinforce {
   template <typename T>
-  FPG_METHOD SurrogateTerm<T> operator()(T ratio, T advantage, T logp, const Bounds<T>&) const {
-    const T slope = -(ratio * advantage);
-    return {select(advantage == T(0), T(0), slope * logp), slope, T(0), T(0)};
+  FPG_METHOD SurrogateTerm<T> operator()(Moving<T> r, T advantage, T logp, const Bounds<T>&) const {
+    const bool impossible = logp == -infinity<T>();
+    const T slope = select(impossible, T(0), -(r.value * advantage));
+    const T value = select((advantage == T(0)) | impossible, T(0), slope * logp);
+    return {value, slope, T(0), T(0), T(0)};
   }
 };
 
 // -clip(r) A logp with r a constant: a token whose ratio is held keeps its gradient.
 struct Cispo {
   template <typename T>
-  FPG_METHOD SurrogateTerm<T> operator()(T ratio, T advantage, T logp,
+  FPG_METHOD SurrogateTerm<T> operator()(Moving<T> r, T advantage, T logp,
                                          const Bounds<T>& bounds) const {
     const bool counts = advantage != T(0);
-    const bool too_low = counts & (ratio < bounds.low), too_high = counts & (ratio > bounds.high);
-    const T held = select(too_low, bounds.low, select(too_high, bounds.high, ratio));
-    const SurrogateTerm<T> term = Reinforce()(held, advantage, logp, bounds);
-    return {term.value, term.slope, select(too_low, T(1), T(0)), select(too_high, T(1), T(0))};
+    const bool too_low = counts & (r.value < bounds.low);
+    const bool too_high = counts & (r.value > bounds.high);
+    const T held = select(too_low, bounds.low, select(too_high, bounds.high, r.value));
+    const SurrogateTerm<T> term = Reinforce()(Moving<T>{held, T(0)}, advantage, logp, bounds);
+    return {term.value, term.slope, select(too_low, T(1), T(0)), select(too_high, T(1), T(0)),
+            T(0)};
   }
 };
 
 // -4/tau s A with s = sigmoid(x), x = tau (r - 1). With z = e^-|x|, s (1 - s) = z / (1 + z)^2.
 struct Sapo {
   template <typename T>
-  FPG_METHOD SurrogateTerm<T> operator()(T ratio, T advantage, T, const Bounds<T>& bounds) const {
+  FPG_METHOD SurrogateTerm<T> operator()(Moving<T> r, T advantage, T,
+                                         const Bounds<T>& bounds) const {
     const T tau = select(advantage < T(0), bounds.tau_negative, bounds.tau_positive);
-    const T x = tau * (ratio - T(1));
+    const T x = tau * (r.value - T(1));
     const T z = exp(select(x < T(0), x, -x)), share = T(1) / (T(1) + z);
     const T sigmoid = select(x < T(0), z * share, share);
-    return {T(-4) / tau * sigmoid * advantage, T(-4) * z * share * share * ratio * advantage, T(0),
-            T(0)};
+    return {T(-4) / tau * sigmoid * advantage, T(-4) * z * share * share * r.slope * advantage,
+            T(0), T(0), T(0)};
   }
 };
 
@@ -177,28 +188,29 @@ FPG_HD auto with_surrogate(Surrogate kind, const Body& body) {
   }
 }
 
-// A KL to the reference policy is called with d = logp - ref_logp and the ratio r.
+// A KL to the reference policy is called with d = logp - ref_logp and the ratio r. It has no
+// derivative where a log-ratio of its has none.
 //
 // r k3(d), whose derivative by logp, with r' = r, is r d.
 struct K3 {
   template <typename T>
-  FPG_METHOD LossTerm<T> operator()(T d, T ratio) const {
-    return {ratio * exp_excess(-d).excess, ratio * d};
+  FPG_METHOD Moving<T> operator()(Moving<T> d, Moving<T> r) const {
+    return {r.value * exp_excess(-d.value).excess, r.slope * d.value * d.slope};
   }
 };
 
 struct K3Naive {
   template <typename T>
-  FPG_METHOD LossTerm<T> operator()(T d, T) const {
-    const T k3 = exp_excess(-d).excess;
-    return {k3, d - k3};  // 1 - e^-d without its cancellation
+  FPG_METHOD Moving<T> operator()(Moving<T> d, Moving<T>) const {
+    const T k3 = exp_excess(-d.value).excess;
+    return {k3, (d.value - k3) * d.slope};  // 1 - e^-d without its cancellation
   }
 };
 
 struct K2 {
   template <typename T>
-  FPG_METHOD LossTerm<T> operator()(T d, T) const {
-    return {d * d * T(0.5), d};
+  FPG_METHOD Moving<T> operator()(Moving<T> d, Moving<T>) const {
+    return {d.value * d.value * T(0.5), d.value * d.slope};
   }
 };
 
@@ -217,20 +229,23 @@ FPG_HD auto with_kl(PolicyKl kind, const Body& body) {
 }
 
 struct PolicyLossInputs {
-  int dtype;                                          // of every array
-  int64_t count;                                      // of tokens
-  const void *logp, *advantages, *weight;             // [count], as all arrays
-  const void *old_logp, *ratio, *ref_logp, *entropy;  // may be null, as in PolicyTokens
+  int dtype;                                  // of every array
+  int64_t count;                              // of tokens
+  const void *logp, *advantages, *weight;     // [count], as all arrays
+  const void *old_logp, *sequence_log_ratio;  // may be null, as in PolicyTokens,
+  const void *ref_logp, *entropy;             // and so may these
   PolicyTerms terms;
 
-  FPG_FIELDS(dtype, count, logp, advantages, weight, old_logp, ratio, ref_logp, entropy, terms)
+  FPG_FIELDS(dtype, count, logp, advantages, weight, old_logp, sequence_log_ratio, ref_logp,
+             entropy, terms)
 };
 
 template <typename T>
 PolicyTokens<T> tokens_of(const PolicyLossInputs& in) {
   const auto typed = [](const void* x) { return static_cast<const T*>(x); };
-  return {typed(in.logp),  typed(in.advantages), typed(in.weight), typed(in.old_logp),
-          typed(in.ratio), typed(in.ref_logp),   typed(in.entropy)};
+  return {typed(in.logp),     typed(in.advantages),         typed(in.weight),
+          typed(in.old_logp), typed(in.sequence_log_ratio), typed(in.ref_logp),
+          typed(in.entropy)};
 }
 
 struct PolicyLossArguments {
@@ -244,15 +259,24 @@ struct PolicyLossArguments {
   FPG_FIELDS(inputs, loss, coefficient, stats, scratch, stream)
 };
 
-struct SequenceRatioArguments {
+// What a token brings into the mean log-ratio of its sequence, which is bounded itself: log-ratios
+// of a long sequence cancel in it. Only infinite ones are bounded.
+template <typename T>
+FPG_HD double summand(T logp, T old_logp) {
+  const double d = log_ratio(double(logp), double(old_logp));
+  const bool is_infinite = (d == infinity<double>()) | (d == -infinity<double>());
+  return select(is_infinite, bounded(d), d);
+}
+
+struct SequenceLogRatioArguments {
   int dtype;  // of every array
   int64_t sequence_count, length;
   const void *logp, *old_logp, *weight;  // [tokens]
   const int32_t* cu_seqlens;             // [sequences + 1]; null: padded
-  void* ratio;                           // [tokens]
+  void* log_ratio;                       // [tokens]
   Stream stream;
 
-  FPG_FIELDS(dtype, sequence_count, length, logp, old_logp, weight, cu_seqlens, ratio, stream)
+  FPG_FIELDS(dtype, sequence_count, length, logp, old_logp, weight, cu_seqlens, log_ratio, stream)
 };
 
 // loss: one T; coefficient [count] in T: dL/dlogp.

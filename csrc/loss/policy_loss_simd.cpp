@@ -8,10 +8,18 @@
 namespace fpg {
 namespace {
 
+// The ratios of a block, and their derivatives.
+template <typename T>
+struct Ratios {
+  alignas(64) T value[kTokenBlock];
+  alignas(64) T slope[kTokenBlock];
+};
+
 // The ratio of each token, 1 at masked ones. This pass computes more than it reads: what the passes
 // after it read comes from memory meanwhile.
 template <typename T>
-void ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T* __restrict__ ratios, double* part) {
+void ratio_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound,
+                Ratios<T>& __restrict__ ratios, double* part) {
   const T *const logp = tokens.logp, *const old_logp = tokens.old_logp;
   const T* const weights = tokens.weight;
   const T* const later[] = {tokens.advantages, tokens.ref_logp ? tokens.ref_logp : logp,
@@ -23,10 +31,11 @@ void ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T* __restrict__ ratios
     for (int64_t i = 0; i < kTokenLanes; ++i) {
       const int64_t t = begin + i;
       const bool kept = weights[t] != T(0);
-      const T d = log_ratio(select(kept, logp[t], T(0)), select(kept, old_logp[t], T(0)));
-      const ExpExcess<T> e = exp_excess(d);
-      ratios[t] = e.exp;
-      k1[i] -= d;
+      const T x = select(kept, logp[t], T(0)), old = select(kept, old_logp[t], T(0));
+      const Moving<T> d = held_log_ratio(x, old, bound.log_ratio);
+      const ExpExcess<T> e = exp_excess(d.value);
+      ratios.value[t] = e.exp, ratios.slope[t] = e.exp * d.slope;
+      k1[i] -= d.value;
       k3[i] += e.excess;
     }
   }
@@ -35,41 +44,53 @@ void ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T* __restrict__ ratios
 
 // Without old_logp the ratio is 1; that of a NaN must show.
 template <typename T>
-void own_ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T* __restrict__ ratios,
+void own_ratio_pass(const PolicyTokens<T>& tokens, int64_t n, Ratios<T>& __restrict__ ratios,
                     double* part) {
   T excess[kTokenLanes] = {};
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
     for (int64_t i = 0; i < kTokenLanes; ++i) {
       const int64_t t = begin + i;
       const T x = select(tokens.weight[t] != T(0), tokens.logp[t], T(0));
-      ratios[t] = select(x != x, x, T(1));
-      excess[i] += ratios[t] - T(1);
+      ratios.value[t] = select(x != x, x, T(1));
+      ratios.slope[t] = select(x == -infinity<T>(), T(0), ratios.value[t]);
+      excess[i] += ratios.value[t] - T(1);
     }
   }
   part[PolicyStats::k1] = part[PolicyStats::k3] = fold_sum(excess);
 }
 
+// The ratio of each token's sequence.
+template <typename T>
+void sequence_ratio_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound,
+                         Ratios<T>& __restrict__ ratios) {
+  for (int64_t t = 0; t < n; ++t) {
+    const bool kept = tokens.weight[t] != T(0);
+    const T mean = select(kept, tokens.sequence_log_ratio[t], T(0));
+    const Moving<T> ratio = ratio_of(held_mean(mean, select(kept, tokens.logp[t], T(0)), bound));
+    ratios.value[t] = ratio.value, ratios.slope[t] = ratio.slope;
+  }
+}
+
 template <typename SurrogateOf, typename T>
-void surrogate_pass(const PolicyTokens<T>& tokens, int64_t n, const LossOptions& options,
-                    const T* __restrict__ ratios, T* __restrict__ coefficient, double* part) {
+void surrogate_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound,
+                    const Ratios<T>& __restrict__ ratios, T* __restrict__ coefficient,
+                    double* part) {
   const T *const logp = tokens.logp, *const advantages = tokens.advantages;
   const T* const weights = tokens.weight;
-  const Bounds<T> bound = bounds<T>(options);
-  T count[kTokenLanes] = {}, weight[kTokenLanes] = {}, loss[kTokenLanes] = {};
+  T count[kTokenLanes] = {}, loss[kTokenLanes] = {};
   T sum[kTokenLanes] = {}, sum_sq[kTokenLanes] = {}, least[kTokenLanes], most[kTokenLanes];
-  T low[kTokenLanes] = {}, high[kTokenLanes] = {};
+  T low[kTokenLanes] = {}, high[kTokenLanes] = {}, dual[kTokenLanes] = {};
   for (int64_t i = 0; i < kTokenLanes; ++i) least[i] = infinity<T>(), most[i] = -infinity<T>();
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kTokenLanes; ++i) {
       const int64_t t = begin + i;
-      const T w = weights[t], ratio = ratios[t];
+      const T w = weights[t], ratio = ratios.value[t];
       const bool kept = w != T(0);
       const T a = select(kept, advantages[t], T(0)), x = select(kept, logp[t], T(0));
-      const SurrogateTerm<T> term = SurrogateOf()(ratio, a, x, bound);
+      const SurrogateTerm<T> term = SurrogateOf()(Moving<T>{ratio, ratios.slope[t]}, a, x, bound);
       coefficient[t] = w * term.slope;
       count[i] += select(kept, T(1), T(0));
-      weight[i] += w;
       loss[i] += w * term.value;
       const T real = select(kept, ratio, T(0));
       sum[i] += real;
@@ -78,9 +99,10 @@ void surrogate_pass(const PolicyTokens<T>& tokens, int64_t n, const LossOptions&
       most[i] = select(kept & (ratio > most[i]), ratio, most[i]);
       low[i] += term.low;
       high[i] += term.high;
+      dual[i] += term.dual;
     }
   }
-  part[PolicyStats::count] = fold_sum(count), part[PolicyStats::weight] = fold_sum(weight);
+  part[PolicyStats::count] = fold_sum(count), part[PolicyStats::clipped_dual] = fold_sum(dual);
   part[PolicyStats::surrogate] = part[PolicyStats::loss] = fold_sum(loss);
   part[PolicyStats::ratio] = fold_sum(sum), part[PolicyStats::ratio_sq] = fold_sum(sum_sq);
   part[PolicyStats::clipped_low] = fold_sum(low), part[PolicyStats::clipped_high] = fold_sum(high);
@@ -88,8 +110,8 @@ void surrogate_pass(const PolicyTokens<T>& tokens, int64_t n, const LossOptions&
 }
 
 template <typename KlOf, typename T>
-void kl_pass(const PolicyTokens<T>& tokens, int64_t n, T kl_coef, T* __restrict__ coefficient,
-             const T* __restrict__ ratios, double* part) {
+void kl_pass(const PolicyTokens<T>& tokens, int64_t n, T kl_coef, const Bounds<T>& bound,
+             T* __restrict__ coefficient, const Ratios<T>& __restrict__ ratios, double* part) {
   const T *const logp = tokens.logp, *const ref_logp = tokens.ref_logp;
   const T* const weights = tokens.weight;
   T sum[kTokenLanes] = {}, loss[kTokenLanes] = {};
@@ -99,8 +121,9 @@ void kl_pass(const PolicyTokens<T>& tokens, int64_t n, T kl_coef, T* __restrict_
       const int64_t t = begin + i;
       const T w = weights[t];
       const bool kept = w != T(0);
-      const T d = log_ratio(select(kept, logp[t], T(0)), select(kept, ref_logp[t], T(0)));
-      const LossTerm<T> term = KlOf()(d, ratios[t]);
+      const T x = select(kept, logp[t], T(0)), ref = select(kept, ref_logp[t], T(0));
+      const Moving<T> d = held_log_ratio(x, ref, bound.log_ratio);
+      const Moving<T> term = KlOf()(d, Moving<T>{ratios.value[t], ratios.slope[t]});
       coefficient[t] += w * kl_coef * term.slope;
       sum[i] += term.value;
       loss[i] += w * kl_coef * term.value;
@@ -133,17 +156,20 @@ template <typename T>
 void whole_block(const PolicyTokens<T>& tokens, int64_t n, const PolicyTerms& terms, T* coefficient,
                  double* part) {
   const LossOptions options = options_of(terms);
-  alignas(64) T ratios[kTokenBlock];
+  const Bounds<T> bound = bounds<T>(options);
+  Ratios<T> ratios, of_sequences;
   if (tokens.old_logp) {
-    ratio_pass(tokens, n, ratios, part);
+    ratio_pass(tokens, n, bound, ratios, part);
   } else {
     own_ratio_pass(tokens, n, ratios, part);
   }
+  if (tokens.sequence_log_ratio) sequence_ratio_pass(tokens, n, bound, of_sequences);
   const auto add_surrogate = with_surrogate(
       terms.surrogate, [](auto surrogate) { return &surrogate_pass<decltype(surrogate), T>; });
-  add_surrogate(tokens, n, options, tokens.ratio ? tokens.ratio : ratios, coefficient, part);
+  add_surrogate(tokens, n, bound, tokens.sequence_log_ratio ? of_sequences : ratios, coefficient,
+                part);
   const auto add_kl = with_kl(terms.kl, [](auto kl) { return &kl_pass<decltype(kl), T>; });
-  if (tokens.ref_logp) add_kl(tokens, n, T(options.kl_coef), coefficient, ratios, part);
+  if (tokens.ref_logp) add_kl(tokens, n, T(options.kl_coef), bound, coefficient, ratios, part);
   if (tokens.entropy) entropy_pass(tokens, n, T(options.entropy_coef), part);
   part[PolicyStats::has_ref_kl] = tokens.ref_logp != nullptr;
   part[PolicyStats::has_entropy] = tokens.entropy != nullptr;
@@ -157,9 +183,12 @@ void policy_block(const PolicyTokens<T>& in, int64_t n, const PolicyTerms& terms
   if (n % kTokenLanes == 0) return whole_block(in, n, terms, coefficient, part);
   T copy[8][kTokenBlock];
   const PolicyTokens<T> tokens = {
-      padded(in.logp, n, copy[0]),    padded(in.advantages, n, copy[1]),
-      padded(in.weight, n, copy[2]),  padded(in.old_logp, n, copy[3]),
-      padded(in.ratio, n, copy[4]),   padded(in.ref_logp, n, copy[5]),
+      padded(in.logp, n, copy[0]),
+      padded(in.advantages, n, copy[1]),
+      padded(in.weight, n, copy[2]),
+      padded(in.old_logp, n, copy[3]),
+      padded(in.sequence_log_ratio, n, copy[4]),
+      padded(in.ref_logp, n, copy[5]),
       padded(in.entropy, n, copy[6]),
   };
   whole_block(tokens, ceil_div(n, kTokenLanes) * kTokenLanes, terms, copy[7], part);

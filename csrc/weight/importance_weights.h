@@ -2,8 +2,8 @@
 // fastpg/ops/weight/importance_weights.py.
 #pragma once
 
-#include "common/elementary.h"
 #include "common/fields.h"
+#include "common/log_ratio.h"
 #include "common/sequences.h"
 #include "common/statistics.h"
 #include "common/stream.h"
@@ -49,7 +49,7 @@ FPG_HD ImportanceWeight<T> importance_weight(T ratio, T low, T high, bool zero) 
 
 // The ratio of a sequence with this many tokens and this sum of log-ratios.
 FPG_HD double sequence_ratio(double sum, double count, ImportanceLevel level) {
-  return exp(bounded_log_ratio(level == ImportanceLevel::kGeometric ? sum / count : sum));
+  return exp(bounded(level == ImportanceLevel::kGeometric ? sum / count : sum));
 }
 
 struct ImportanceWeightsInputs {

@@ -25,7 +25,7 @@ void importance_pass(const T* logp, const T* behavior_logp, const T* kept, int64
       const int64_t t = begin + i;
       const bool is_kept = kept[t] != T(0);
       const T x = select(is_kept, logp[t], T(0)), y = select(is_kept, behavior_logp[t], T(0));
-      const T d = bounded_log_ratio(x - y);
+      const T d = bounded(log_ratio(x, y));
       const ExpExcess<T> e = exp_excess(d);
       count[i] += kept[t];
       sum_d[i] += d;

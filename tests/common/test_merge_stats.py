@@ -26,7 +26,7 @@ def test_policy_summary_is_what_its_names_say():
     loss, stats = policy_loss(logp, advantages, weight, old_logp=old, entropy=logp**2)
     r, d = logp[:3].exp(), logp[:3]
     expected = {
-        "loss": loss, "clip_frac_low": 1 / 3, "clip_frac_high": 1 / 3,
+        "loss": loss, "clip_frac_low": 1 / 3, "clip_frac_high": 1 / 3, "clip_frac_dual": 0.0,
         "approx_kl": (r - 1 - d).mean(), "kl": -d.mean(), "ratio_mean": r.mean(),
         "ratio_min": r.min(), "ratio_max": r.max(), "ess": r.sum() ** 2 / (3 * (r**2).sum()),
         "count": 3, "entropy": (d**2).mean(),

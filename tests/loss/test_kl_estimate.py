@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from accuracy import TOLERANCE, assert_no_worse, leaves
@@ -54,11 +56,10 @@ def test_registration(layout, kind):
         "empty": lambda t: t[:0],
     }[layout]
     logp, ref = map(change, sample((4, 6)))
-    x = page.Inputs(logp, ref, kind)
+    x = page.Inputs(logp, ref, kind, 20.0, math.inf, "stop")
     check_registration(page.kl_estimate_op, x)
-    if kind != "k1":
-        grad = torch.ones(()).expand(logp.shape)
-        check_registration(page.kl_estimate_backward_op, page.BackwardInputs(x, grad))
+    grad = torch.ones(()).expand(logp.shape)
+    check_registration(page.kl_estimate_backward_op, page.BackwardInputs(x, grad))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch compiles by its own old parts
@@ -85,6 +86,14 @@ def test_edges():
         kl_estimate(x, x[:2])
     with pytest.raises(TypeError, match=r"logp must be floating point, got torch.int64"):
         kl_estimate(x.long(), x)
+    with pytest.raises(ValueError, match=r"max_log_ratio must be > 0 and <= 40, got 41"):
+        kl_estimate(x, x, max_log_ratio=41)
+    with pytest.raises(ValueError, match=r"beyond must be one of stop, hold, got None"):
+        kl_estimate(x, x, beyond=None)
+    with pytest.raises(ValueError, match=r"max_kl must be > 0, got -1.0"):
+        kl_estimate(x, x, max_kl=-1.0)
+    with pytest.raises(TypeError, match=r"max_kl must be a number, got str"):
+        kl_estimate(x, x, max_kl="10")
 
 
 def test_k3_is_finite_and_never_negative(kernel):
@@ -92,6 +101,42 @@ def test_k3_is_finite_and_never_negative(kernel):
     ref = torch.tensor([-0.5, -1e-4 - 1e-7, -1000.0, 0.0])
     kl = kl_estimate(*leaves(logp, ref), kind="k3")
     assert kl.isfinite().all() and (kl >= 0).all() and kl[3] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beyond", ["stop", "hold"])
+def test_the_bounds_are_those_of_a_clamp_in_torch(kernel, kind, beyond):
+    """Log-ratios at 3, estimates at 2, as verl and OpenRLHF have them at 20 and 10."""
+    logp, ref, upstream = torch.randn(3, 200, dtype=torch.float64)
+    ours, plain = leaves(3 * logp, 3 * logp)
+    kl = kl_estimate(ours, ref, kind=kind, max_log_ratio=3.0, max_kl=2.0, beyond=beyond)
+    d = (plain - ref).clamp(-3, 3)
+    if beyond == "hold":
+        d = d.detach() + plain - plain.detach()
+    value = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind]
+    expected = value.clamp(-2, 2)
+    torch.testing.assert_close(kl, expected)
+    grads = torch.autograd.grad(kl, ours, upstream), torch.autograd.grad(expected, plain, upstream)
+    torch.testing.assert_close(*grads)
+    assert (expected == 2).sum() > 10 and (d.detach().abs() == 3).sum() > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_estimate_of_infinite_log_probs(kernel, kind):
+    """d is 0 where both are -inf and at its bound where one is; neither has a gradient."""
+    inf = math.inf
+    logp = torch.tensor([-inf, -inf, -2.0, -1.0, -inf], dtype=torch.float64)
+    ref = torch.tensor([-inf, -2.0, -inf, -1.5, math.nan], dtype=torch.float64)
+    d = torch.tensor([0.0, -20.0, 20.0, 0.5, math.nan], dtype=torch.float64)
+    leaves_of = leaves(logp, ref)
+    kl = kl_estimate(*leaves_of, kind=kind, beyond="hold")
+    expected = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind]
+    torch.testing.assert_close(kl, expected, equal_nan=True)
+    by_logp, by_ref = torch.autograd.grad(kl.sum(), leaves_of)
+    slope = {"k1": 1.0, "k2": 0.5, "k3": 1 - math.exp(-0.5)}[kind]
+    expected = torch.tensor([0.0, 0.0, 0.0, slope], dtype=torch.float64)
+    torch.testing.assert_close(by_logp[:4], expected)
+    torch.testing.assert_close(by_ref[:4], -expected)
 
 
 def test_estimators_by_enumeration(kernel):

@@ -82,7 +82,7 @@ def frozen(value, slope_of):
 
 
 def surrogate_by_formula(options, r, a, logp):
-    """s, and where r is held at its lower and at its upper bound."""
+    """s, and where r is held at its lower, its upper and its dual bound."""
     low, high = options["clip"]
     low = -math.inf if low is None else 1 - low
     high = math.inf if high is None else 1 + high
@@ -90,18 +90,18 @@ def surrogate_by_formula(options, r, a, logp):
     never = torch.zeros_like(ratio, dtype=torch.bool)
     if options["surrogate"] == "ppo":
         s = -torch.minimum(r * a, clipped * a)
-        too_high = (ratio > high) & (a > 0)
+        dual = never
         if cap := options.get("dual_clip"):
-            too_high = too_high | ((a < 0) & (ratio > cap))
+            dual = (a < 0) & (ratio > cap)
             s = torch.where(a < 0, torch.minimum(s, -cap * a), s)
-        return s, (ratio < low) & (a < 0), too_high
+        return s, (ratio < low) & (a < 0), (ratio > high) & (a > 0), dual
     if options["surrogate"] == "reinforce":
-        return -ratio * a * logp, never, never
+        return -ratio * a * logp, never, never, never
     if options["surrogate"] == "cispo":
-        return -clipped.detach() * a * logp, ratio < low, ratio > high
+        return -clipped.detach() * a * logp, ratio < low, ratio > high, never
     positive, negative = (torch.tensor(tau, dtype=r.dtype) for tau in options["tau"])
     tau = torch.where(a < 0, negative, positive)
-    return -4 / tau * torch.sigmoid(tau * (r - 1)) * a, never, never
+    return -4 / tau * torch.sigmoid(tau * (r - 1)) * a, never, never, never
 
 
 def by_autograd(tensors, case, cu_seqlens=None):
@@ -121,7 +121,7 @@ def by_autograd(tensors, case, cu_seqlens=None):
         sums = torch.zeros(len(count), dtype=d.dtype).index_add(0, groups, d.detach())
         mean = (sums / count).clamp(-20, 20)[groups]
         r = frozen(mean.exp(), mean.exp() * x)
-    s, too_low, too_high = surrogate_by_formula(options, r, a, x)
+    s, *held = surrogate_by_formula(options, r, a, x)
     ref_kl, h, loss = torch.zeros_like(x), torch.zeros_like(x), w * s
     if "ref_logp" in given:
         e = x - tensors["ref_logp"][kept]
@@ -135,7 +135,7 @@ def by_autograd(tensors, case, cu_seqlens=None):
     total = loss.sum()
     total.backward()
     k3 = token_ratio - 1 - d
-    sums = [kept, w, loss, w * s, r, r**2, -d, k3, too_low, too_high, ref_kl, h]
+    sums = [kept, loss, w * s, r, r**2, -d, k3, *held, ref_kl, h]
     least, most = r.detach().aminmax() if len(r) else (math.inf, -math.inf)
     bounds = [least, "ref_logp" in given, "entropy" in given, most]
     stats = [float(t.detach().sum(dtype=torch.float64)) for t in sums] + [float(t) for t in bounds]
@@ -213,19 +213,19 @@ def test_registration(layout, case):
         "empty": lambda t: t[:0],
     }[layout]
     given = CASES[case][1].split()
-    x["ratio"] = (x["logp"] - x["old_logp"]).exp()
-    given += ["ratio"] if "old_logp" in given else []
-    names = (*NAMES[:4], "ratio", *NAMES[4:])
+    x["sequence_log_ratio"] = x["logp"] - x["old_logp"]
+    given += ["sequence_log_ratio"] if "old_logp" in given else []
+    names = (*NAMES[:4], "sequence_log_ratio", *NAMES[4:])
     tensors = {n: change(x[n]) if n in (*NAMES[:3], *given) else None for n in names}
-    options = surrogates.LossOptions(0.8, 1.27, 3.0, 1.0, 1.05, 0.13, 0.07)
+    options = surrogates.LossOptions(0.8, 1.27, 3.0, 1.0, 1.05, 0.13, 0.07, 20.0, 0.0)
     record = page.Inputs(**tensors, surrogate="ppo", kl="k3", options=options, traced_options=None)
     check_registration(page.policy_loss_op, record)
     traced = torch.tensor(options, dtype=torch.float64)
     record = record._replace(surrogate="sapo", kl="k2", traced_options=traced)
     check_registration(page.policy_loss_op, record)
     logp, old_logp, weight = (change(x[n]) for n in ("logp", "old_logp", "weight"))
-    ratios = page.RatioInputs(logp, old_logp, weight, None)
-    check_registration(page.sequence_ratio_op, ratios)
+    inputs = page.LogRatioInputs(logp, old_logp, weight, None)
+    check_registration(page.sequence_log_ratio_op, inputs)
 
 
 def test_the_legal_strings_are_those_of_the_tables():
@@ -289,6 +289,9 @@ BAD = [
     ({"ref_logp": X, "kl_coef": -1.0}, ValueError, "kl_coef must be finite and >= 0, got -1.0"),
     ({"entropy_coef": 0.1}, ValueError, "entropy_coef=0.1 needs entropy"),
     ({"entropy": X, "entropy_coef": math.inf}, ValueError, "entropy_coef must be finite, got inf"),
+    ({"max_log_ratio": 0.0}, ValueError, "max_log_ratio must be > 0 and <= 40, got 0.0"),
+    ({"max_log_ratio": None}, TypeError, "max_log_ratio must be a number, got NoneType"),
+    ({"beyond": "clamp"}, ValueError, "beyond must be one of stop, hold, got 'clamp'"),
 ]
 
 

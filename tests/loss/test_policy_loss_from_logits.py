@@ -140,7 +140,7 @@ def test_registration(layout):
         tokens = {name: x.t() for name, x in tokens.items()}
     if layout == "expanded":
         logits = logits[:1].expand(4, 3, 7)
-    options = LossOptions(0.8, 1.27, 3.0, 1.0, 1.05, 0.13, 0.07)
+    options = LossOptions(0.8, 1.27, 3.0, 1.0, 1.05, 0.13, 0.07, 20.0, 0.0)
     traced = torch.tensor(options, dtype=torch.float64)
     for with_entropy in (True, False):
         rows = rows_page.Inputs(logits, labels, torch.tensor(0.7), 0.0, -7, with_entropy)

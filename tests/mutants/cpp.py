@@ -47,10 +47,10 @@ MUTANTS = [
     ),
     Mutant(
         "log-ratios-bounded-by-10-in-cpp",
-        "csrc/common/elementary.h",
+        "csrc/common/log_ratio.h",
         "kMaxLogRatio = 20;",
         "kMaxLogRatio = 10;",
-        POLICY_TESTS,
+        ("tests/weight/test_importance_weights.py", *IN_CPP),
     ),
     Mutant(
         "cu_seqlens-of-cpp-may-fall",
@@ -249,8 +249,8 @@ MUTANTS = [
     Mutant(
         "the-kl-takes-the-ratio-of-the-sequence",
         POLICY_LOOPS,
-        "T(options.kl_coef), coefficient, ratios, part);",
-        "T(options.kl_coef), coefficient, tokens.ratio ? tokens.ratio : ratios, part);",
+        "T(options.kl_coef), bound, coefficient, ratios, part);",
+        "T(options.kl_coef), bound, coefficient, of_sequences, part);",
         POLICY_TESTS,
     ),
     Mutant(

@@ -132,8 +132,8 @@ MUTANTS = [
     Mutant(
         "the-kl-takes-the-ratio-of-the-sequence-in-cuda",
         POLICY_LOSS,
-        "kl(log_ratio(x, ref_logp.x[i]), e.exp)",
-        "kl(log_ratio(x, ref_logp.x[i]), ratio)",
+        "kl(d_ref, token_ratio)",
+        "kl(d_ref, ratio)",
         POLICY_TESTS,
     ),
     Mutant(

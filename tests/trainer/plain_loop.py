@@ -211,6 +211,7 @@ class PlainLoop:
             "clip_frac": low + high,
             "clip_frac_low": low,
             "clip_frac_high": high,
+            "clip_frac_dual": 0.0,
             "kl": -d.mean().item(),
             "approx_kl": (d.exp() - 1 - d).mean().item(),
             "ratio_mean": ratio.mean().item(),

@@ -235,6 +235,21 @@ def test_log_ratios_are_bounded_by_20_and_no_less(kernel, sign):
             torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)
 
 
+def test_a_log_ratio_of_infinite_log_probs(kernel):
+    """Of two, as where a label is outside a kept set in both, it is 0; of one it is ±20."""
+    inf = math.inf
+    logp = torch.tensor([[-inf, -1.0], [-inf, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    behavior = torch.tensor([[-inf, -1.5], [-1.0, -1.5], [-inf, -1.5]], dtype=torch.float64)
+    d = torch.tensor([[0.0, 0.5], [-20.0, 0.5], [20.0, 0.5]], dtype=torch.float64)
+    exponents = {"token": d, "sequence": d.sum(1, keepdim=True), "geometric": d.mean(1, True)}
+    for level, exponent in exponents.items():
+        weight, stats = importance_weights(logp, behavior, torch.ones(3, 2), level=level)
+        expected = exponent.clamp(-20, 20).exp().expand_as(weight)
+        torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)
+        assert stats.values.isfinite().all()
+        assert merge_stats(stats)["kl"] == pytest.approx(-d.mean().item())
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("outside", page.OUTSIDE)
 def test_a_ratio_at_its_bounds_is_inside(kernel, level, outside):

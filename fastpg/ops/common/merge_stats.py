@@ -32,8 +32,9 @@ def merge_stats(
         From PolicyStats, with d = logp − old_logp and r = e^d:
 
             loss: the sum of the losses, KL and entropy terms included
-            clip_frac_low, clip_frac_high: the fraction of tokens whose ratio is held at a lower,
-                and at an upper bound
+            clip_frac_low, clip_frac_high: the fraction of tokens whose ratio is held at 1 − low,
+                and at 1 + high; their sum is verl's pg_clipfrac
+            clip_frac_dual: the fraction of tokens held at dual_clip; verl's pg_clipfrac_lower
             approx_kl, kl: KL(old ‖ new), as the mean of k3 = r − 1 − d and of k1 = −d
             ratio_mean, ratio_min, ratio_max: r, or the ratio of each token's sequence
             ess: the effective sample size (Σ r)² / (n Σ r²), a fraction

@@ -38,13 +38,13 @@ class PolicyStats(Values):
     Attributes:
         values: fp64 [16], in the order of FIELDS:
 
-            count, weight: the tokens; Σ w
+            count: the tokens
             loss, surrogate: Σ w·l; the part of it that is the surrogate
             ratio, ratio_sq: Σ r, Σ r²
             k1, k3: Σ −d, Σ (e^d − 1 − d), two estimates of KL(old ‖ new)
             clipped_low: tokens whose ratio is held at 1 − low: A < 0 and r < 1 − low
-            clipped_high: tokens held at 1 + high or dual_clip: A > 0 and r > 1 + high, or A < 0
-                and r > dual_clip
+            clipped_high: tokens held at 1 + high: A > 0 and r > 1 + high
+            clipped_dual: tokens held at dual_clip: A < 0 and r > dual_clip
             ref_kl, entropy: Σ of the KL to the reference as `kl` estimates it; Σ H
             ratio_min, ratio_max: the least and the greatest r
             has_ref_kl, has_entropy: 1 where the sum of that name was computed, else 0; minima
@@ -59,8 +59,8 @@ class PolicyStats(Values):
     __slots__ = ()
 
     SUMS: ClassVar[Names] = (
-        *("count", "weight", "loss", "surrogate", "ratio", "ratio_sq", "k1", "k3"),
-        *("clipped_low", "clipped_high", "ref_kl", "entropy"),
+        *("count", "loss", "surrogate", "ratio", "ratio_sq", "k1", "k3"),
+        *("clipped_low", "clipped_high", "clipped_dual", "ref_kl", "entropy"),
     )
     MINIMA: ClassVar[Names] = ("ratio_min", "has_ref_kl", "has_entropy")
     MAXIMA: ClassVar[Names] = ("ratio_max",)
@@ -80,6 +80,7 @@ class PolicyStats(Values):
             "loss": s["loss"],
             "clip_frac_low": s["clipped_low"] / n,
             "clip_frac_high": s["clipped_high"] / n,
+            "clip_frac_dual": s["clipped_dual"] / n,
             "approx_kl": s["k3"] / n,
             "kl": s["k1"] / n,
             "ratio_mean": s["ratio"] / n,

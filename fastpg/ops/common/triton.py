@@ -7,16 +7,18 @@ program merges them in their order. Neither stage depends on anything but the nu
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
-from . import log_ratio
+from . import log_ratio as specification
 from .stats import Stats
 
-MAX_LOG_RATIO = tl.constexpr(log_ratio.MAX_LOG_RATIO)
+MAX_LOG_RATIO = tl.constexpr(specification.MAX_LOG_RATIO)
+INFINITY = tl.constexpr(math.inf)
 BLOCK = tl.constexpr(1024)  # A program has so many tokens at a time.
 CHUNK = tl.constexpr(256)  # A merge takes so many partial results at a time.
 
@@ -47,11 +49,29 @@ def blocks_of(x: torch.Tensor) -> int:
 
 
 @triton.jit
-def bounded(d: tl.tensor):
-    """A log-ratio within +-MAX_LOG_RATIO; NaN passes through."""
-    return tl.where(
-        d > MAX_LOG_RATIO, MAX_LOG_RATIO, tl.where(d < -MAX_LOG_RATIO, -MAX_LOG_RATIO, d)
-    )
+def log_ratio(logp: tl.tensor, other: tl.tensor):
+    """logp - other; 0 where they are equal, as two -inf are. NaN passes through."""
+    return tl.where(logp == other, 0.0, logp - other)
+
+
+@triton.jit
+def bounded(d: tl.tensor, bound: tl.tensor):
+    """A log-ratio within +-bound; NaN passes through."""
+    return tl.where(d > bound, bound, tl.where(d < -bound, -bound, d))
+
+
+@triton.jit
+def held(d: tl.tensor, moves: tl.tensor, bound: tl.tensor, beyond: tl.tensor):
+    """The log-ratio d at its bound, if it is beyond; its derivative is then the factor `beyond`."""
+    slope = tl.where((d > bound) | (d < -bound), beyond, 1.0)
+    return bounded(d, bound), tl.where(moves, slope, 0.0)
+
+
+@triton.jit
+def held_log_ratio(logp: tl.tensor, other: tl.tensor, bound: tl.tensor, beyond: tl.tensor):
+    """The same of logp - other. A log-prob of -inf does not move it."""
+    moves = (logp != -INFINITY) & (other != -INFINITY)
+    return held(log_ratio(logp, other), moves, bound, beyond)
 
 
 @triton.jit

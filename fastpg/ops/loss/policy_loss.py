@@ -20,8 +20,12 @@ With level="sequence" s and c take exp(mean_t (logp − old_logp)) of the token'
 number that moves like the token's own ratio (GSPO-token). Tokens of weight 0 are not in that mean,
 nor are those that importance_weights(outside="zero") has dropped.
 
+Log-ratios are clamped to ±max_log_ratio, which stops the gradient beyond or holds it, as `beyond`
+says; that of reinforce and cispo does not come from the ratio. A log-prob of −inf is one whose
+label is outside a kept set. A log-ratio of two of them is 0, one to a finite log-prob is at its
+bound; neither has a gradient, nor has a token with logp = −inf.
+
 Forward writes one coefficient per token, dL/dlogp_t; backward multiplies it by the incoming scalar.
-Log-ratios are clamped to ±20, which bounds a gradient and does not stop it.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ..._autograd import Differentiable
-from ..._library import empty_like, scalar
+from ..._library import empty_like
 from ..._op import Op
 from ..common.checks import (
     MaybeTensor,
@@ -43,7 +47,15 @@ from ..common.checks import (
     to_sequences,
     to_tokens,
 )
-from ..common.log_ratio import MAX_LOG_RATIO, log_ratio
+from ..common.log_ratio import (
+    MAX_LOG_RATIO,
+    Beyond,
+    bounded,
+    held,
+    held_log_ratio,
+    log_ratio,
+    ratio_of,
+)
 from ..common.sizes import ElementSizes, SequenceSizes, element_sizes, sequence_sizes
 from ..common.stats import PolicyStats, tally
 from .surrogates import (
@@ -55,6 +67,7 @@ from .surrogates import (
     Level,
     LossOptions,
     SurrogateName,
+    as_traced,
     check_options,
     check_terms,
 )
@@ -67,13 +80,13 @@ class Inputs(NamedTuple):
     advantages: Tensor  # like logp
     weight: Tensor  # like logp; 0 masks a token
     old_logp: Tensor | None  # like logp; None: logp itself, as a constant
-    ratio: Tensor | None  # like logp: r of the surrogate; None: exp(logp − old_logp)
+    sequence_log_ratio: Tensor | None  # like logp: for the surrogate; None: logp − old_logp
     ref_logp: Tensor | None  # like logp; None: there is no KL term
     entropy: Tensor | None  # like logp; None: there is no entropy term
     surrogate: str  # a key of SURROGATES
     kl: str  # a key of KLS
     options: LossOptions
-    traced_options: Tensor | None  # fp64 [7]: the options in a compiled graph; None: they are above
+    traced_options: Tensor | None  # fp64 [9]: the options in a compiled graph; None: they are above
 
 
 class Outputs(NamedTuple):
@@ -82,15 +95,15 @@ class Outputs(NamedTuple):
     stats: Tensor  # fp64, in the order of PolicyStats.FIELDS
 
 
-class RatioInputs(NamedTuple):
+class LogRatioInputs(NamedTuple):
     logp: Tensor  # [B, T], or packed [N] with cu_seqlens; fp32 or fp64
     old_logp: Tensor  # like logp
     weight: Tensor  # like logp; 0 masks a token
     cu_seqlens: Tensor | None  # int32 [B + 1]; None: padded
 
 
-class Ratio(NamedTuple):
-    ratio: Tensor  # like logp
+class LogRatio(NamedTuple):
+    log_ratio: Tensor  # like logp: that of the token's sequence
 
 
 class Saved(NamedTuple):
@@ -120,23 +133,25 @@ def reference(x: Inputs) -> Outputs:
     kept = x.weight != 0
     logp, advantages = masked(x.logp, kept), masked(x.advantages, kept)
     weight = masked(x.weight, kept)
-    old_logp, given_ratio = masked(x.old_logp, kept), masked(x.ratio, kept)
+    old_logp, mean = masked(x.old_logp, kept), masked(x.sequence_log_ratio, kept)
     ref_logp, entropy = masked(x.ref_logp, kept), masked(x.entropy, kept)
-    # Without old_logp the ratio is 1, but that of a NaN must show.
-    d = torch.where(logp.isnan(), logp, 0.0) if old_logp is None else log_ratio(logp, old_logp)
-    # The KL of a token takes the token's own ratio, also where the surrogate is given another.
-    token_ratio = d.exp()
-    ratio = token_ratio if given_ratio is None else given_ratio
+    bound = options.max_log_ratio, options.beyond
+    # Without old_logp it is logp itself, whose ratio is 1; that of a NaN shows.
+    d = held_log_ratio(logp, logp if old_logp is None else old_logp, *bound)
+    # The KL of a token takes the token's own ratio, also where the surrogate takes another.
+    ratio = token_ratio = ratio_of(d)
+    if mean is not None:
+        ratio = ratio_of(held(mean, logp != -math.inf, *bound))
     term = SURROGATES[x.surrogate](ratio, advantages, logp, options)
     loss, slope, ref_kl = weight * term.value, term.slope, None
     if ref_logp is not None:
-        ref_kl, kl_slope = KLS[x.kl](log_ratio(logp, ref_logp), token_ratio)
+        ref_kl, kl_slope = KLS[x.kl](held_log_ratio(logp, ref_logp, *bound), token_ratio)
         loss, slope = loss + weight * options.kl_coef * ref_kl, slope + options.kl_coef * kl_slope
     if entropy is not None:
         loss = loss - weight * options.entropy_coef * entropy
-    fields = {"weight": weight, "loss": loss, "surrogate": weight * term.value}
-    fields |= {"clipped_low": term.too_low, "clipped_high": term.too_high}
-    stats = tally(PolicyStats, fields | ratio_fields(kept, ratio, d, ref_kl, entropy))
+    fields = {"loss": loss, "surrogate": weight * term.value, "clipped_low": term.too_low}
+    fields |= {"clipped_high": term.too_high, "clipped_dual": term.dual}
+    stats = tally(PolicyStats, fields | ratio_fields(kept, ratio.value, d.value, ref_kl, entropy))
     # torch wants outputs of their own memory, so the loss is a copy of the statistic.
     total = stats[PolicyStats.FIELDS.index("loss")].to(logp.dtype, copy=True)
     return Outputs(total, weight * slope, stats)
@@ -176,23 +191,24 @@ def sizes(x: Inputs) -> ElementSizes:
     return element_sizes(x.logp)
 
 
-def reference_ratio(x: RatioInputs) -> Ratio:
-    """The ratio of each token's sequence, exp(mean (logp − old_logp)); 0 at masked tokens."""
+def reference_log_ratio(x: LogRatioInputs) -> LogRatio:
+    """The mean of logp − old_logp over each token's sequence; 0 at masked tokens."""
     check_cu_seqlens("policy_loss", x.cu_seqlens, x.weight)
     kept = x.weight != 0
-    d = torch.where(kept, x.logp.double() - x.old_logp.double(), 0.0)
+    d = torch.where(kept, log_ratio(x.logp.double(), x.old_logp.double()), 0.0)
+    # The mean is bounded later, not its terms: those of a long sequence cancel in it.
+    d = torch.where(d.isinf(), bounded(d), d)
     count = to_sequences(kept.double(), x.cu_seqlens).clamp(min=1)
-    mean = to_sequences(d, x.cu_seqlens) / count
-    ratio = mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().to(x.logp.dtype)
-    return Ratio(torch.where(kept, to_tokens(ratio, x.logp, x.cu_seqlens), 0.0).contiguous())
+    mean = (to_sequences(d, x.cu_seqlens) / count).to(x.logp.dtype)
+    return LogRatio(torch.where(kept, to_tokens(mean, x.logp, x.cu_seqlens), 0.0).contiguous())
 
 
-def allocate_ratio(x: RatioInputs) -> Ratio:
-    """Makes empty ratios."""
-    return Ratio(empty_like(x.logp))
+def allocate_log_ratio(x: LogRatioInputs) -> LogRatio:
+    """Makes empty log-ratios."""
+    return LogRatio(empty_like(x.logp))
 
 
-def ratio_sizes(x: RatioInputs) -> SequenceSizes:
+def log_ratio_sizes(x: LogRatioInputs) -> SequenceSizes:
     """Tells C++ the dtype, and the number and length of the sequences."""
     return sequence_sizes(x.logp, x.cu_seqlens, x.logp)
 
@@ -208,14 +224,14 @@ policy_loss_op = Op(
     codes=CODES,
     statistics=len(PolicyStats.FIELDS),
 )
-sequence_ratio_op = Op(
-    "policy_loss_sequence_ratio",
-    RatioInputs,
-    Ratio,
+sequence_log_ratio_op = Op(
+    "policy_loss_sequence_log_ratio",
+    LogRatioInputs,
+    LogRatio,
     page=__name__,
-    reference=reference_ratio,
-    allocate=allocate_ratio,
-    sizes=ratio_sizes,
+    reference=reference_log_ratio,
+    allocate=allocate_log_ratio,
+    sizes=log_ratio_sizes,
 )
 
 
@@ -251,22 +267,14 @@ _policy_loss = Differentiable(
 )
 
 
-def as_traced(options: LossOptions, device: torch.device) -> tuple[LossOptions, Tensor | None]:
-    """The options as the op takes them: in a graph a tensor, as floats compile anew for a value."""
-    if not torch.compiler.is_compiling():
-        return options, None
-    numbers = [scalar(number, torch.float64, device) for number in options]
-    return LossOptions(*[0.0] * len(options)), torch.stack(numbers)
-
-
-def _sequence_ratio(
+def _sequence_log_ratio(
     logp: Tensor, old_logp: Tensor | None, weight: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor | None:
-    """The ratio of each token's sequence; None where every ratio is 1."""
+    """The log-ratio of each token's sequence; None where every one is 0."""
     sequence_count("policy_loss", "logp", logp, cu_seqlens)
     if old_logp is not None:
-        tokens = RatioInputs(logp.detach(), old_logp.detach(), weight.detach(), cu_seqlens)
-        return sequence_ratio_op(tokens).ratio
+        tokens = LogRatioInputs(logp.detach(), old_logp.detach(), weight.detach(), cu_seqlens)
+        return sequence_log_ratio_op(tokens).log_ratio
     if not torch.compiler.is_compiling():  # A graph cannot branch on values.
         check_cu_seqlens("policy_loss", cu_seqlens, logp)
     return None
@@ -288,6 +296,8 @@ def policy_loss(
     kl: KlName = "k3",
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
+    max_log_ratio: float = MAX_LOG_RATIO,
+    beyond: Beyond = "stop",
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """The policy-gradient loss of tokens, weighted and summed, with its KL and entropy terms.
@@ -302,7 +312,7 @@ def policy_loss(
         weight: w, a constant, as from token_weights. Weight 0 masks a token: it is not read, gets
             no gradient and is not counted.
         old_logp: The log-probs when the tokens were sampled, a constant. None: logp itself; the
-            ratio is then exactly 1. Else logp − old_logp is held within ±20.
+            ratio is then exactly 1.
         clip: (low, high): "ppo" and "cispo" bound r by 1 − low and 1 + high; None on a side leaves
             it unbounded.
         dual_clip: > 1; bounds r of "ppo" where A < 0, and so the loss by −dual_clip · A.
@@ -321,6 +331,13 @@ def policy_loss(
             same without r, whose gradient is that of KL(reference ‖ policy); "k2" is d² / 2.
         entropy: H of each token's distribution, as from token_logprobs; differentiable.
         entropy_coef: Any finite number; needs entropy.
+        max_log_ratio: The bound, > 0 and <= 40, of logp − old_logp (of its mean at level
+            "sequence") and of logp − ref_logp. GSPO in verl has 10.
+        beyond: What the gradient is where a log-ratio is beyond that bound. "stop": none, as in
+            verl, OpenRLHF and whatever clamps in torch, since 20 nats are no step of a policy but a
+            fault of data or engines, whose gradient would be e^20 times that of another token.
+            "hold": that at the bound, so that "k2" and "k3" still pull a policy back from afar.
+            "reinforce" and "cispo" differentiate no ratio: their gradient is the same either way.
         cu_seqlens: int32 [B + 1], where packed sequences begin and end; read by level="sequence".
 
     Returns:
@@ -353,13 +370,15 @@ def policy_loss(
         ref_logp=ref_logp,
         entropy=entropy,
     )
-    options = check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef)
+    options = check_options(
+        clip, dual_clip, tau, surrogate, kl_coef, entropy_coef, max_log_ratio, beyond
+    )
     check_terms(kl, kl_coef, ref_logp)
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"policy_loss: entropy_coef={entropy_coef} needs entropy")
-    ratio = None
+    sequence_log_ratio = None
     if level == "sequence":
-        ratio = _sequence_ratio(logp, old_logp, weight, cu_seqlens)
+        sequence_log_ratio = _sequence_log_ratio(logp, old_logp, weight, cu_seqlens)
     elif level != "token":
         raise ValueError(f"policy_loss: level must be token or sequence, got {level!r}")
     options, traced = as_traced(options, logp.device)
@@ -369,7 +388,7 @@ def policy_loss(
             advantages=advantages,
             weight=weight,
             old_logp=old_logp,
-            ratio=ratio,
+            sequence_log_ratio=sequence_log_ratio,
             ref_logp=ref_logp,
             entropy=entropy,
             surrogate=surrogate,

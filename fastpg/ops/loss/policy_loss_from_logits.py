@@ -20,17 +20,19 @@ from ..._autograd import Differentiable, needs_no_gradient
 from ..._library import empty_like
 from ..._op import Op
 from ..common.checks import alike, cast, check_shape, check_tensors
+from ..common.log_ratio import MAX_LOG_RATIO, Beyond
 from ..common.stats import PolicyStats
 from ..vocabulary import token_logprobs as rows_page
 from ..vocabulary.logit_rows import RowSizes, RowsOp, may_overwrite
 from . import policy_loss as tokens_page
-from .policy_loss import as_traced, policy_loss
+from .policy_loss import policy_loss
 from .surrogates import (
     CODES,
     Clip,
     KlName,
     LossOptions,
     SurrogateName,
+    as_traced,
     check_options,
     check_terms,
 )
@@ -54,7 +56,7 @@ class Inputs(NamedTuple):
     surrogate: str  # a key of SURROGATES
     kl: str  # a key of KLS
     options: LossOptions
-    traced_options: Tensor | None  # fp64 [7]: the options in a compiled graph; None: they are above
+    traced_options: Tensor | None  # fp64 [9]: the options in a compiled graph; None: they are above
 
 
 class Outputs(NamedTuple):
@@ -83,7 +85,7 @@ def loss_inputs(
     """The inputs of policy_loss, for tokens with these log-probs, weights and entropies."""
     return tokens_page.Inputs(
         logp=logp,
-        ratio=None,
+        sequence_log_ratio=None,
         entropy=entropy,
         surrogate=x.surrogate,
         kl=x.kl,
@@ -291,6 +293,8 @@ def policy_loss_from_logits(
     kl_coef: float = 0.0,
     kl: KlName = "k3",
     entropy_coef: float = 0.0,
+    max_log_ratio: float = MAX_LOG_RATIO,
+    beyond: Beyond = "stop",
     inplace: bool = False,
 ) -> tuple[Tensor, PolicyStats]:
     """The policy loss of logits, whose gradient is made in the same pass over them.
@@ -321,6 +325,8 @@ def policy_loss_from_logits(
         kl_coef: >= 0; needs ref_logp.
         kl: "k3", "k3_naive" or "k2", as in policy_loss.
         entropy_coef: Any finite number, which multiplies the entropy of the rows.
+        max_log_ratio: The bound of log-ratios, > 0 and <= 40, as in policy_loss.
+        beyond: "stop" or "hold": the gradient beyond that bound, as in policy_loss.
         inplace: Whether the gradient may overwrite the logits, which must be contiguous and no leaf
             of the graph; nothing else may use them then. They stay where no gradient is wanted, in
             torch.compile, whose own matter this is, and in a checkpoint or under other hooks of
@@ -357,7 +363,9 @@ def policy_loss_from_logits(
         ignore_index=ignore_index,
         with_entropy=entropy_coef != 0,
     )
-    options = check_options(clip, dual_clip, tau, surrogate, kl_coef, entropy_coef)
+    options = check_options(
+        clip, dual_clip, tau, surrogate, kl_coef, entropy_coef, max_log_ratio, beyond
+    )
     check_terms(kl, kl_coef, ref_logp)
     tokens = _checked_tokens(
         labels,
@@ -379,6 +387,8 @@ def policy_loss_from_logits(
             kl_coef=kl_coef,
             kl=kl,
             entropy_coef=entropy_coef,
+            max_log_ratio=max_log_ratio,
+            beyond=beyond,
         )
     inplace = inplace and may_overwrite(OP, "inplace", logits)
     options, traced = as_traced(options, logits.device)

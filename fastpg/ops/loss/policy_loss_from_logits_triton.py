@@ -67,8 +67,11 @@ def derivatives(
     KL: tl.constexpr,
 ):
     """dL/dlogp and dL/dentropy of the token of a row. A token of weight 0 is masked."""
-    low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef = options
-    bounds, taus, kl_coef, entropy_coef = options_of(
+    (
+        low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef, max_log_ratio,
+        beyond,
+    ) = options  # fmt: skip
+    bounds, taus, kl_coef, entropy_coef, log_ratios = options_of(
         logp,
         traced_options,
         low,
@@ -78,6 +81,8 @@ def derivatives(
         tau_negative,
         kl_coef,
         entropy_coef,
+        max_log_ratio,
+        beyond,
     )
     kept = w != 0
     # Masked tokens are not read: their advantages and log-probs may be NaN.
@@ -85,7 +90,7 @@ def derivatives(
     old = None if old_logp is None else load_kept(old_logp, row, kept)
     ref = None if ref_logp is None else load_kept(ref_logp, row, kept)
     _, _, _, slope = token_loss(
-        logp, advantage, old, None, ref, bounds, taus, kl_coef, SURROGATE, KL
+        logp, advantage, old, None, ref, bounds, taus, kl_coef, log_ratios, SURROGATE, KL
     )
     return w * slope, -entropy_coef * w
 
@@ -120,6 +125,8 @@ def rows_kernel(
     tau_negative: tl.float64,
     kl_coef: tl.float64,
     entropy_coef: tl.float64,
+    max_log_ratio: tl.float64,
+    beyond: tl.float64,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -134,7 +141,10 @@ def rows_kernel(
 
     out may be logits: a thread has read what it writes.
     """
-    options = low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef
+    options = (
+        low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef, max_log_ratio,
+        beyond,
+    )  # fmt: skip
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         label, w = tl.load(labels + row), tl.load(weight + row)
         kept = (w != 0) & (label != ignore_index)

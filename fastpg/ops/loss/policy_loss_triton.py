@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +10,8 @@ from ..._record import contiguous
 from ..common.stats import PolicyStats
 from ..common.triton import (
     BLOCK,
+    INFINITY,
+    MAX_LOG_RATIO,
     OPTIONS,
     block_offsets,
     blocks_of,
@@ -19,19 +19,25 @@ from ..common.triton import (
     field_of,
     jit,
     load_kept,
+    log_ratio,
     sequence_bounds,
 )
-from .policy_loss import Inputs, Outputs, Ratio, RatioInputs, allocate, allocate_ratio
+from .policy_loss import (
+    Inputs,
+    LogRatio,
+    LogRatioInputs,
+    Outputs,
+    allocate,
+    allocate_log_ratio,
+)
 from .surrogates_triton import options_of, token_loss
 
-INFINITY = tl.constexpr(math.inf)
 ROWS = tl.constexpr(64)  # partial results at a time: registers hold three times as many fields
 
 FIELDS = tl.constexpr(len(PolicyStats.FIELDS))  # a power of 2, as tl.arange demands
 SUMS = tl.constexpr(len(PolicyStats.SUMS))  # the sums come first, then the minima, then the maxima
 MINIMA_END = tl.constexpr(len(PolicyStats.SUMS + PolicyStats.MINIMA))
 COUNT = field_of(PolicyStats, "count")
-WEIGHT = field_of(PolicyStats, "weight")
 LOSS = field_of(PolicyStats, "loss")
 SURROGATE_LOSS = field_of(PolicyStats, "surrogate")
 RATIO = field_of(PolicyStats, "ratio")
@@ -40,6 +46,7 @@ K1 = field_of(PolicyStats, "k1")
 K3 = field_of(PolicyStats, "k3")
 CLIPPED_LOW = field_of(PolicyStats, "clipped_low")
 CLIPPED_HIGH = field_of(PolicyStats, "clipped_high")
+CLIPPED_DUAL = field_of(PolicyStats, "clipped_dual")
 REF_KL = field_of(PolicyStats, "ref_kl")
 ENTROPY = field_of(PolicyStats, "entropy")
 RATIO_MIN = field_of(PolicyStats, "ratio_min")
@@ -71,7 +78,7 @@ def forward_kernel(
     advantages: tl.tensor,
     weight: tl.tensor,
     old_logp: tl.tensor,
-    ratio: tl.tensor,
+    sequence_log_ratio: tl.tensor,
     ref_logp: tl.tensor,
     entropy: tl.tensor,
     traced_options: tl.tensor,
@@ -85,6 +92,8 @@ def forward_kernel(
     tau_negative: tl.float64,
     kl_coef: tl.float64,
     entropy_coef: tl.float64,
+    max_log_ratio: tl.float64,
+    beyond: tl.float64,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
 ):
@@ -94,17 +103,18 @@ def forward_kernel(
     w = tl.load(weight + offset, mask=offset < count, other=0.0)
     kept = w != 0
     x, a = load_kept(logp, offset, kept), load_kept(advantages, offset, kept)
-    bounds, taus, kl_coef, entropy_coef = options_of(
-        x, traced_options, low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef
-    )
+    bounds, taus, kl_coef, entropy_coef, log_ratios = options_of(
+        x, traced_options, low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef,
+        max_log_ratio, beyond,
+    )  # fmt: skip
     old = None if old_logp is None else load_kept(old_logp, offset, kept)
-    given = None if ratio is None else load_kept(ratio, offset, kept)
+    mean = None if sequence_log_ratio is None else load_kept(sequence_log_ratio, offset, kept)
     ref = None if ref_logp is None else load_kept(ref_logp, offset, kept)
     # Triton 3.6 cannot compile a tuple that is unpacked within a tuple.
     term, ratios, ref_kl, slope = token_loss(
-        x, a, old, given, ref, bounds, taus, kl_coef, SURROGATE, KL
+        x, a, old, mean, ref, bounds, taus, kl_coef, log_ratios, SURROGATE, KL
     )
-    value, too_low, too_high = term
+    value, too_low, too_high, dual = term
     r, d, excess = ratios
     loss, h = w * value, tl.zeros_like(x)
     put_sum(part, SURROGATE_LOSS, loss)
@@ -115,13 +125,13 @@ def forward_kernel(
         loss -= w * entropy_coef * h
     tl.store(coefficient + offset, w * slope, mask=offset < count)
     put_sum(part, COUNT, kept)
-    put_sum(part, WEIGHT, w)
     put_sum(part, LOSS, loss)
     put_ratios(part, r, kept)
     put_sum(part, K1, -d)
     put_sum(part, K3, excess)
     put_sum(part, CLIPPED_LOW, too_low)
     put_sum(part, CLIPPED_HIGH, too_high)
+    put_sum(part, CLIPPED_DUAL, dual)
     put_sum(part, REF_KL, ref_kl)
     put_sum(part, ENTROPY, h)
     tl.store(part + HAS_REF_KL, 0.0 if ref_logp is None else 1.0)
@@ -160,7 +170,7 @@ def policy_loss(x: Inputs) -> Outputs:
         advantages=x.advantages,
         weight=x.weight,
         old_logp=x.old_logp,
-        ratio=x.ratio,
+        sequence_log_ratio=x.sequence_log_ratio,
         ref_logp=x.ref_logp,
         entropy=x.entropy,
         traced_options=x.traced_options,
@@ -177,46 +187,46 @@ def policy_loss(x: Inputs) -> Outputs:
 
 
 @jit
-def sequence_ratio_kernel(
+def sequence_log_ratio_kernel(
     logp: tl.tensor,
     old_logp: tl.tensor,
     weight: tl.tensor,
     cu_seqlens: tl.tensor,
-    ratio: tl.tensor,
+    mean: tl.tensor,
     length: tl.int64,
     tokens: tl.int64,
 ):
-    """exp(mean (logp - old_logp)) at the unmasked tokens of a sequence."""
+    """The mean of logp - old_logp at the unmasked tokens of a sequence."""
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)
     total, count = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(begin, end, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         kept = tl.load(weight + offset, mask=offset < end, other=0.0) != 0
         x, old = load_kept(logp, offset, kept), load_kept(old_logp, offset, kept)
-        total += x.to(tl.float64) - old.to(tl.float64)
+        d = log_ratio(x.to(tl.float64), old.to(tl.float64))
+        # The mean is bounded, not its terms: log-ratios of a long sequence cancel in it.
+        total += tl.where(tl.abs(d) == INFINITY, bounded(d, MAX_LOG_RATIO), d)
         count += kept.to(tl.float64)
-    # The mean is clamped, not its terms: log-ratios of a long sequence cancel in it.
-    mean = tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1.0)
-    sequence_ratio = tl.exp(bounded(mean)).to(ratio.dtype.element_ty)
+    of_sequence = (tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1.0)).to(mean.dtype.element_ty)
     for start in range(begin, end, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         kept = tl.load(weight + offset, mask=offset < end, other=0.0) != 0
-        tl.store(ratio + offset, tl.where(kept, sequence_ratio, 0.0), mask=offset < end)
+        tl.store(mean + offset, tl.where(kept, of_sequence, 0.0), mask=offset < end)
 
 
-def policy_loss_sequence_ratio(x: RatioInputs) -> Ratio:
+def policy_loss_sequence_log_ratio(x: LogRatioInputs) -> LogRatio:
     """Launches a program for each sequence."""
-    x, ratio = contiguous(x), allocate_ratio(x).ratio
-    if ratio.numel():
+    x, outputs = contiguous(x), allocate_log_ratio(x)
+    if x.logp.numel():
         sequences = len(x.logp) if x.cu_seqlens is None else len(x.cu_seqlens) - 1
-        sequence_ratio_kernel[(sequences,)](
+        sequence_log_ratio_kernel[(sequences,)](
             logp=x.logp,
             old_logp=x.old_logp,
             weight=x.weight,
             cu_seqlens=x.cu_seqlens,
-            ratio=ratio,
+            mean=outputs.log_ratio,
             length=x.logp.shape[-1],
             tokens=x.logp.numel(),
             **OPTIONS,
         )
-    return Ratio(ratio)
+    return outputs

@@ -1,8 +1,11 @@
 """The terms of one token of the policy loss, as csrc/loss/policy_loss.h has them for the kernels.
 
 A surrogate takes the ratio r, the advantage A, logp and the options. It returns the loss s of the
-token, ds/dlogp = −c(r, A), and whether the lower and the upper bound of r are in force. A KL to the
-reference takes d = logp − ref_logp and the token's r, and returns its value and its derivative.
+token, ds/dlogp = −c(r, A), and which bounds of r are in force. A KL to the reference takes
+d = logp − ref_logp and the token's r, and returns its value and its derivative.
+
+Ratios and log-ratios come with their own derivatives by logp. That of r is r; it is 0 where r must
+not carry a gradient.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..._library import scalar
+from ..common.log_ratio import BEYOND, Moving, check_bound
 
 Clip = tuple[float | None, float | None]
 SurrogateName = Literal["ppo", "reinforce", "cispo", "sapo"]
@@ -31,80 +37,83 @@ class LossOptions(NamedTuple):
     tau_negative: float
     kl_coef: float
     entropy_coef: float
+    max_log_ratio: float  # the bound of log-ratios
+    beyond: float  # the factor of a gradient beyond it: 1 holds it, 0 stops it
 
 
 class SurrogateTerm(NamedTuple):
     value: Tensor  # s
     slope: Tensor  # ds/dlogp
     too_low: Tensor  # r is below its lower bound, which is in force
-    too_high: Tensor
+    too_high: Tensor  # r is above its upper bound, which is in force
+    dual: Tensor  # r is above dual_clip, which is in force
 
 
-def ppo(ratio: Tensor, advantages: Tensor, _logp: Tensor, options: LossOptions) -> SurrogateTerm:
+def ppo(r: Moving, advantages: Tensor, _logp: Tensor, options: LossOptions) -> SurrogateTerm:
     """s = −min(r A, clip(r) A), at most −dual_clip A where A < 0; c = r A, or 0 where r is held."""
-    too_low = (advantages < 0) & (ratio < options.low)
-    too_high = (advantages > 0) & (ratio > options.high)
     # Where A = 0 no bound is in force: such tokens are not counted as clipped.
-    beyond = (advantages < 0) & (ratio > options.dual_clip)
-    held = ratio.masked_fill(too_low, options.low).masked_fill(too_high, options.high)
-    held = held.masked_fill(beyond, options.dual_clip)
-    slope = torch.where(too_low | too_high | beyond, 0.0, -ratio * advantages)
-    return SurrogateTerm(-held * advantages, slope, too_low, too_high | beyond)
+    too_low = (advantages < 0) & (r.value < options.low)
+    too_high = (advantages > 0) & (r.value > options.high)
+    dual = (advantages < 0) & (r.value > options.dual_clip)
+    ratio = r.value.masked_fill(too_low, options.low).masked_fill(too_high, options.high)
+    ratio = ratio.masked_fill(dual, options.dual_clip)
+    slope = torch.where(too_low | too_high | dual, 0.0, -r.slope * advantages)
+    return SurrogateTerm(-ratio * advantages, slope, too_low, too_high, dual)
 
 
-def reinforce(
-    ratio: Tensor, advantages: Tensor, logp: Tensor, _options: LossOptions
-) -> SurrogateTerm:
-    """s = −sg(r) A logp; c = r A."""
-    never = torch.zeros_like(ratio, dtype=torch.bool)
-    slope = -ratio * advantages
-    # At A = 0 an infinite logp would make 0 · inf = NaN of a term that does not count.
-    return SurrogateTerm(torch.where(advantages == 0, 0.0, slope * logp), slope, never, never)
+def reinforce(r: Moving, advantages: Tensor, logp: Tensor, _options: LossOptions) -> SurrogateTerm:
+    """s = −sg(r) A logp; c = r A. A token of probability 0 has no gradient: its s counts 0."""
+    never = torch.zeros_like(logp, dtype=torch.bool)
+    impossible = logp == -math.inf
+    slope = torch.where(impossible, 0.0, -r.value * advantages)
+    # An infinite logp would make 0 · inf = NaN of a term that does not count.
+    value = torch.where((advantages == 0) | impossible, 0.0, slope * logp)
+    return SurrogateTerm(value, slope, never, never, never)
 
 
-def cispo(ratio: Tensor, advantages: Tensor, logp: Tensor, options: LossOptions) -> SurrogateTerm:
+def cispo(r: Moving, advantages: Tensor, logp: Tensor, options: LossOptions) -> SurrogateTerm:
     """s = −sg(clip(r)) A logp; c = clip(r) A: a token whose ratio is held keeps its gradient."""
-    too_low = (advantages != 0) & (ratio < options.low)
-    too_high = (advantages != 0) & (ratio > options.high)
-    held = ratio.masked_fill(too_low, options.low).masked_fill(too_high, options.high)
-    term = reinforce(held, advantages, logp, options)
-    return SurrogateTerm(term.value, term.slope, too_low, too_high)
+    too_low = (advantages != 0) & (r.value < options.low)
+    too_high = (advantages != 0) & (r.value > options.high)
+    ratio = r.value.masked_fill(too_low, options.low).masked_fill(too_high, options.high)
+    term = reinforce(Moving(ratio, ratio), advantages, logp, options)
+    return term._replace(too_low=too_low, too_high=too_high)
 
 
-def sapo(ratio: Tensor, advantages: Tensor, _logp: Tensor, options: LossOptions) -> SurrogateTerm:
+def sapo(r: Moving, advantages: Tensor, _logp: Tensor, options: LossOptions) -> SurrogateTerm:
     """s = −4/τ σ(τ (r − 1)) A; c = 4 σ (1 − σ) r A. τ is tau_negative where A < 0."""
-    one, never = torch.ones_like(ratio), torch.zeros_like(ratio, dtype=torch.bool)
+    one, never = torch.ones_like(r.value), torch.zeros_like(r.value, dtype=torch.bool)
     tau = torch.where(advantages < 0, options.tau_negative * one, options.tau_positive * one)
-    x = tau * (ratio - 1)
+    x = tau * (r.value - 1)
     value = -4 / tau * torch.sigmoid(x) * advantages
     # σ(−x) is 1 − σ(x) without its cancellation at large x.
-    slope = -4 * torch.sigmoid(x) * torch.sigmoid(-x) * ratio * advantages
-    return SurrogateTerm(value, slope, never, never)
+    slope = -4 * torch.sigmoid(x) * torch.sigmoid(-x) * r.slope * advantages
+    return SurrogateTerm(value, slope, never, never, never)
 
 
-def k3(d: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """r (e^{−d} − 1 + d); its derivative, with r' = r, is r d."""
-    return ratio * (torch.expm1(-d) + d), ratio * d
+def k3(d: Moving, r: Moving) -> Moving:
+    """r (e^{−d} − 1 + d); its derivative, with r' = r, is r d; 0 where r or d has none."""
+    return Moving(r.value * (torch.expm1(-d.value) + d.value), r.slope * d.value * d.slope)
 
 
-def k3_naive(d: Tensor, _ratio: Tensor) -> tuple[Tensor, Tensor]:
+def k3_naive(d: Moving, _r: Moving) -> Moving:
     """e^{−d} − 1 + d, and its derivative."""
-    return torch.expm1(-d) + d, -torch.expm1(-d)
+    return Moving(torch.expm1(-d.value) + d.value, -torch.expm1(-d.value) * d.slope)
 
 
-def k2(d: Tensor, _ratio: Tensor) -> tuple[Tensor, Tensor]:
+def k2(d: Moving, _r: Moving) -> Moving:
     """d² / 2, and its derivative."""
-    return d * d / 2, d
+    return Moving(d.value * d.value / 2, d.value * d.slope)
 
 
-Surrogate = Callable[[Tensor, Tensor, Tensor, LossOptions], SurrogateTerm]
+Surrogate = Callable[[Moving, Tensor, Tensor, LossOptions], SurrogateTerm]
 SURROGATES: dict[str, Surrogate] = {
     "ppo": ppo,
     "reinforce": reinforce,
     "cispo": cispo,
     "sapo": sapo,
 }
-KLS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+KLS: dict[str, Callable[[Moving, Moving], Moving]] = {
     "k3": k3,
     "k3_naive": k3_naive,
     "k2": k2,
@@ -123,6 +132,8 @@ def check_options(
     surrogate: str,
     kl_coef: float,
     entropy_coef: float,
+    max_log_ratio: float,
+    beyond: str,
 ) -> LossOptions:
     """The arguments of policy_loss as the kernels take them."""
     if not isinstance(surrogate, str) or surrogate not in SURROGATES:
@@ -135,6 +146,7 @@ def check_options(
     _check_numbers("tau", tau, (float, Real))
     _check_numbers("kl_coef", (kl_coef,), (float, Real))
     _check_numbers("entropy_coef", (entropy_coef,), (float, Real))
+    check_bound("policy_loss", max_log_ratio, beyond)
     if (low is not None and not low >= 0) or (high is not None and not high >= 0):
         raise ValueError(f"policy_loss: clip must be >= 0 or None on each side, got {clip}")
     if dual_clip is not None and surrogate != "ppo":
@@ -155,7 +167,17 @@ def check_options(
         tau_negative=tau_negative,
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,
+        max_log_ratio=max_log_ratio,
+        beyond=BEYOND[beyond],
     )
+
+
+def as_traced(options: LossOptions, device: torch.device) -> tuple[LossOptions, Tensor | None]:
+    """The options as the op takes them: in a graph a tensor, as floats compile anew for a value."""
+    if not torch.compiler.is_compiling():
+        return options, None
+    numbers = [scalar(number, torch.float64, device) for number in options]
+    return LossOptions(*[0.0] * len(options)), torch.stack(numbers)
 
 
 def check_terms(kl: str, kl_coef: float, ref_logp: Tensor | None) -> None:

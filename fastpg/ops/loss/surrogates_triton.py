@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.triton import bounded, exp_excess, number
+from ..common.triton import INFINITY, exp_excess, held, held_log_ratio, number
 
 
 @triton.jit
@@ -22,45 +22,44 @@ def options_of(
     tau_negative: tl.tensor,
     kl_coef: tl.tensor,
     entropy_coef: tl.tensor,
+    max_log_ratio: tl.tensor,
+    beyond: tl.tensor,
 ):
-    """The seven numbers in the dtype of `like`; from memory where they were given there."""
+    """The nine numbers in the dtype of `like`; from memory where they were given there."""
     if traced_options is not None:
         low, high = tl.load(traced_options), tl.load(traced_options + 1)
         dual_clip = tl.load(traced_options + 2)
         tau_positive, tau_negative = tl.load(traced_options + 3), tl.load(traced_options + 4)
         kl_coef, entropy_coef = tl.load(traced_options + 5), tl.load(traced_options + 6)
+        max_log_ratio, beyond = tl.load(traced_options + 7), tl.load(traced_options + 8)
     # A Python float arrives as fp64, and would make everything that it meets fp64.
     bounds = number(low, like), number(high, like), number(dual_clip, like)
     taus = number(tau_positive, like), number(tau_negative, like)
-    return bounds, taus, number(kl_coef, like), number(entropy_coef, like)
+    log_ratios = number(max_log_ratio, like), number(beyond, like)
+    return bounds, taus, number(kl_coef, like), number(entropy_coef, like), log_ratios
 
 
 @triton.jit
-def log_ratio(logp: tl.tensor, other: tl.tensor):
-    """logp - other within +-MAX_LOG_RATIO; NaN passes through."""
-    return bounded(logp - other)
-
-
-@triton.jit
-def ppo(ratio: tl.tensor, advantage: tl.tensor, bounds: tl.tuple):
+def ppo(ratio: tl.tensor, ratio_slope: tl.tensor, advantage: tl.tensor, bounds: tl.tuple):
     """-min(r A, clip(r) A), for A < 0 at most -dual_clip A: no gradient where r is held."""
     low, high, dual_clip = bounds
     # A = 0 is neither: its loss is exactly 0, and no bound of its ratio is in force.
     gain, penalty = advantage > 0, advantage < 0
-    most = tl.where(gain, high, dual_clip)
-    too_low = penalty & (ratio < low)
-    too_high = (gain | penalty) & (ratio > most)
-    held = tl.where(too_low, low, tl.where(too_high, most, ratio))
-    slope = tl.where(too_low | too_high, 0.0, -(ratio * advantage))
-    return -(held * advantage), slope, too_low, too_high
+    too_low, too_high = penalty & (ratio < low), gain & (ratio > high)
+    dual = penalty & (ratio > dual_clip)
+    above = tl.where(gain, high, dual_clip)
+    bounded_ratio = tl.where(too_low, low, tl.where(too_high | dual, above, ratio))
+    slope = tl.where(too_low | too_high | dual, 0.0, -(ratio_slope * advantage))
+    return -(bounded_ratio * advantage), slope, too_low, too_high, dual
 
 
 @triton.jit
 def reinforce(ratio: tl.tensor, advantage: tl.tensor, logp: tl.tensor):
-    """-r A logp with r a constant."""
-    slope = -(ratio * advantage)
-    # A = 0 is selected away, since logp may be -inf and 0 times it NaN.
-    return tl.where(advantage == 0, 0.0, slope * logp), slope
+    """-r A logp with r a constant; 0 for a token of probability 0, which has no gradient."""
+    impossible = logp == -INFINITY
+    slope = tl.where(impossible, 0.0, -(ratio * advantage))
+    # A = 0 is selected away, since logp may be infinite and 0 times it NaN.
+    return tl.where((advantage == 0) | impossible, 0.0, slope * logp), slope
 
 
 @triton.jit
@@ -69,13 +68,13 @@ def cispo(ratio: tl.tensor, advantage: tl.tensor, logp: tl.tensor, bounds: tl.tu
     low, high, _ = bounds
     too_low = (advantage != 0) & (ratio < low)
     too_high = (advantage != 0) & (ratio > high)
-    held = tl.where(too_low, low, tl.where(too_high, high, ratio))
-    value, slope = reinforce(held, advantage, logp)
-    return value, slope, too_low, too_high
+    bounded_ratio = tl.where(too_low, low, tl.where(too_high, high, ratio))
+    value, slope = reinforce(bounded_ratio, advantage, logp)
+    return value, slope, too_low, too_high, ratio < ratio
 
 
 @triton.jit
-def sapo(ratio: tl.tensor, advantage: tl.tensor, taus: tl.tuple):
+def sapo(ratio: tl.tensor, ratio_slope: tl.tensor, advantage: tl.tensor, taus: tl.tuple):
     """-4/tau s A, s = sigmoid(x), x = tau (r - 1). With z = e^-|x|, s (1 - s) = z / (1 + z)^2."""
     # The temperature of a penalty may be larger, so that its gradient fades faster.
     tau = tl.where(advantage < 0, taus[1], taus[0])
@@ -83,12 +82,13 @@ def sapo(ratio: tl.tensor, advantage: tl.tensor, taus: tl.tuple):
     z = tl.exp(tl.where(x < 0, x, -x))  # The exponent is never positive: nothing overflows.
     share = 1.0 / (1.0 + z)
     sigmoid = tl.where(x < 0, z * share, share)
-    return -4.0 / tau * sigmoid * advantage, -4.0 * z * share * share * ratio * advantage
+    return -4.0 / tau * sigmoid * advantage, -4.0 * z * share * share * ratio_slope * advantage
 
 
 @triton.jit
 def surrogate(
     ratio: tl.tensor,
+    ratio_slope: tl.tensor,
     advantage: tl.tensor,
     logp: tl.tensor,
     bounds: tl.tuple,
@@ -97,16 +97,16 @@ def surrogate(
 ):
     """The term, its derivative by logp, and where the bounds of the ratio are in force."""
     if KIND == "ppo":
-        return ppo(ratio, advantage, bounds)
+        return ppo(ratio, ratio_slope, advantage, bounds)
     elif KIND == "cispo":
         return cispo(ratio, advantage, logp, bounds)
     else:
         if KIND == "sapo":
-            value, slope = sapo(ratio, advantage, taus)
+            value, slope = sapo(ratio, ratio_slope, advantage, taus)
         else:
             value, slope = reinforce(ratio, advantage, logp)
         never = ratio < ratio  # false everywhere, NaN included
-        return value, slope, never, never
+        return value, slope, never, never, never
 
 
 @triton.jit
@@ -114,44 +114,59 @@ def token_loss(
     logp: tl.tensor,
     advantage: tl.tensor,
     old_logp: tl.tensor,
-    ratio: tl.tensor,
+    sequence_log_ratio: tl.tensor,
     ref_logp: tl.tensor,
     bounds: tl.tuple,
     taus: tl.tuple,
     kl_coef: tl.tensor,
+    log_ratios: tl.tuple,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
 ):
-    """(value, too_low, too_high) of the surrogate, (r, d, e^d - 1 - d), ref_kl, and dL/dlogp.
+    """(value, too_low, too_high, dual) of the surrogate, (r, d, e^d - 1 - d), ref_kl, and dL/dlogp.
 
-    r is what the surrogate took, d = logp - old_logp. old_logp, ratio and ref_logp may be None.
+    r is what the surrogate took, d = logp - old_logp. old_logp, sequence_log_ratio and ref_logp may
+    be None.
     """
-    # Without old_logp the policy sampled itself: the ratio is 1, its logarithm 0. A NaN must show.
-    zero = tl.zeros_like(logp)
-    d = tl.where(logp == logp, zero, logp)
-    excess, token_ratio = d, d + 1.0
-    if old_logp is not None:
-        d = log_ratio(logp, old_logp)
-        token_ratio, excess = exp_excess(d)
-    r = token_ratio if ratio is None else ratio
-    value, slope, too_low, too_high = surrogate(r, advantage, logp, bounds, taus, SURROGATE)
+    # Without old_logp it is logp itself, whose ratio is 1; that of a NaN shows.
+    max_log_ratio, beyond = log_ratios
+    other = logp if old_logp is None else old_logp
+    d, d_slope = held_log_ratio(logp, other, max_log_ratio, beyond)
+    token_ratio, excess = exp_excess(d)
+    token_slope = token_ratio * d_slope
+    r, r_slope = token_ratio, token_slope
+    if sequence_log_ratio is not None:
+        moves = logp != -INFINITY
+        mean, mean_slope = held(sequence_log_ratio, moves, max_log_ratio, beyond)
+        r = tl.exp(mean)
+        r_slope = r * mean_slope
+    value, slope, too_low, too_high, dual = surrogate(
+        r, r_slope, advantage, logp, bounds, taus, SURROGATE
+    )
     # The KL takes the token's own ratio, also where the surrogate takes that of its sequence.
-    ref_kl = zero
+    ref_kl = tl.zeros_like(logp)
     if ref_logp is not None:
-        ref_kl, kl_slope = reference_kl(log_ratio(logp, ref_logp), token_ratio, KL)
+        d_ref, ref_slope = held_log_ratio(logp, ref_logp, max_log_ratio, beyond)
+        ref_kl, kl_slope = reference_kl(d_ref, ref_slope, token_ratio, token_slope, KL)
         slope += kl_coef * kl_slope
-    return (value, too_low, too_high), (r, d, excess), ref_kl, slope
+    return (value, too_low, too_high, dual), (r, d, excess), ref_kl, slope
 
 
 @triton.jit
-def reference_kl(d: tl.tensor, ratio: tl.tensor, KIND: tl.constexpr):
+def reference_kl(
+    d: tl.tensor,
+    d_slope: tl.tensor,
+    ratio: tl.tensor,
+    ratio_slope: tl.tensor,
+    KIND: tl.constexpr,
+):
     """KL to the reference and its derivative, d = logp - ref_logp; r' = r: of r k3 it is r d."""
     # exp_excess has e^-d - 1 + d by its series near 0, where the subtractions would cancel.
     if KIND == "k2":
-        return d * d * 0.5, d
+        return d * d * 0.5, d * d_slope
     else:
         _, k3 = exp_excess(-d)
         if KIND == "k3":
-            return ratio * k3, ratio * d
+            return ratio * k3, ratio_slope * d * d_slope
         else:
-            return k3, d - k3
+            return k3, (d - k3) * d_slope

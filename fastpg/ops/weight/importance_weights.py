@@ -11,7 +11,8 @@ Truncated importance sampling is token with high, IcePop token with low, high an
 truncated sequence-level sampling are sequence or geometric. The weights are constants and multiply
 into those of token_weights.
 
-d_t and Σ d are clamped to ±20 before the exponential.
+d_t and Σ d are clamped to ±20 before the exponential. d of two log-probs of −inf, as where a label
+is outside a kept set in both, is 0; of one alone it is ±20.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..._library import empty_like
 from ..._op import Op
 from ..common import checks
-from ..common.log_ratio import MAX_LOG_RATIO, log_ratio
+from ..common.log_ratio import bounded, log_ratio
 from ..common.sizes import SequenceSizes, sequence_sizes
 from ..common.stats import ImportanceStats, tally
 
@@ -58,7 +59,7 @@ def ratios_of(d: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
     tokens = checks.to_sequences(x.mask.double(), x.cu_seqlens)
     if x.level == "geometric":
         exponent = exponent / tokens.clamp(min=1)
-    return exponent.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), tokens > 0
+    return bounded(exponent).exp(), tokens > 0
 
 
 def statistics_of(
@@ -91,7 +92,7 @@ def statistics_of(
 def reference(x: Inputs) -> Outputs:
     """The specification: the table at the top of this page."""
     checks.check_cu_seqlens("importance_weights", x.cu_seqlens, x.mask)
-    d = torch.where(x.mask, log_ratio(x.logp, x.behavior_logp), 0.0)
+    d = torch.where(x.mask, bounded(log_ratio(x.logp, x.behavior_logp)), 0.0)
     ratio, counts = ratios_of(d, x)
     below, above = ratio < x.low, ratio > x.high
     zero = x.outside == "zero"
@@ -162,6 +163,7 @@ def importance_weights(
         logp: Log-probs of the sampled tokens under the policy whose expectation is wanted, in nats.
             [B, T], or packed [N] with cu_seqlens; any float dtype. It is taken as a constant.
         behavior_logp: The same under the policy that sampled, of the same shape; a constant too.
+            Where both are −inf, as for a label outside a kept set, d is 0; where one is, ±20.
         mask: Like logp, bool or 0/1. A masked token is not read, and its weight is 0.
         level: "token" weighs each token by its own ratio; "sequence" each by the ratio of its whole
             sequence; "geometric" by the mean of that over the tokens, taken of the logarithms.

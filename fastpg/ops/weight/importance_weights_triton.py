@@ -6,8 +6,6 @@ line of `parts`, in the order of ImportanceStats; merge_kernel adds the lines in
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +15,8 @@ from ..common.stats import ImportanceStats
 from ..common.triton import (
     BLOCK,
     CHUNK,
+    INFINITY,
+    MAX_LOG_RATIO,
     OPTIONS,
     block_offsets,
     blocks_of,
@@ -27,6 +27,7 @@ from ..common.triton import (
     jit,
     load_kept,
     load_mask,
+    log_ratio,
     number,
     sequence_bounds,
 )
@@ -44,7 +45,6 @@ LOW = field_of(ImportanceStats, "low")
 HIGH = field_of(ImportanceStats, "high")
 RATIO_MIN = field_of(ImportanceStats, "ratio_min")
 RATIO_MAX = field_of(ImportanceStats, "ratio_max")
-INFINITY = tl.constexpr(math.inf)
 
 
 @triton.jit
@@ -62,8 +62,8 @@ def log_ratios(
 ):
     """d of these tokens, 0 where they are masked or not before `end`; and which are kept."""
     kept = load_mask(mask, token, token < end)
-    d = load_kept(logp, token, kept) - load_kept(behavior_logp, token, kept)
-    return bounded(d), kept
+    d = log_ratio(load_kept(logp, token, kept), load_kept(behavior_logp, token, kept))
+    return bounded(d, MAX_LOG_RATIO), kept
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def sequence_kernel(
     n = tl.sum(count, 0).to(tl.float64)  # An int32 counts exactly.
     exponent = tl.sum(total, 0) / tl.maximum(n, 1.0) if MEAN else tl.sum(total, 0)
     # A sequence is a block of one: the functions for tokens take it so.
-    ratio = tl.exp(bounded(exponent)) + tl.zeros([1], tl.float64)
+    ratio = tl.exp(bounded(exponent, MAX_LOG_RATIO)) + tl.zeros([1], tl.float64)
     weighed, below, above = weight_of(ratio, low, high, ZERO)
     part = parts + tl.program_id(0).to(tl.int64) * FIELDS
     put_tokens(part, total, excesses, count)

@@ -83,6 +83,8 @@ BARS = (
     Bar(LOGP, "backward_kernel", BOTH, TYPICAL, 11.5, load=16, store=16, in_flight=40 * KIB),
     Bar(LOGP, "backward_kernel", BOTH, NO_ENTROPY, 8.5, load=16, store=16, in_flight=40 * KIB),
     Bar(LOGP, "backward_kernel", BOTH, UNALIGNED, 16.0, load=2, store=2, in_flight=24 * KIB),
+    Bar(LOGP, "statistics_kernel", READ, TYPICAL, 19.0, load=16, in_flight=12 * KIB),
+    Bar(LOGP, "statistics_kernel", READ, UNALIGNED, 24.0, load=2, in_flight=12 * KIB),
     Bar(ROWS, "rows_kernel", READ, TYPICAL, 14.5, load=16, in_flight=24 * KIB),
     Bar(ROWS, "rows_kernel", BOTH, TYPICAL, 13.5, load=16, store=16, in_flight=24 * KIB),
     Bar(ROWS, "rows_kernel", READ, UNALIGNED, 19.0, load=2, in_flight=8 * KIB),
@@ -110,6 +112,7 @@ BARS = (
 REGISTERS = {
     (LOGP, "forward_kernel"): 80,
     (LOGP, "backward_kernel"): 80,
+    (LOGP, "statistics_kernel"): 128,
     (ROWS, "rows_kernel"): 128,
     (ROWS, "scale_kernel"): 40,
     ("gae", "forward_kernel"): 128,

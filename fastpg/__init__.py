@@ -16,6 +16,7 @@ from .ops.loss.preference_loss import preference_loss
 from .ops.loss.value_loss import value_loss
 from .ops.vocabulary.linear_token_logprobs import linear_token_logprobs
 from .ops.vocabulary.linear_token_loss import linear_token_loss
+from .ops.vocabulary.row_softmax import TokenLogprobs
 from .ops.vocabulary.token_logprobs import token_logprobs
 from .ops.weight.importance_weights import importance_weights
 from .ops.weight.token_weights import token_weights
@@ -26,6 +27,7 @@ __all__ = [
     "ImportanceStats",
     "PolicyStats",
     "PreferenceStats",
+    "TokenLogprobs",
     "ValueStats",
     "check",
     "extension_status",

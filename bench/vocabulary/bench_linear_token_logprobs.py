@@ -12,6 +12,7 @@ from fastpg import linear_token_logprobs, token_logprobs
 from .._example import Example
 from .._timing import Case
 from ..inputs import head_and_labels
+from .bench_token_logprobs import STATISTICS
 
 CPU_SHAPES = [
     (rows, 896, 151936, dtype) for rows in (1024, 4096) for dtype in (torch.bfloat16, torch.float32)
@@ -241,4 +242,11 @@ def examples(device):
         {"hidden": hidden, "weight": head_weight, "labels": labels, "support": kept},
         differentiable=("hidden", "weight"),
         variant="kept sets",
+    )
+    statistics = {"return_entropy": True, "row_statistics": STATISTICS}
+    yield Example(
+        fastpg.linear_token_logprobs,
+        {"hidden": hidden, "weight": head_weight, "labels": labels, **statistics},
+        differentiable=("hidden", "weight"),
+        variant="row statistics",
     )

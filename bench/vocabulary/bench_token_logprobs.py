@@ -12,10 +12,11 @@ from fastpg import token_logprobs
 
 from .._example import Example
 from .._timing import Case
-from .._variant import BOTH, OPTIONS, VOCABULARY_TYPES, Variant, features_of_rows
+from .._variant import OPTIONS, VOCABULARY_TYPES, Variant, features_of_rows
 from ..inputs import logits_and_labels
 
 ROWS, VOCAB = 256, 151936
+STATISTICS = ("sum_p_squared", "is_top1", "mean_logit")
 
 
 def eager(logits, labels):
@@ -161,17 +162,26 @@ def examples(device):
         differentiable=("logits",),
         variant="kept sets",
     )
+    yield Example(
+        fastpg.token_logprobs,
+        arguments | {"return_entropy": True, "row_statistics": STATISTICS},
+        differentiable=("logits",),
+        forward_launches=3,
+        backward_launches=1,
+        variant="row statistics",
+    )
 
 
 def variants(few, capability):
     """What a GPU may be asked to compile."""
     from fastpg.ops.vocabulary import token_logprobs_triton as page
+    from fastpg.ops.vocabulary.row_statistics_triton import statistics_kernel
 
-    for features, forward in itertools.product(features_of_rows(few, capability), BOTH):
-        constants = page.constants(forward=forward, **features)
+    kernels = page.forward_kernel, page.backward_kernel, statistics_kernel
+    for features, kernel in itertools.product(features_of_rows(few, capability), kernels):
+        constants = page.constants(forward=kernel is not page.backward_kernel, **features)
         options = {name: constants.pop(name) for name in OPTIONS if name in constants}
-        kernel = page.forward_kernel if forward else page.backward_kernel
-        tensors = {"labels": "i64", "flag": "i64", "stats": "fp32"}
+        tensors = {"labels": "i64", "flag": "i64", "stats": "fp32", "is_top1": "i8"}
         tensors |= dict.fromkeys(("logits", "out"), VOCABULARY_TYPES[features["dtype"]])
         aligned = [n for n in ("logits", "out") if features["aligned"] and n in kernel.arg_names]
         yield Variant(

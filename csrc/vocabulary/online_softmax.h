@@ -74,6 +74,38 @@ FPG_HD RowResults<T> with_label(RowStats<T> others, T label, T temperature) {
                              : join_label<T>(others, label, temperature);
 }
 
+// What row statistics need besides: sums that merge as well.
+template <typename T>
+struct RowSums {
+  RowStats<T> others;  // than the label
+  T squares;           // sum of e^{2d} of the others
+  T logits;            // sum of c, that of the label included
+};
+
+template <typename T>
+FPG_HD T rescaled_squares(const RowSums<T>& a, T max, T inv_temperature) {
+  const T factor = exp(bounded((a.others.max - finite_max(max)) * inv_temperature));
+  return factor * factor * a.squares;
+}
+
+template <typename T>
+FPG_HD RowSums<T> merge(const RowSums<T>& a, const RowSums<T>& b, T inv_temperature) {
+  const RowStats<T> others = merge(a.others, b.others, inv_temperature);
+  const T squares = rescaled_squares(a, others.max, inv_temperature) +
+                    rescaled_squares(b, others.max, inv_temperature);
+  return {others, squares, a.logits + b.logits};
+}
+
+// sum_j p_j^2 of a row, from its sums, its label's capped logit and its results.
+template <typename T>
+FPG_HD T sum_p_squared(const RowSums<T>& row, T label, const RowResults<T>& found,
+                       T inv_temperature) {
+  const T e = exp(bounded((label - finite_max(found.max)) * inv_temperature));
+  const T squares = rescaled_squares(row, found.max, inv_temperature) + e * e;
+  const T sum = squares * exp(T(-2) * found.log_sum);
+  return sum > T(1) ? T(1) : sum;  // rounding makes it larger
+}
+
 // What backward knows of a row, and the two gradients that reach it. In units of log2, so that a
 // probability is one exp2.
 template <typename T>
@@ -145,6 +177,8 @@ struct TokenLogprobsKernels {
   // Of all tokens but the one at `label`, if it is in the slice.
   RowStats<T> (*slice_stats)(const X* x, int64_t n, int64_t label, T softcap, T inv_temperature,
                              bool entropy);
+  // The same, with an entropy and what row statistics need besides.
+  RowSums<T> (*slice_sums)(const X* x, int64_t n, int64_t label, T softcap, T inv_temperature);
   void (*slice_gradient)(const X* x, X* dx, int64_t n, const RowGradient<T>& row);
 };
 

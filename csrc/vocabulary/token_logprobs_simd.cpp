@@ -15,11 +15,11 @@ FPG_HD T capped(T x, T softcap, T inverse) {
 
 // The slice as compute type, capped and padded with -inf to whole lanes, and its maximum. It is
 // read in place where it needs none of that, else from the buffer c. Its label, if it has one,
-// counts as -inf.
+// counts as -inf, but not in the sum of the logits, which is 0 unless it is asked for.
 template <typename T>
 struct Slice {
   const T* c;
-  T max;
+  T max, logits;
 };
 
 // Asks for memory to be brought near before a loop gets there. The hardware's own guess stops at
@@ -57,11 +57,11 @@ T max_without_label(const T* c, int64_t n, int64_t label) {
   return fold_max(top);
 }
 
-template <bool kSoftcap, typename X, typename T>
+template <bool kSoftcap, bool kSums, typename X, typename T>
 Slice<T> load_slice(const X* x, int64_t n, int64_t label, T softcap, T* c) {
   constexpr bool kInPlace = sizeof(X) == sizeof(T) && !kSoftcap;
   const T inverse = kSoftcap ? T(1) / softcap : T(0);
-  T top[kLanes];
+  T top[kLanes], logits[kLanes] = {};
   for (int64_t i = 0; i < kLanes; ++i) top[i] = -infinity<T>();
   const bool in_place = kInPlace && n % kLanes == 0;
   int64_t done = 0;
@@ -71,12 +71,14 @@ Slice<T> load_slice(const X* x, int64_t n, int64_t label, T softcap, T* c) {
       const T value = capped<kSoftcap>(T(load(x[done + i])), softcap, inverse);
       if (!in_place) c[done + i] = value;
       top[i] = larger(top[i], value);
+      if (kSums) logits[i] += value;
     }
   }
   if (!in_place) {
     for (int64_t i = done; i < ceil_div(n, kLanes) * kLanes; ++i) {
       c[i] = i < n ? capped<kSoftcap>(T(load(x[i])), softcap, inverse) : -infinity<T>();
       top[i - done] = larger(top[i - done], c[i]);
+      if (kSums && i < n) logits[i - done] += c[i];
     }
   }
   const T* values = in_place ? reinterpret_cast<const T*>(x) : c;
@@ -85,13 +87,13 @@ Slice<T> load_slice(const X* x, int64_t n, int64_t label, T softcap, T* c) {
     if (!(values[label] < max)) max = max_without_label(values, n, label);
     if (!in_place) c[label] = -infinity<T>();
   }
-  return {values, max};
+  return {values, max, kSums ? fold_sum(logits) : T(0)};
 }
 
-template <bool kEntropy, typename X, typename T>
-RowStats<T> reduce_slice(const X* x, Slice<T> slice, int64_t n, int64_t label, T inv_temperature) {
+template <bool kEntropy, bool kSums, typename X, typename T>
+RowSums<T> reduce_slice(const X* x, Slice<T> slice, int64_t n, int64_t label, T inv_temperature) {
   const T origin = finite_max(slice.max), scale = inv_temperature * T(kLog2E);
-  T sum[kLanes] = {}, weighted[kLanes] = {}, copy[kLanes];
+  T sum[kLanes] = {}, weighted[kLanes] = {}, squares[kLanes] = {}, copy[kLanes];
   for (int64_t begin = 0; begin < n; begin += kLanes) {
     prefetch_half(x + kSlice + kSlice / 2, begin);
     const T* c = without_label(slice.c + begin, label - begin, copy);
@@ -100,19 +102,31 @@ RowStats<T> reduce_slice(const X* x, Slice<T> slice, int64_t n, int64_t label, T
       const T e = exp2(y);
       sum[i] += e;
       if (kEntropy) weighted[i] += e * y;
+      if (kSums) squares[i] += e * e;
     }
   }
-  return {slice.max, fold_sum(sum), kEntropy ? fold_sum(weighted) * T(kLn2) : T(0)};
+  return {{slice.max, fold_sum(sum), kEntropy ? fold_sum(weighted) * T(kLn2) : T(0)},
+          kSums ? fold_sum(squares) : T(0),
+          slice.logits};
 }
 
 template <typename X>
 RowStats<compute_t<X>> slice_stats(const X* x, int64_t n, int64_t label, compute_t<X> softcap,
                                    compute_t<X> inv_temperature, bool entropy) {
   alignas(64) compute_t<X> c[kSlice];
-  const auto slice = softcap != 0 ? load_slice<true>(x, n, label, softcap, c)
-                                  : load_slice<false>(x, n, label, softcap, c);
-  return entropy ? reduce_slice<true>(x, slice, n, label, inv_temperature)
-                 : reduce_slice<false>(x, slice, n, label, inv_temperature);
+  const auto slice = softcap != 0 ? load_slice<true, false>(x, n, label, softcap, c)
+                                  : load_slice<false, false>(x, n, label, softcap, c);
+  return entropy ? reduce_slice<true, false>(x, slice, n, label, inv_temperature).others
+                 : reduce_slice<false, false>(x, slice, n, label, inv_temperature).others;
+}
+
+template <typename X>
+RowSums<compute_t<X>> slice_sums(const X* x, int64_t n, int64_t label, compute_t<X> softcap,
+                                 compute_t<X> inv_temperature) {
+  alignas(64) compute_t<X> c[kSlice];
+  const auto slice = softcap != 0 ? load_slice<true, true>(x, n, label, softcap, c)
+                                  : load_slice<false, true>(x, n, label, softcap, c);
+  return reduce_slice<true, true>(x, slice, n, label, inv_temperature);
 }
 
 constexpr int64_t kAhead = 2048;  // logits between the gradient's loop and what it asks for
@@ -152,27 +166,24 @@ void slice_gradient(const X* x, X* dx, int64_t n, const RowGradient<compute_t<X>
 
 namespace FPG_ISA {
 
+template <typename X>
+constexpr TokenLogprobsKernels<X> kLoops = {slice_stats<X>, slice_sums<X>, slice_gradient<X>};
+
 template <>
 const TokenLogprobsKernels<bf16>& table() {
-  static constexpr TokenLogprobsKernels<bf16> kernels = {slice_stats<bf16>, slice_gradient<bf16>};
-  return kernels;
+  return kLoops<bf16>;
 }
 template <>
 const TokenLogprobsKernels<fp16>& table() {
-  static constexpr TokenLogprobsKernels<fp16> kernels = {slice_stats<fp16>, slice_gradient<fp16>};
-  return kernels;
+  return kLoops<fp16>;
 }
 template <>
 const TokenLogprobsKernels<float>& table() {
-  static constexpr TokenLogprobsKernels<float> kernels = {slice_stats<float>,
-                                                          slice_gradient<float>};
-  return kernels;
+  return kLoops<float>;
 }
 template <>
 const TokenLogprobsKernels<double>& table() {
-  static constexpr TokenLogprobsKernels<double> kernels = {slice_stats<double>,
-                                                           slice_gradient<double>};
-  return kernels;
+  return kLoops<double>;
 }
 
 }  // namespace FPG_ISA

@@ -265,9 +265,10 @@ def _forward_of_shard(
     return (logp, entropy), Saved(inputs_of(x, local, NEVER), entropy, stats, group)
 
 
-def _backward(
+def backward(
     x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None, *, wanted: list[bool]
 ) -> tuple[list[Tensor | None]]:
+    """The gradients of each hidden, each head_weight and bias."""
     if grad_logp is None:
         grad_logp = torch.zeros_like(x.entropy)
     (found,) = linear_token_logprobs_backward_op(
@@ -287,7 +288,7 @@ _linear_token_logprobs = Differentiable(
     saved=Saved,
     differentiable=("hidden", "head_weight", "bias"),
     forward=_forward,
-    backward=_backward,
+    backward=backward,
     selective=True,
 )
 

@@ -2,26 +2,28 @@
 
 `linear_rows.py` has the formulas and the kernels; `frozen_head.py` those of a head that needs no
 gradient, which takes that of hidden with it in the same pass; `linear_support.py` those of sets of
-tokens that a sampler kept.
+tokens that a sampler kept; `linear_several_labels.py` those that make row statistics too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import frozen_head, linear_support
+from . import frozen_head, linear_several_labels, linear_support
 from .head_arguments import head_inputs
 from .linear_rows import OP, logprobs
+from .row_softmax import RowStatistic, TokenLogprobs
+from .row_statistics import checked_statistics, selected
 from .support import checked_support
 
 
 @overload
-def linear_token_logprobs(
+def linear_token_logprobs(  # type: ignore[overload-overlap]  # () names no statistic
     hidden: Tensor | Sequence[Tensor],
     weight: Tensor | Sequence[Tensor],
     labels: Tensor,
@@ -35,11 +37,12 @@ def linear_token_logprobs(
     logits_dtype: torch.dtype | None = ...,
     process_group: dist.ProcessGroup | None = ...,
     support: tuple[Tensor, Tensor] | None = ...,
+    row_statistics: tuple[()] = ...,
 ) -> Tensor: ...
 
 
 @overload
-def linear_token_logprobs(
+def linear_token_logprobs(  # type: ignore[overload-overlap]  # () names no statistic
     hidden: Tensor | Sequence[Tensor],
     weight: Tensor | Sequence[Tensor],
     labels: Tensor,
@@ -53,7 +56,27 @@ def linear_token_logprobs(
     logits_dtype: torch.dtype | None = ...,
     process_group: dist.ProcessGroup | None = ...,
     support: tuple[Tensor, Tensor] | None = ...,
+    row_statistics: tuple[()] = ...,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    ignore_index: int = ...,
+    return_entropy: bool = ...,
+    logits_dtype: torch.dtype | None = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    support: tuple[Tensor, Tensor] | None = ...,
+    row_statistics: Collection[RowStatistic],
+) -> TokenLogprobs: ...
 
 
 def linear_token_logprobs(
@@ -70,7 +93,8 @@ def linear_token_logprobs(
     logits_dtype: torch.dtype | None = None,
     process_group: dist.ProcessGroup | None = None,
     support: tuple[Tensor, Tensor] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    row_statistics: Collection[RowStatistic] = (),
+) -> Tensor | tuple[Tensor, Tensor] | TokenLogprobs:
     """Log-probs of labels from hidden states and the LM head, without the logits in memory.
 
     The results are those of token_logprobs(hidden @ weight.T + bias, labels, ...). The logits are
@@ -101,15 +125,21 @@ def linear_token_logprobs(
             Log-probs and entropies are then those of the softmax over what is kept. A label outside
             its set has log-prob -inf and no gradient; an empty set means the whole vocabulary.
             Only the rows of weight that are kept are multiplied; process_group must be None.
+        row_statistics: Names of statistics to return too, without gradients: "sum_p_squared", which
+            is Σ_j p_j²; "is_top1", whether the label's logit is the highest, of equal ones the
+            first; "mean_logit", the mean of the processed logits over the vocabulary, -inf where
+            one is. They go with neither process_group nor support.
 
     Returns:
-        logp [...], or (logp, entropy), each [...], in nats; fp32, or fp64 for fp64 hidden.
+        logp [...], or (logp, entropy), each [...], in nats; fp32, or fp64 for fp64 hidden. With
+        row_statistics `TokenLogprobs(logp, entropy, sum_p_squared, is_top1, mean_logit)`, in which
+        what was not asked for is None.
 
     Raises:
         TypeError: An argument is no tensor or number, is a DTensor, or has a dtype that it cannot
             have.
-        ValueError: A shape, a device or a number does not fit, or support is in no order; the
-            message names it.
+        ValueError: A shape, a device, a number or a name does not fit, or support is in no order;
+            the message names it.
         IndexError: A token of support is outside [0, V), or a label is, and is not ignore_index. Of
             labels only the CPU raises at once; elsewhere the row of such a label is NaN, and
             `fastpg.check()` raises.
@@ -126,11 +156,12 @@ def linear_token_logprobs(
         the last rows of 5, 6, 7 or 9 may differ from the same among more, by 6e-6; in fp64, and on
         a GPU, its kernel may depend on the number of rows.
 
-        Where hidden alone requires a gradient (a frozen head), off fp16, and neither the entropy
-        nor a process_group is asked for, forward makes it too: 4 units of work in place of 6, and
-        backward multiplies. It is within 5e-7 of that of two passes in fp32 and 6e-3 in bf16,
-        relative in norm; the log-probs are the same bits. A row that no gradient reaches in the end
-        costs as much as any then: with more than half of such rows two passes would be faster.
+        Where hidden alone requires a gradient (a frozen head), off fp16, and neither the entropy,
+        row_statistics nor a process_group is asked for, forward makes it too: 4 units of work in
+        place of 6, and backward multiplies. It is within 5e-7 of that of two passes in fp32 and
+        6e-3 in bf16, relative in norm; the log-probs are the same bits. A row that no gradient
+        reaches in the end costs as much as any then: with more than half of such rows two passes
+        would be faster.
 
     Example:
         >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])
@@ -154,6 +185,10 @@ def linear_token_logprobs(
         logits_dtype=logits_dtype,
         group=process_group,
     )
+    if row_statistics:
+        names = checked_statistics(OP, row_statistics, support, process_group)
+        found = linear_several_labels.with_statistics(inputs, labels.shape)
+        return selected(found, names, return_entropy=return_entropy)
     if support is not None:
         sets = checked_support(OP, support, labels, process_group)
         logp, entropy = linear_support.logprobs(inputs, sets)

@@ -1,21 +1,12 @@
 """Per-token log-probs and entropies from logits, without a softmax in memory.
 
-    z    = softcap(x) / temperature,   softcap(x) = softcap · tanh(x / softcap)
-    logp = z_y − logsumexp(z) = (z_y − max z) − log Σ_j exp(z_j − max z)
-    H    = −Σ_j p_j log p_j = log Σ_j e^{d_j} − Σ_j e^{d_j} d_j / Σ_j e^{d_j},   d = z − max z
-
-Where the label has the maximum, logp is −log1p(Σ_{j≠y} e^{d_j}): in a sum with its 1 the others
-would be rounded away as p_y → 1, and 1 − p_y with them.
-
-    ∂logp/∂z_j = 1[j = y] − p_j          ∂H/∂z_j = −p_j (log p_j + H)
-
-Forward reads the logits once and keeps (max, log Σ e^d) per row; backward reads them once more and
-writes their gradient.
+`row_softmax.py` has the formulas and the specification. Forward reads the logits once and keeps
+(max, log Σ e^d) per row; backward reads them once more and writes their gradient.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from functools import partial
 from typing import Literal, NamedTuple, overload
 
@@ -26,7 +17,6 @@ from torch import Tensor
 from ..._autograd import Differentiable
 from ..._library import empty_like
 from ..common.checks import (
-    check_label_values,
     check_labels,
     check_tensors,
     compute_dtype,
@@ -35,117 +25,20 @@ from ..common.checks import (
     positive,
 )
 from .logit_rows import RowSizes, RowsOp, may_overwrite, row_sizes
-from .shards import finite_max
-
-OP = "token_logprobs"
-
-
-class Inputs(NamedTuple):
-    """Rows of logits, and the label and the temperature of each."""
-
-    logits: Tensor  # [..., V], any strides
-    labels: Tensor  # int64 [...]; ignore_index: the row is not read
-    temperature: Tensor  # [...] or [], in the compute dtype: fp32, or fp64 for fp64 logits
-    softcap: float  # 0: none
-    ignore_index: int
-    with_entropy: bool
-
-
-class Outputs(NamedTuple):
-    logp: Tensor  # [...], in the compute dtype
-    entropy: Tensor  # [...]; without elements, if it is not wanted
-    stats: Tensor  # [2, ...]: max c, with c the logits after softcap, and log Σ e^d of each row
-
-
-class BackwardInputs(NamedTuple):
-    inputs: Inputs  # logits may be a slice of the rows: a label outside of it is nowhere
-    grad_logp: Tensor  # [...]
-    grad_entropy: Tensor | None  # [...]; None: 0
-    entropy: Tensor | None  # [...], of the whole row; None if there is no grad_entropy
-    stats: Tensor  # [2, ...], of the whole row
-
-
-class Gradient(NamedTuple):
-    grad_logits: Tensor  # like logits, contiguous
-
-
-class BackwardOutInputs(NamedTuple):
-    backward: BackwardInputs
-    out: Tensor  # for the gradient: like logits, contiguous. It may be the logits themselves.
-
-
-class NoOutputs(NamedTuple):
-    """An op that only writes to one of its inputs has no outputs."""
-
-
-class ScaledRows(NamedTuple):
-    """The rows of the reference; one that is ignored counts as zeros."""
-
-    kept: Tensor  # [...]: it is not ignored
-    capped: Tensor  # [..., V]: c, the logits after softcap
-    top: Tensor  # [...]: the maximum of c
-    d: Tensor  # [..., V]: z - max z
-
-
-def scaled(x: Inputs, top: Tensor | None = None) -> ScaledRows:
-    """Brings rows to d = z - max z, where `top`, if it is given, is their maximum."""
-    kept = x.labels != x.ignore_index
-    capped = torch.where(kept[..., None], x.logits.to(x.temperature.dtype), 0.0)
-    if x.softcap:
-        capped = x.softcap * torch.tanh(capped / x.softcap)
-    if top is None:
-        top = capped.amax(-1)
-    d = (capped - finite_max(top)[..., None]) / x.temperature[..., None]
-    return ScaledRows(kept, capped, top, d)
-
-
-def reference(x: Inputs) -> Outputs:
-    """The specification: the formulas at the top of this page, in fp64."""
-    vocab, dtype = x.logits.shape[-1], x.temperature.dtype
-    kept, _, top, d = scaled(x._replace(temperature=x.temperature.double()))
-    legal = kept & (x.labels >= 0) & (x.labels < vocab)
-    check_label_values(OP, x.labels, legal, kept, vocab, x.ignore_index, x.temperature)
-    label = torch.where(legal, x.labels, 0)[..., None]
-    d_label, e = d.gather(-1, label)[..., 0], d.exp()
-    others, total = e.scatter(-1, label, 0.0).sum(-1), e.sum(-1)
-    log_sum = torch.where(d_label == 0, others.log1p(), total.log())
-    log_sum = torch.where(total == 0, 0.0, log_sum)
-    log_sum = torch.where(legal, log_sum, math.nan)  # spoils what a device cannot raise about
-    logp = torch.where(kept, d_label - log_sum, 0.0).to(dtype)
-    stats = torch.where(kept, torch.stack([top, log_sum]), 0.0).to(dtype)
-    if not x.with_entropy:
-        return Outputs(logp, logp.new_empty(0), stats)
-    weighted = (e * torch.where(e == 0, 0.0, d)).sum(-1)
-    entropy = torch.where(total == 0, 0.0, log_sum - weighted / total).clamp(min=0.0)
-    return Outputs(logp, torch.where(kept, entropy, 0.0).to(dtype), stats)
-
-
-def reference_backward(x: BackwardInputs) -> Gradient:
-    """The second pair of formulas at the top of this page."""
-    inputs = x.inputs
-    labels, softcap = inputs.labels, inputs.softcap
-    top, log_sum = x.stats
-    kept, capped, _, d = scaled(inputs, top)
-    logp = d - log_sum[..., None]
-    p = logp.exp()
-    g = torch.where(kept, x.grad_logp, 0.0)[..., None]
-    is_label = torch.arange(capped.shape[-1], device=labels.device) == labels[..., None]
-    # 1 - p_y as -expm1(logp_y) keeps its digits as p_y -> 1.
-    grad = g * torch.where(is_label, -torch.expm1(logp), -p)
-    if x.grad_entropy is not None and x.entropy is not None:
-        g = torch.where(kept, x.grad_entropy, 0.0)[..., None]
-        grad = grad - g * p * (torch.where(p == 0, 0.0, logp) + x.entropy[..., None])
-    grad = torch.where(capped == -math.inf, 0.0, grad)
-    if softcap:
-        grad = grad * (1 - (capped / softcap) ** 2)
-    grad = torch.where(kept[..., None], grad / inputs.temperature[..., None], 0.0)
-    return Gradient(grad.to(inputs.logits.dtype).contiguous())
-
-
-def reference_backward_out(x: BackwardOutInputs) -> NoOutputs:
-    """Writes the gradient to `out`."""
-    x.out.copy_(reference_backward(x.backward).grad_logits)
-    return NoOutputs()
+from .row_softmax import (
+    OP,
+    BackwardInputs,
+    BackwardOutInputs,
+    Gradient,
+    Inputs,
+    NoOutputs,
+    Outputs,
+    RowStatistic,
+    TokenLogprobs,
+    reference,
+    reference_backward,
+    reference_backward_out,
+)
 
 
 def allocate(x: Inputs) -> Outputs:
@@ -285,7 +178,7 @@ def checked_inputs(
 
 
 @overload
-def token_logprobs(
+def token_logprobs(  # type: ignore[overload-overlap]  # () names no statistic
     logits: Tensor,
     labels: Tensor,
     *,
@@ -296,11 +189,12 @@ def token_logprobs(
     process_group: dist.ProcessGroup | None = ...,
     inplace_backward: bool = ...,
     support: tuple[Tensor, Tensor] | None = ...,
+    row_statistics: tuple[()] = ...,
 ) -> Tensor: ...
 
 
 @overload
-def token_logprobs(
+def token_logprobs(  # type: ignore[overload-overlap]  # () names no statistic
     logits: Tensor,
     labels: Tensor,
     *,
@@ -311,7 +205,24 @@ def token_logprobs(
     process_group: dist.ProcessGroup | None = ...,
     inplace_backward: bool = ...,
     support: tuple[Tensor, Tensor] | None = ...,
+    row_statistics: tuple[()] = ...,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    return_entropy: bool = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    inplace_backward: bool = ...,
+    support: tuple[Tensor, Tensor] | None = ...,
+    row_statistics: Collection[RowStatistic],
+) -> TokenLogprobs: ...
 
 
 def token_logprobs(
@@ -325,7 +236,8 @@ def token_logprobs(
     process_group: dist.ProcessGroup | None = None,
     inplace_backward: bool = False,
     support: tuple[Tensor, Tensor] | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+    row_statistics: Collection[RowStatistic] = (),
+) -> Tensor | tuple[Tensor, ...] | TokenLogprobs:
     """Log-probs of labels under softmax(softcap(logits) / temperature), and the entropy.
 
     The log-prob of label y is z_y − logsumexp(z) with z = softcap(logits) / temperature, and the
@@ -354,14 +266,20 @@ def token_logprobs(
             The softmax is then over what is kept, and nothing else is read. A label outside its set
             has log-prob -inf and no gradient; an empty set means the whole vocabulary. A GPU is
             waited for. It goes with neither process_group nor inplace_backward.
+        row_statistics: Names of statistics to return too, without gradients: "sum_p_squared", which
+            is Σ_j p_j²; "is_top1", whether the label's logit is the highest, of equal ones the
+            first; "mean_logit", the mean of z over the vocabulary, -inf where a logit is. It goes
+            with neither process_group nor support.
 
     Returns:
-        logp [...], or (logp, entropy), each [...], in nats; fp32, or fp64 for fp64 logits.
+        logp [...], or (logp, entropy), each [...], in nats; fp32, or fp64 for fp64 logits. With
+        row_statistics `TokenLogprobs(logp, entropy, sum_p_squared, is_top1, mean_logit)`, in which
+        what was not asked for is None.
 
     Raises:
         TypeError: logits or labels are no tensors, or have a dtype that they cannot have.
-        ValueError: A shape, a device, temperature or softcap does not fit, or logits cannot be
-            overwritten; the message names it.
+        ValueError: A shape, a device, temperature, softcap or a name does not fit, or logits cannot
+            be overwritten; the message names it.
         IndexError: A label is outside [0, V) and not ignore_index. Only the CPU raises at once;
             elsewhere the row of such a label is NaN, and `fastpg.check()` raises.
 
@@ -387,8 +305,14 @@ def token_logprobs(
     )
     inplace = inplace_backward and may_overwrite(OP, "inplace_backward", logits)
     results: tuple[Tensor, ...]
+    if row_statistics:
+        from . import row_statistics as statistics_page  # it is made of this page
+
+        names = statistics_page.checked_statistics(OP, row_statistics, support, process_group)
+        found = statistics_page.logprobs(inputs, inplace=inplace)
+        return statistics_page.selected(found, names, return_entropy=return_entropy)
     if support is not None:
-        from .token_support import logprobs  # it is made of this page
+        from .token_support import logprobs  # and so is it
 
         results = logprobs(inputs, support, process_group, inplace=inplace_backward)
     elif process_group is not None:

@@ -1,0 +1,136 @@
+"""Several labels of each row by a device's BLAS, in tiles of logits: the kernels of its page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .head import ALL, RowLabels, Tile, concatenate, filled, kept_rows, length, row_chunks, take
+from .head import tiles as tiles_of
+from .head_arguments import legal_labels
+from .linear_rows import OP, Inputs
+from .row_softmax import Inputs as RowInputs
+from .row_statistics import row_statistics_op
+from .several_labels import Outputs, leading, per_label
+from .shards import NEVER, Statistics, finite_max, label_logprob, merge
+
+
+class LabelsOfTile(NamedTuple):
+    """What one tile tells of the labels [n, K] of its rows."""
+
+    here: Tensor  # bool: the label is in the tile
+    logit: Tensor  # after softcap, if it is here
+    leads: Tensor  # bool: it is here, and the highest of the tile
+
+
+class TileStatistics(NamedTuple):
+    """What one tile tells of its rows [n], in the compute dtype."""
+
+    top: Tensor
+    log_sum: Tensor
+    entropy: Tensor
+    sum_p_squared: Tensor
+    mean_logit: Tensor
+
+
+class Results(NamedTuple):
+    """The results for rows [n]."""
+
+    logp: Tensor  # [n, K]
+    entropy: Tensor  # [n]
+    top: Tensor  # [n]
+    log_sum: Tensor  # [n]
+    sum_p_squared: Tensor  # [n]
+    is_top1: Tensor  # bool [n, K]
+    mean_logit: Tensor  # [n]
+
+
+def read_tile(
+    tile: Tile, labels: Tensor, temperature: Tensor, softcap: float
+) -> tuple[LabelsOfTile, TileStatistics]:
+    """Reads the logits of a tile; a label outside of its tokens is in another."""
+    here = (labels >= tile.tokens.start) & (labels < tile.tokens.stop)
+    column = torch.where(here, labels - tile.tokens.start, 0)
+    found = tile.logits.gather(1, column).to(temperature.dtype)
+    # The highest label that is here is kept out of the sum; if none is, any token stands in.
+    lead = column.gather(1, leading(found, here))
+    part = row_statistics_op(
+        RowInputs(tile.logits, lead[:, 0], temperature, softcap, NEVER, with_entropy=True)
+    )
+    top, log_sum = part.stats
+    is_lead = here & (column == lead)
+    if softcap:  # another tanh has another last bit: a label that leads has the maximum's
+        found = softcap * torch.tanh(found / softcap)
+        highest = is_lead & (part.logp == -log_sum)[:, None]
+        found = torch.where(highest, top[:, None], found)
+    of_labels = LabelsOfTile(here, found, is_lead & part.is_top1[:, None])
+    statistics = part.entropy, part.sum_p_squared, part.mean_logit
+    return of_labels, TileStatistics(top, log_sum, *statistics)
+
+
+def row_results(tiles: Iterable[Tile], rows: RowLabels, softcap: float) -> Results:
+    """The results for rows [n] whose labels are [n, K]; NaN where one is illegal, as devices do."""
+    t, labels = rows.temperature, rows.labels
+    label_logit = torch.zeros_like(labels, dtype=t.dtype)
+    is_top1 = torch.zeros_like(labels, dtype=torch.bool)
+    top = torch.full_like(label_logit[:, 0], -math.inf)
+    each, sizes = [], []
+    for tile in tiles:
+        found, of_rows = read_tile(tile, labels, t, softcap)
+        label_logit = torch.where(found.here, found.logit, label_logit)
+        is_top1 = torch.where((of_rows.top > top)[:, None], found.leads, is_top1)
+        top = torch.maximum(top, of_rows.top)
+        each.append(of_rows)
+        sizes.append(length(tile.tokens))
+    parts = TileStatistics(*(torch.stack(field) for field in zip(*each, strict=True)))  # [R, n]
+    whole = merged(parts, sizes, t)
+    log_sum = torch.where(rows.legal, whole.log_sum, math.nan)
+    of_labels = Statistics(label_logit, top[:, None], log_sum[:, None], None)
+    logp = label_logprob(of_labels, per_label(t))
+    return Results(
+        torch.where(labels == NEVER, 0.0, logp),
+        torch.where(rows.legal, whole.entropy, math.nan),
+        top,
+        log_sum,
+        torch.where(rows.legal, whole.sum_p_squared, math.nan),
+        is_top1 & ~log_sum.isnan()[:, None],
+        torch.where(rows.legal, whole.mean_logit, math.nan),
+    )
+
+
+def merged(parts: TileStatistics, sizes: list[int], temperature: Tensor) -> TileStatistics:
+    """The statistics of whole rows [n], from those of tiles [R, n] of these sizes."""
+    rows = Statistics(parts.top[0], parts.top, parts.log_sum, parts.entropy)
+    _, top, log_sum, entropy = merge(rows, parts.top[0], temperature)
+    assert entropy is not None  # each tile has one
+    below_top = (parts.top.double() - finite_max(top).double()) / temperature.double()
+    share = (parts.log_sum.double() + below_top - log_sum.double()).exp()
+    squares = reduce(torch.add, (share * share * parts.sum_p_squared).unbind())
+    means = zip(parts.mean_logit, sizes, strict=True)
+    mean = reduce(torch.add, [x * (size / sum(sizes)) for x, size in means])
+    return TileStatistics(top, log_sum, entropy, squares.clamp(max=1.0).to(top.dtype), mean)
+
+
+def forward(x: Inputs) -> Outputs:
+    """Log-probs, entropies and statistics; rows without a label go through no product."""
+    vocab, t = len(x.head_weight[0]), x.temperature
+    kept, legal, _ = legal_labels(OP, x.labels, vocab, per_label(t), x.ignore_index)
+    live = kept.any(1)
+    # Ignored rows are left out before the first product: they would cost as much as any.
+    rows = kept_rows(live)
+    labels = torch.where(kept, x.labels, NEVER)
+    head = x.head.tile(rows, ALL)
+    of_rows = take(RowLabels(labels, (legal | ~kept).all(1), t), rows)
+
+    def results(chunk: slice) -> Results:
+        logits = tiles_of(head.tile(chunk, ALL), x.logits_dtype)
+        return row_results(logits, take(of_rows, chunk), x.softcap)
+
+    found = concatenate([results(chunk) for chunk in row_chunks(of_rows.labels)])
+    logp, entropy, top, log_sum, *statistics = (filled(rows, len(live), y) for y in found)
+    return Outputs(logp, entropy, torch.stack([top, log_sum]), *statistics)

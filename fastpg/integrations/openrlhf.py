@@ -34,7 +34,7 @@ from torch import Tensor
 
 import fastpg
 
-from .patching import Change, Patches, PatchReport, Replacement, words_in
+from .patching import Change, Patches, PatchReport, Replacement, replaced_by, words_in
 from .verl_functions import entropy_from_logits, is_wanted_elsewhere
 
 ACTOR = "openrlhf.models.actor"
@@ -97,7 +97,7 @@ def patch_module(module: str) -> None:
 
 def changes(what: Iterable[str]) -> list[Change]:
     """What the words stand for."""
-    wanted: list[Change] = []
+    wanted: list[Change] = _patches.untested("0.11")
     for word in what:
         if word not in WORDS:
             raise ValueError(f"openrlhf: what must be of {', '.join(WORDS)}, got {word!r}")
@@ -214,17 +214,12 @@ def _score(
     return output, log_probs[:, :-1], entropy[:, :-1]
 
 
-def _replaced_by(target: str, new: Any) -> Replacement:
-    """A replacement that does not need the original."""
-    return Replacement(target, lambda _original: new)
-
-
 CHANGES: dict[str, list[Change]] = {
     "gae": [
-        _replaced_by(f"{MAKER}.get_advantages_and_returns", get_advantages_and_returns),
-        _replaced_by(f"{MAKER}.get_cumulative_returns", get_cumulative_returns),
+        replaced_by(f"{MAKER}.get_advantages_and_returns", get_advantages_and_returns),
+        replaced_by(f"{MAKER}.get_cumulative_returns", get_cumulative_returns),
     ],
-    "logprob": [_replaced_by(f"{UTILS}.log_probs_from_logits", log_probs_from_logits)],
-    "entropy": [_replaced_by(f"{UTILS}.compute_entropy", entropy_from_logits)],
+    "logprob": [replaced_by(f"{UTILS}.log_probs_from_logits", log_probs_from_logits)],
+    "entropy": [replaced_by(f"{UTILS}.compute_entropy", entropy_from_logits)],
     "actor": [Replacement(f"{ACTOR}.Actor.forward", actor_forward)],
 }

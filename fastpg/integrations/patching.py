@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 logger = logging.getLogger("fastpg")
@@ -39,7 +40,8 @@ class Replacement(NamedTuple):
     """What is to be replaced, and by what.
 
     target: "package.module.name", "package.module.Class.method" or "package.module.REGISTRY[key]".
-    make: Takes the original, returns what replaces it. It may raise `Refused`.
+    make: Takes the original, returns what replaces it, an object of its own. It may raise
+        `Refused`.
     everywhere: Whether a global is replaced in every module that holds it, or where `target` says.
     """
 
@@ -200,6 +202,14 @@ class Patches:
         if not report.complete:
             logger.warning("fastpg: not all of %s", report)
 
+    def untested(self, tested: str) -> list[Change]:
+        """A row, if the installed release is not one of the series that was tested, as "0.9"."""
+        installed = self.version()
+        if installed is None or f"{installed}.".startswith(f"{tested}."):
+            return []
+        reason = f"fastpg is tested with {self.package} {tested}"
+        return [PatchRow(self.package, "refused", reason)]
+
     def version(self) -> str | None:
         """The installed version of the package; None if there is none."""
         try:
@@ -267,6 +277,21 @@ class Patches:
         self.replaced.append(Replaced(place, original, new))
         others = _exchange(original, new) if wanted.everywhere else []
         return PatchRow(target, "replaced", f"and in {', '.join(others)}" if others else "")
+
+
+def replaced_by(target: str, function: Callable[..., Any]) -> Replacement:
+    """A replacement by a function that does not need the original.
+
+    What stands in the place is a copy: it is what stands there and nowhere else, which `undo` asks
+    for.
+    """
+
+    def copy(_original: Any) -> Any:
+        assert isinstance(function, FunctionType)
+        parts = function.__code__, function.__globals__, function.__name__, function.__defaults__
+        return FunctionType(*parts, function.__closure__)
+
+    return Replacement(target, copy)
 
 
 def words_in(variable: str, legal: Sequence[str]) -> list[str] | None:

@@ -81,7 +81,7 @@ def aggregation_weights(
 # The arguments of fastpg.policy_loss that are each loss of verl.
 LOSSES: dict[str, dict[str, Any]] = {
     "vanilla": {"surrogate": "ppo"},
-    "gspo": {"surrogate": "ppo", "level": "sequence"},
+    "gspo": {"surrogate": "ppo", "level": "sequence", "max_log_ratio": 10.0},
     "sapo": {"surrogate": "sapo"},
     "cispo": {"surrogate": "cispo"},
     "gpg": {"surrogate": "reinforce"},
@@ -117,7 +117,7 @@ def policy_loss(name: str) -> PolicyLoss:
             tau=(config.tau_pos, config.tau_neg),
             **LOSSES[name],
         )
-        return value, {} if name == "gpg" else metrics(name, stats)
+        return value, {} if name == "gpg" else metrics(stats)
 
     loss.__name__ = "fastpg" if name == "vanilla" else f"fastpg_{name}"
     return loss
@@ -135,7 +135,7 @@ def clip_of(config: Any) -> tuple[float, float]:
     )
 
 
-def metrics(name: str, stats: fastpg.PolicyStats) -> Metrics:
+def metrics(stats: fastpg.PolicyStats) -> Metrics:
     """What verl logs, with one synchronisation of the device in place of three.
 
     A token of advantage 0 does not count as clipped; in verl's CISPO it does.
@@ -144,7 +144,7 @@ def metrics(name: str, stats: fastpg.PolicyStats) -> Metrics:
     return {
         "actor/pg_clipfrac": means["clip_frac_low"] + means["clip_frac_high"],
         "actor/ppo_kl": means["kl"],
-        "actor/pg_clipfrac_lower": 0.0,
+        "actor/pg_clipfrac_lower": means["clip_frac_dual"],
     }
 
 

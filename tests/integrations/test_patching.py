@@ -13,6 +13,7 @@ from fastpg.integrations.patching import (
     PatchRow,
     Refused,
     Replacement,
+    replaced_by,
 )
 
 FILES = {
@@ -87,6 +88,20 @@ def test_an_entry_is_added_where_there_is_none_and_goes_with_the_patch(house):
     assert patches.apply([Addition("house.utils.NONE[f]", 1)], strict=False).rows[0].state == (
         "missing"
     )
+
+
+def test_one_function_may_replace_several(house):
+    def mine():
+        return "mine"
+
+    globals()["test_function_of_ours"], patches = mine, Patches("house")
+    stock = house.f, house.Actor.forward
+    wanted = [replaced_by(f"house.utils.{name}", mine) for name in ("f", "Actor.forward")]
+    patches.apply(wanted, strict=True)
+    assert house.f() == "mine"
+    patches.undo()
+    assert (house.f, house.Actor.forward) == stock
+    assert globals().pop("test_function_of_ours") is mine
 
 
 def test_more_is_replaced_beside_what_is(house):

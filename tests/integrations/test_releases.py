@@ -16,7 +16,7 @@ ROOT = HERE.parents[1]
 FOLDERS = ROOT / ".integrations"
 
 # `make test-integrations` tests them all, the suite these.
-ORDINARY = ["openrlhf-0.11.2", "trl-1.16.0"]
+ORDINARY = ["openrlhf-0.11.2", "trl-1.16.0", "verl-0.9.1"]
 ALL = sorted(path.stem for path in (HERE / "releases").glob("*-*.txt"))
 RELEASES = ALL if os.environ.get("FASTPG_TEST_RELEASES") == "all" else ORDINARY
 

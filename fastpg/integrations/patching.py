@@ -126,6 +126,7 @@ class Replaced(NamedTuple):
     place: Place
     original: Any  # NOTHING: `new` was added
     new: Any
+    everywhere: bool
 
 
 NOTHING = object()
@@ -223,7 +224,7 @@ class Patches:
         What someone else has put in the place of a replacement stays.
         """
         while self.replaced:
-            place, original, new = self.replaced.pop()
+            place, original, new, everywhere = self.replaced.pop()
             is_ours = place.holds() and place.get() is new
             if original is NOTHING:
                 if is_ours:
@@ -231,7 +232,8 @@ class Patches:
                 continue
             if is_ours:
                 place.put(original)
-            _exchange(new, original)
+            if everywhere:
+                _exchange(new, original)
 
     @contextmanager
     def during(self, replacements: Iterable[Change], *, strict: bool) -> Iterator[PatchReport]:
@@ -259,7 +261,7 @@ class Patches:
             is_there = place.get() is wanted.value
             return PatchRow(target, "added" if is_there else "refused", "there is one of this name")
         place.put(wanted.value)
-        self.replaced.append(Replaced(place, NOTHING, wanted.value))
+        self.replaced.append(Replaced(place, NOTHING, wanted.value, everywhere=False))
         return PatchRow(target, "added", "")
 
     def _replace(self, wanted: Replacement) -> PatchRow:
@@ -274,7 +276,7 @@ class Patches:
         except Refused as refusal:
             return PatchRow(target, "refused", str(refusal))
         place.put(new)
-        self.replaced.append(Replaced(place, original, new))
+        self.replaced.append(Replaced(place, original, new, wanted.everywhere))
         others = _exchange(original, new) if wanted.everywhere else []
         return PatchRow(target, "replaced", f"and in {', '.join(others)}" if others else "")
 
@@ -338,5 +340,12 @@ def _exchange(old: Any, new: Any) -> list[str]:
 
 
 def _modules() -> Sequence[tuple[str, Any]]:
-    """All modules that are imported. sys.modules may hold None, and things of other kinds."""
-    return [(name, each) for name, each in list(sys.modules.items()) if hasattr(each, "__dict__")]
+    """All modules but fastpg's own, whose functions are what others are replaced by.
+
+    sys.modules may hold None, and things of other kinds.
+    """
+    return [
+        (name, each)
+        for name, each in list(sys.modules.items())
+        if name.partition(".")[0] != "fastpg" and hasattr(each, "__dict__")
+    ]

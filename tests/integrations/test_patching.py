@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import fastpg
 from fastpg.integrations.patching import (
     Addition,
     PatchError,
@@ -63,8 +64,17 @@ def test_where_its_target_says_alone(house):
     patches = Patches("house")
     patches.apply([Replacement("house.early.f", ours, everywhere=False)], strict=True)
     assert (sys.modules["house.early"].f(), house.f()) == ("ours", "stock")
+    house.theirs = sys.modules["house.early"].f
     patches.undo()
-    assert sys.modules["house.early"].f is house.f
+    assert sys.modules["house.early"].f is house.f and house.theirs() == "ours"
+
+
+def test_a_function_of_fastpg_that_stands_for_another_stays_where_it_is_defined(house):
+    patches, stock = Patches("house"), fastpg.token_logprobs
+    patches.apply([Replacement("house.utils.f", lambda _: stock)], strict=True)
+    assert sys.modules["house.early"].f is stock
+    patches.undo()
+    assert fastpg.token_logprobs is stock and house.f() == "stock"
 
 
 def test_methods_and_entries_of_a_registry(house):

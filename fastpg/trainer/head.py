@@ -7,7 +7,6 @@ that the model computes.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,7 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import fastpg
 from fastpg.integrations.peft import UnknownHead, head_products
-from fastpg.ops.vocabulary.head import Head
+from fastpg.trainer.forward import causal_lm, plain_inputs, predicting_states
+from fastpg.trainer.packing import Packing
 
 _SCALES = {
     "logit_scale": lambda x: x,  # Cohere
@@ -56,6 +56,7 @@ def completion_logprobs(
     labels: Tensor,
     temperature: float,
     head: HeadTransform | None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of completions.
 
@@ -68,18 +69,20 @@ def completion_logprobs(
         labels: [B, T].
         temperature: That of the log-probs.
         head: How the model makes its logits. None: the model computes them, [B, T, V].
+        packing: How episodes are packed into rows. None, or no head: each is a row.
 
     Returns:
         Log-probs and entropies [B, T], and the last hidden states [B, T, H].
     """
-    inputs = _inputs(policy, input_ids, attention_mask)
     if head is None:
+        inputs = plain_inputs(policy, input_ids, attention_mask)
         logits, hidden = _logits(policy, inputs, labels.shape[1])
         logp, entropy = fastpg.token_logprobs(
             logits, labels, temperature=temperature, return_entropy=True
         )
         return logp, entropy, hidden
-    operands, hidden = _operands(policy, inputs, labels.shape[1])
+    hidden = predicting_states(policy, input_ids, attention_mask, labels.shape[1], packing)
+    operands = head_products(causal_lm(policy).get_output_embeddings(), hidden)
     logp, entropy = fastpg.linear_token_logprobs(
         operands.hidden,
         operands.head_weight,
@@ -102,6 +105,7 @@ def completion_loss(
     head: HeadTransform | None,
     token_loss: TokenLoss,
     level: Literal["token", "sequence"],
+    packing: Packing | None = None,
 ) -> tuple[Tensor, list[fastpg.PolicyStats], Tensor]:
     """A loss of the log-probs of completions.
 
@@ -114,6 +118,7 @@ def completion_loss(
         head: As in `completion_logprobs`.
         token_loss: As in `linear_token_loss`. Without a `head` it is called once.
         level: As in `linear_token_loss`.
+        packing: As in `completion_logprobs`.
 
     Returns:
         The loss, its statistics, and the last hidden states [B, T, H].
@@ -125,8 +130,8 @@ def completion_loss(
         rows = torch.arange(labels.numel(), device=labels.device)
         loss, stats = token_loss(logp.flatten(), entropy.flatten(), rows)
         return loss, [stats], hidden
-    inputs = _inputs(policy, input_ids, attention_mask)
-    operands, hidden = _operands(policy, inputs, labels.shape[1])
+    hidden = predicting_states(policy, input_ids, attention_mask, labels.shape[1], packing)
+    operands = head_products(causal_lm(policy).get_output_embeddings(), hidden)
     loss, all_stats = fastpg.linear_token_loss(
         operands.hidden,
         operands.head_weight,
@@ -139,28 +144,6 @@ def completion_loss(
         level=level,
     )
     return loss, all_stats, hidden
-
-
-def _operands(policy: PreTrainedModel, inputs: dict, length: int) -> tuple[Head, Tensor]:
-    """What the LM head multiplies and adds, and the last hidden states [B, T, H]."""
-    model = causal_lm(policy)
-    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -length - 1 : -1]
-    return head_products(model.get_output_embeddings(), hidden), hidden
-
-
-def causal_lm(policy: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model itself: inside of what peft wraps around it."""
-    model: Any = policy
-    return model.get_base_model() if hasattr(policy, "get_base_model") else model
-
-
-def _inputs(policy: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict:
-    inputs: dict[str, Tensor | bool] = {"input_ids": input_ids, "attention_mask": attention_mask}
-    inputs |= {"use_cache": False, "return_dict": True}  # whatever the config says
-    if "position_ids" in inspect.signature(causal_lm(policy).forward).parameters:
-        # generate() counts positions from the first real token; so must every other forward.
-        inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return inputs
 
 
 def _logits(policy: PreTrainedModel, inputs: dict, length: int) -> tuple[Tensor, Tensor]:
@@ -214,7 +197,7 @@ def _compare(policy: PreTrainedModel, head: HeadTransform) -> None:
     vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab, (2, 12), generator=generator).to(model.device)
     mask = torch.ones_like(ids)
-    logits, _ = _logits(policy, _inputs(policy, ids, mask), 8)
+    logits, _ = _logits(policy, plain_inputs(policy, ids, mask), 8)
     labels = ids[:, -8:] % logits.shape[-1]
     factor = _LARGEST_LOGIT / logits.abs().max().float().clamp(min=1e-3)
     with _hidden_states_times(factor, model.get_decoder()):

@@ -27,6 +27,8 @@ from fastpg.trainer.models import (
     loss_through,
 )
 from fastpg.trainer.objective import Objective, Targets
+from fastpg.trainer.packable import CannotPack, find_packing
+from fastpg.trainer.packing import Packing
 from fastpg.trainer.rollout import Rollout
 
 logger = get_logger(__name__)
@@ -102,6 +104,7 @@ class Learner:
             cliprange_value=self.args.cliprange_value,
         )
         self.head = self._find_head()
+        self.packing = self._find_packing()
 
     def _find_head(self) -> HeadTransform | None:
         """Return how the model makes logits; None, with a warning, if that is not understood."""
@@ -110,6 +113,19 @@ class Learner:
             return find_head(unwrapped.policy, self.accelerator.autocast)
         except UnknownHead as reason:
             logger.warning(f"Log-probs come from the model's logits, for {reason}.")
+            return None
+
+    def _find_packing(self) -> Packing | None:
+        """Return how episodes are packed into rows; None, with a warning, if they cannot be."""
+        if self.head is None:
+            return None
+        unwrapped: PolicyWithValue = self.accelerator.unwrap_model(self.model)
+        try:
+            return find_packing(unwrapped.policy)
+        except CannotPack as reason:
+            logger.warning(
+                f"Every completion goes through the model with its prompt, for {reason}."
+            )
             return None
 
     @torch.no_grad()
@@ -258,6 +274,7 @@ class Learner:
                 batch.labels,
                 batch.temperature,
                 batch.head,
+                batch.packing,
             )
         return logp
 
@@ -270,6 +287,7 @@ class Learner:
             labels=rollout.labels,
             temperature=self.args.temperature,
             head=self.head,
+            packing=self.packing,
         )
 
     def _synchronized_if(self, last: bool) -> contextlib.AbstractContextManager:

@@ -14,6 +14,7 @@ import fastpg
 from fastpg.trainer.head import HeadTransform, completion_logprobs, completion_loss
 from fastpg.trainer.loading import as_input_error
 from fastpg.trainer.objective import Objective, Targets
+from fastpg.trainer.packing import Packing
 
 VALUE_HEAD = "value_head.safetensors"
 """The file beside a saved policy that holds its value head."""
@@ -30,6 +31,7 @@ class CompletionBatch:
         temperature: Logits are divided by it, as when the completions were sampled.
         head: How the model makes logits from its last hidden states. None: the logits that the
             model computes itself are used.
+        packing: How the episodes are packed into rows for the model. None: each is a row.
     """
 
     input_ids: Tensor
@@ -37,6 +39,7 @@ class CompletionBatch:
     labels: Tensor
     temperature: float
     head: HeadTransform | None
+    packing: Packing | None = None
 
 
 class LossRequest:
@@ -101,6 +104,7 @@ class PolicyWithValue(nn.Module):
             batch.labels,
             batch.temperature,
             batch.head,
+            batch.packing,
         )
         return CompletionLogprobs(logp, entropy, self._values(hidden))
 
@@ -126,6 +130,7 @@ class PolicyWithValue(nn.Module):
             batch.head,
             objective.token_loss(targets),
             objective.level,
+            batch.packing,
         )
         values = self._values(hidden)
         if values is None:

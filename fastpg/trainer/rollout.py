@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpg.trainer.head import causal_lm
+from fastpg.trainer.forward import causal_lm
+from fastpg.trainer.generation import generate
+from fastpg.trainer.packing import Packing
 from fastpg.trainer.parsing import InputError
 
 IGNORE_INDEX = -100
@@ -241,6 +243,7 @@ def sample(
     max_prompt_length: int | None,
     max_new_tokens: int,
     temperature: float,
+    packing: Packing | None,
 ) -> Rollout:
     """Sample one completion for each prompt, from the whole distribution.
 
@@ -252,6 +255,7 @@ def sample(
             number.
         max_new_tokens: Most tokens of a completion.
         temperature: Logits are divided by it.
+        packing: How rows are packed for the model. None: its own `generate` samples.
 
     Returns:
         B episodes in the order of the prompts, on the device of the model.
@@ -276,8 +280,6 @@ def sample(
         pad_token_id=pad,
     )
     with sampling(policy, config):
-        # Every causal language model has `generate`, but the type PreTrainedModel does not say so.
-        generator: Any = policy
-        sequences: Tensor = generator.generate(input_ids=ids, attention_mask=attention)
+        sequences = generate(policy, ids, attention, config, packing)
     mask, finished = completion_mask(sequences[:, ids.shape[1] :], ends)
     return Rollout(sequences, torch.cat([attention, mask.long()], dim=1), mask, finished)

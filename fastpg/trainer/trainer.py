@@ -311,6 +311,7 @@ class PPOTrainer:
             max_prompt_length=self.args.max_prompt_length,
             max_new_tokens=self.args.max_new_tokens,
             temperature=self.args.temperature,
+            packing=self.learner.packing,
         )
 
     def _score(self, examples: Dataset, rollout: Rollout) -> Episodes:

@@ -9,6 +9,9 @@ from tiny_trainer import make_trainer, share_of_praise, tiny_model
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fastpg.trainer.generation import generate
+from fastpg.trainer.models import LossRequest
+
 ENDS = {1, 5, 9, 20, 21, 22}
 """The tokenizer's EOS and more of the model, so that most completions end, after few tokens."""
 
@@ -75,7 +78,7 @@ def trained_parameters(trainer):
 
 @dataclass
 class Round:
-    """One call of `generate`, and what the trainer did until the next one."""
+    """One call of `generation.generate`, and what the trainer did until the next one."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -125,23 +128,20 @@ class Episode:
 
 @contextlib.contextmanager
 def recording(trainer):
-    """Yields a list that gets a `Round` at every call of `generate` of the trainer's policy."""
-    rounds, generating = [], []
-    policy, generate = trainer.policy, trainer.policy.generate
+    """Yields a list that gets a `Round` at every call of `generation.generate`."""
+    rounds = []
 
-    def recorded_generate(input_ids, attention_mask, **options):
+    def recorded_generate(policy, input_ids, attention_mask, *options):
         in_training_mode = any(module.training for module in policy.modules())
         is_quiet = not in_training_mode and not torch.is_grad_enabled()
-        generating.append(True)
-        sequences = generate(input_ids=input_ids, attention_mask=attention_mask, **options)
-        generating.pop()
+        sequences = generate(policy, input_ids, attention_mask, *options)
         rounds.append(Round(input_ids, attention_mask, sequences, is_quiet))
         return sequences
 
-    def before_forward(_, args, kwargs):
-        if not rounds or generating:
-            return
-        ids = kwargs["input_ids"].clone()
+    def before_forward(_, args):
+        (request,) = args
+        batch = request.batch if isinstance(request, LossRequest) else request
+        ids = batch.input_ids.clone()
         (rounds[-1].parts[-1] if torch.is_grad_enabled() else rounds[-1].looks).append(ids)
 
     def before_step(optimizer, *_):
@@ -149,17 +149,19 @@ def recording(trainer):
         rounds[-1].groups.append(settings)
         rounds[-1].parts.append([])
 
-    policy.generate = recorded_generate
+    model = trainer.accelerator.unwrap_model(trainer.model)
     hooks = [
-        policy.get_decoder().register_forward_pre_hook(before_forward, with_kwargs=True),
+        model.register_forward_pre_hook(before_forward),
         register_optimizer_step_pre_hook(before_step),
     ]
     try:
         # The plot at the end of a run would take as long as a training step.
-        with mock.patch("matplotlib.figure.Figure.savefig"):
+        with (
+            mock.patch("matplotlib.figure.Figure.savefig"),
+            mock.patch("fastpg.trainer.rollout.generate", recorded_generate),
+        ):
             yield rounds
     finally:
-        del policy.generate
         for hook in hooks:
             hook.remove()
 

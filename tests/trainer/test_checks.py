@@ -115,7 +115,7 @@ def test_padding_that_the_model_does_not_know_is_replaced(tmp_path):
         torch.manual_seed(1)
         rollouts.append(
             sample(tiny_model(), tokenizer, prompts, max_prompt_length=None, max_new_tokens=8,
-                   temperature=1.0)
+                   temperature=1.0, packing=None)
         )  # fmt: skip
     known, unknown = rollouts
     assert torch.equal(known.completion_ids[known.mask], unknown.completion_ids[unknown.mask])

@@ -73,6 +73,7 @@ def test_eos_counts_where_it_is_also_the_padding():
         max_prompt_length=9,
         max_new_tokens=30,
         temperature=1.0,
+        packing=None,
     )
     is_eos = (rollout.completion_ids == tokenizer.eos_token_id) & rollout.mask
     assert 0 < rollout.finished.sum() < 60
@@ -139,6 +140,7 @@ def test_sampling_is_from_the_whole_distribution():
         max_prompt_length=9,
         max_new_tokens=1,
         temperature=1.0,
+        packing=None,
     )
     assert len(rollout.completion_ids.unique()) > 10
 

@@ -7,6 +7,7 @@ from tiny_trainer import PROMPTS, make_trainer, metrics_of, share_of_praise, tin
 
 from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig, PPOTrainer
+from fastpg.trainer.generation import generate
 
 MANY = [{"prompt": subject} for subject in reviews.subjects()[:16]]
 ONE = [{"prompt": "the story was"}]
@@ -116,13 +117,13 @@ def test_the_models_own_ends_end_a_completion(tmp_path, own):
     assert metrics["eval/completions/mean_length"] == pytest.approx(lengths)
 
 
-def put_noise_after_the_end(policy, ends):
+def put_noise_after_the_end(monkeypatch, ends):
     """Make `generate` return ordinary tokens, and further ends, where it has padding."""
-    generate, ends = policy.generate, torch.tensor(ends)
+    ends = torch.tensor(ends)
     g = torch.Generator().manual_seed(4)
 
-    def noisy(input_ids, attention_mask):
-        sequences = generate(input_ids=input_ids, attention_mask=attention_mask)
+    def noisy(policy, input_ids, attention_mask, *options):
+        sequences = generate(policy, input_ids, attention_mask, *options)
         completions = sequences[:, input_ids.shape[1] :]
         is_end = torch.isin(completions, ends).long()
         after_end = is_end.cumsum(1) - is_end > 0
@@ -130,10 +131,10 @@ def put_noise_after_the_end(policy, ends):
         completions[after_end] = torch.randint(1, 43, completions.shape, generator=g)[after_end]
         return sequences
 
-    policy.generate = noisy
+    monkeypatch.setattr("fastpg.trainer.rollout.generate", noisy)
 
 
-def test_what_follows_the_end_of_a_completion_changes_nothing(tmp_path):
+def test_what_follows_the_end_of_a_completion_changes_nothing(tmp_path, monkeypatch):
     """Neither the texts that are rewarded nor the training hang on the padding of `generate`."""
     results = []
     for is_noisy in (False, True):
@@ -147,7 +148,7 @@ def test_what_follows_the_end_of_a_completion_changes_nothing(tmp_path):
         model.generation_config.eos_token_id = [5, 9]
         trainer = make_trainer(folder, reward, model=model, max_new_tokens=12)
         if is_noisy:
-            put_noise_after_the_end(trainer.policy, [1, 5, 9])
+            put_noise_after_the_end(monkeypatch, [1, 5, 9])
         trainer.train()
         rows = [
             {k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_second"))}

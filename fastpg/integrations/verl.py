@@ -145,9 +145,13 @@ def _logprob() -> list[Change]:
 
 
 def _entropy() -> list[Change]:
-    names = ("entropy_from_logits", "entropy_from_logits_with_chunking")
-    new = functions.entropy_from_logits
-    return [replaced_by(f"{LOGITS}.{name}", new) for name in names] + engines_that_are_built()
+    new = {
+        "entropy_from_logits": functions.entropy_from_logits,
+        "entropy_from_logits_with_chunking": functions.entropy_from_logits,
+        "calculate_sum_pi_squared_from_logits": functions.calculate_sum_pi_squared_from_logits,
+    }
+    changes = [replaced_by(f"{LOGITS}.{name}", function) for name, function in new.items()]
+    return [*changes, *engines_that_are_built()]
 
 
 def _gae() -> list[Change]:

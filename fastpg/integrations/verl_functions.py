@@ -195,9 +195,21 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 0) -> Tensor:
 
 
 def _entropy(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    any_label = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    _, entropy = fastpg.token_logprobs(logits, any_label, return_entropy=True, process_group=group)
-    return entropy
+    labels = _any_labels(logits)
+    return fastpg.token_logprobs(logits, labels, return_entropy=True, process_group=group)[1]
+
+
+def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
+    """Sums of squared probabilities [...], without a gradient: verl asks for them without one."""
+    statistics = fastpg.token_logprobs(
+        logits, _any_labels(logits), row_statistics=["sum_p_squared"]
+    )
+    assert statistics.sum_p_squared is not None
+    return statistics.sum_p_squared
+
+
+def _any_labels(logits: Tensor) -> Tensor:
+    return torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
 
 
 def fused_linear(logits_dtype: torch.dtype | None) -> Callable[..., tuple[Tensor, Tensor]]:

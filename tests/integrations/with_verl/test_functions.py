@@ -158,6 +158,14 @@ def test_logprobs_and_entropies_are_no_worse_than_those_of_verl(dtype):
         assert_no_worse(result, yardstick, exact, 2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_squared_probabilities_are_no_worse_than_those_of_verl(dtype):
+    logits = (3 * torch.randn(24, 3000)).to(dtype)
+    stock = verl_logits.calculate_sum_pi_squared_from_logits
+    mine = ours.calculate_sum_pi_squared_from_logits(logits)
+    assert_no_worse(mine, stock(logits), stock(logits.double()), 2e-6)
+
+
 def test_entropies_in_chunks_and_of_a_masked_token():
     logits = torch.randn(7, 50)
     logits[:, 3] = -math.inf
@@ -208,3 +216,14 @@ def test_the_fused_head_is_no_worse_than_that_of_verl(dtype, shape):
     oracle = head(hidden.double(), weight.double(), labels, exact)
     for result, yardstick, truth in zip(mine, theirs, oracle, strict=True):
         assert_no_worse(result, yardstick, truth, 2e-6)
+
+
+def test_the_gradient_stops_where_that_of_verl_stops():
+    new = torch.tensor([[25.0, -25.0, 0.1]], requires_grad=True)
+    mask = torch.ones(1, 3)
+    arguments = torch.zeros(1, 3), new, torch.tensor([[-1.0, 1.0, 1.0]]), mask
+    for name, loss in LOSSES.items():
+        for mode in MODES:
+            (grad,) = torch.autograd.grad(loss(*arguments, mode, config())[0], new)
+            stock = core.get_policy_loss_fn(name)(*arguments, mode, config())[0]
+            torch.testing.assert_close(grad, torch.autograd.grad(stock, new)[0])

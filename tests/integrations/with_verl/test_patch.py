@@ -24,6 +24,7 @@ HELD = [
     (engine, "logprobs_from_logits"),
     (logits, "entropy_from_logits"),
     (logits, "entropy_from_logits_with_chunking"),
+    (logits, "calculate_sum_pi_squared_from_logits"),
     (FusedLinearForPPO, "forward"),
 ]
 

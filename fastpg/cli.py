@@ -1,4 +1,4 @@
-"""The `fastpg` command: what is installed, `fastpg train` and `fastpg reward-model`."""
+"""The `fastpg` command: what is installed, and commands that train or compare."""
 
 import argparse
 import io
@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import fastpg
+from fastpg.integrations.verify_command import verify
 
 if TYPE_CHECKING:
     from fastpg.trainer import PPOTrainer
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     # These read their own flags, whose names are those of the settings.
+    if argv[:1] == ["verify"]:
+        return verify(argv[1:])
     if argv and argv[0] in COMMANDS:
         return run(argv[0], argv[1:])
     parser = argparse.ArgumentParser("fastpg", description=DESCRIPTION)
@@ -48,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands")
     commands.add_parser("train", help="train a policy; `fastpg train --help` lists the settings")
     commands.add_parser("reward-model", help="train a reward model on preference pairs")
+    commands.add_parser("verify", help="compare TRL's own functions with fastpg's, on this machine")
     parser.parse_args(argv)
     print_kernels()
     return 0

@@ -250,3 +250,10 @@ def examples(device):
         differentiable=("hidden", "weight"),
         variant="row statistics",
     )
+    several = torch.tensor([[0, 1, 0], [5, -100, 7], [32, 31, 30]], device=device)
+    yield Example(
+        fastpg.linear_token_logprobs,
+        {"hidden": hidden, "weight": head_weight, "labels": several, "softcap": 5.0},
+        differentiable=("hidden", "weight"),
+        variant="several labels",
+    )

@@ -55,6 +55,7 @@ def cases(device):
     else:
         for dtype in (torch.float32, torch.bfloat16):
             yield from of_dtype(dtype, device)
+            yield from of_several_labels(2048, 49152, dtype)
 
 
 CUDA_SHAPES = [
@@ -138,6 +139,74 @@ def of_dtype(dtype, device):
     )
 
 
+LABELS_A_ROW = 64
+
+
+def gate_of_labels(logits, labels):
+    def check():
+        want = eager_of_labels(logits[:64].double(), labels[:64])
+        error = (token_logprobs(logits[:64], labels[:64]) - want).abs().max().item()
+        assert error < 2e-6 * (1 + want.abs().max()), f"log-prob off by {error}"
+
+    return check
+
+
+def eager_of_labels(logits, labels):
+    return logits.float().log_softmax(-1).gather(-1, labels)
+
+
+def of_several_labels(rows, vocab, dtype):
+    """K labels of each row beside one of them, and row statistics beside none."""
+    logits, label = logits_and_labels(rows, vocab, dtype)
+    labels = torch.cat([label[:, None], torch.randint(vocab, (rows, LABELS_A_ROW - 1))], 1)
+    name = f"{rows} x {vocab} {str(dtype).removeprefix('torch.')}"
+    right = gate_of_labels(logits, labels)
+    yield Case(
+        "token_logprobs",
+        f"{LABELS_A_ROW} labels a row, forward, {name}",
+        right,
+        {
+            "fastpg": lambda: token_logprobs(logits, labels),
+            "one label a row": lambda: token_logprobs(logits, label),
+            "eager": lambda: eager_of_labels(logits, labels),
+        },
+        targets={"one label a row": ">= 0.8"},
+    )
+    yield Case(
+        "token_logprobs",
+        f"{LABELS_A_ROW} labels a row, forward + backward, {name}",
+        right,
+        {
+            "fastpg": training(token_logprobs, logits, labels),
+            "one label a row": training(token_logprobs, logits, label),
+            "eager": training(eager_of_labels, logits, labels),
+        },
+        targets={"one label a row": ">= 0.8"},
+    )
+    yield Case(
+        "token_logprobs",
+        f"row statistics, forward, {name}",
+        right,
+        {
+            "fastpg": lambda: with_statistics(logits, label),
+            "without statistics": lambda: token_logprobs(logits, label, return_entropy=True),
+            "eager": lambda: eager_statistics(logits, label),
+        },
+    )
+
+
+def with_statistics(logits, labels):
+    return token_logprobs(logits, labels, return_entropy=True, row_statistics=STATISTICS)
+
+
+def eager_statistics(logits, labels):
+    z = logits.float()
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    entropy, is_top1 = -(p * logp).sum(-1), logits.argmax(-1) == labels
+    return logp.gather(-1, labels[:, None]), entropy, p.square().sum(-1), is_top1, z.mean(-1)
+
+
 def examples(device):
     """Small calls of the op."""
     logits, labels = torch.randn(3, 33, device=device), torch.tensor([0, 5, 32], device=device)
@@ -169,6 +238,13 @@ def examples(device):
         forward_launches=3,
         backward_launches=1,
         variant="row statistics",
+    )
+    several = torch.tensor([[0, 1, 0], [5, -100, 7], [32, 31, 30]], device=device)
+    yield Example(
+        fastpg.token_logprobs,
+        arguments | {"labels": several, "return_entropy": True, "softcap": 5.0},
+        differentiable=("logits",),
+        variant="several labels",
     )
 
 

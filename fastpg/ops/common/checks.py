@@ -247,6 +247,15 @@ def check_labels(op: str, labels: Tensor, rows: Tensor) -> None:
     check_shape(op, "labels", labels, rows, rows.shape[:-1])
 
 
+def first_labels(op: str, labels: Tensor, rows: Tensor) -> Tensor:
+    """The first label of each row [...], of labels [..., K] for rows [..., V] or [..., H]."""
+    shape, wanted = tuple(labels.shape), tuple(rows.shape[:-1])
+    if shape[:-1] != wanted or shape[-1] == 0:
+        needs = f"must be {wanted}, or {wanted} and K labels for each"
+        raise ValueError(f"{op}: labels {shape} {needs}")
+    return labels[..., 0]
+
+
 def check_label_values(
     op: str,
     labels: Tensor,

@@ -355,6 +355,7 @@ def policy_loss_from_logits(
     Reference:
         The gradient by logits made in forward: Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989.
     """
+    check_tensors(OP, logits=logits, labels=labels)
     rows = rows_page.checked_inputs(
         logits,
         labels,
@@ -375,8 +376,7 @@ def policy_loss_from_logits(
         old_logp=old_logp,
         ref_logp=ref_logp,
     )
-    wanted = torch.is_grad_enabled() and not needs_no_gradient(logits)
-    if not wanted or logits.dtype is torch.float16:
+    if not torch.is_grad_enabled() or needs_no_gradient(logits) or logits.dtype is torch.float16:
         return _two_ops(
             rows,
             tokens,

@@ -297,27 +297,8 @@ class Upstream(NamedTuple):
     temperature: Tensor  # [n] or []
 
 
-def write_gradients(
-    tile: Tile,
-    upstream: Upstream,
-    softcap: float,
-    head: Head,
-    gradients: HeadGradients,
-    *,
-    add_hidden: bool,
-    add_weight: bool,
-) -> None:
-    """Turns a tile's logits into their gradient, in place, and that into the head's gradients.
-
-    Args:
-        tile: The logits.
-        upstream: What is known of the rows of the tile.
-        softcap: That of the rows; 0: none.
-        head: Of the tile.
-        gradients: Of the tile; that of hidden in the compute dtype.
-        add_hidden: Whether the gradient of hidden holds those of other tiles already.
-        add_weight: The same for the gradients of head_weight and bias.
-    """
+def overwrite(tile: Tile, upstream: Upstream, softcap: float) -> None:
+    """Turns a tile's logits into their gradient, in place; a softcap of 0 is none."""
     logits, labels = tile.logits, upstream.labels - tile.tokens.start
     inputs = Inputs(logits, labels, upstream.temperature, softcap, NEVER, with_entropy=True)
     backward = BackwardInputs(
@@ -328,7 +309,26 @@ def write_gradients(
         torch.stack([upstream.top, upstream.log_sum]),
     )
     token_logprobs_backward_out_op(BackwardOutInputs(backward, logits))
-    g = logits.to(head.head_weight[0].dtype)
+
+
+def write_products(
+    logit_gradient: Tensor,
+    head: Head,
+    gradients: HeadGradients,
+    *,
+    add_hidden: bool,
+    add_weight: bool,
+) -> None:
+    """Writes the gradients of a tile's head, from that of its logits.
+
+    Args:
+        logit_gradient: What `overwrite` left in the place of the logits.
+        head: Of the tile.
+        gradients: Of the tile; that of hidden in the compute dtype.
+        add_hidden: Whether the gradient of hidden holds those of other tiles already.
+        add_weight: The same for the gradients of head_weight and bias.
+    """
+    g = logit_gradient.to(head.head_weight[0].dtype)
     for grad_hidden, weight in zip(gradients.hidden, head.head_weight, strict=True):
         if grad_hidden is not None:
             product(grad_hidden, g, weight, add=add_hidden)
@@ -336,7 +336,7 @@ def write_gradients(
         if grad_weight is not None:
             product(grad_weight, g.t(), hidden, add=add_weight)
     if gradients.bias is not None:
-        part = g.sum(0, dtype=upstream.temperature.dtype)
+        part = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         gradients.bias.copy_(gradients.bias + part if add_weight else part)
 
 

@@ -68,6 +68,14 @@ def as_list(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [x]  # type: ignore[list-item]  # what is no tensor is refused by its name
 
 
+def has_several(labels: object, hidden: Tensor | Sequence[Tensor]) -> bool:
+    """Whether there are K labels for each row: labels [..., K] beside hidden [..., H]."""
+    first = hidden[0] if isinstance(hidden, (list, tuple)) and hidden else hidden
+    if not isinstance(labels, Tensor) or not isinstance(first, Tensor):
+        return False  # and they are refused by their names
+    return labels.dim() == first.dim() > 0
+
+
 def as_head(
     op: str,
     hidden: Tensor | Sequence[Tensor],

@@ -133,29 +133,44 @@ def reference_part(x: Inputs) -> PartOutputs:
     return PartOutputs(found, top.clone(), log_sum.clone(), part.entropy)
 
 
-def reference_products(x: BackwardInputs) -> list[Tensor]:
-    """The gradient of all the logits, and all the products with it, in the compute dtype."""
-    inputs = x.inputs
-    kept = (inputs.labels != inputs.ignore_index)[:, None]
-    hidden = [torch.where(kept, h, 0.0) for h in inputs.hidden]
-    dtype = hidden[0].dtype
-    rows = rows_of(inputs, logits_of(inputs._replace(hidden=hidden)), inputs.labels)
-    upstream = page.BackwardInputs(rows, x.grad_logp, x.grad_entropy, x.entropy, x.stats)
-    g = page.reference_backward(upstream).grad_logits.to(dtype).to(inputs.temperature.dtype)
-    found = [g @ w.to(g.dtype) for w in inputs.head_weight]
+def products_with(x: Inputs, kept: Tensor, gradient: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """All the products with the gradient of the logits, which is made of them, of rows [N].
+
+    They are in the compute dtype. A row that is not kept is not read.
+    """
+    hidden = [torch.where(kept[:, None], h, 0.0) for h in x.hidden]
+    logits = logits_of(x._replace(hidden=hidden))
+    g = gradient(logits).to(hidden[0].dtype).to(x.temperature.dtype)
+    found = [g @ w.to(g.dtype) for w in x.head_weight]
     found += [g.T @ h.to(g.dtype) for h in hidden]
     return [*found, g.sum(0)]
 
 
-def reference_backward(x: BackwardInputs) -> Gradients:
-    """The specification: these products, rounded once."""
-    dtype = x.inputs.hidden[0].dtype
+def reference_products(x: BackwardInputs) -> list[Tensor]:
+    """The same with the gradient of token_logprobs."""
+
+    def gradient(logits: Tensor) -> Tensor:
+        rows = rows_of(x.inputs, logits, x.inputs.labels)
+        upstream = page.BackwardInputs(rows, x.grad_logp, x.grad_entropy, x.entropy, x.stats)
+        return page.reference_backward(upstream).grad_logits
+
+    return products_with(x.inputs, x.inputs.labels != x.inputs.ignore_index, gradient)
+
+
+def rounded(products: list[Tensor], x: Inputs, wanted: list[bool]) -> Gradients:
+    """Those of the products that are wanted, in the dtype of hidden."""
+    dtype = x.hidden[0].dtype
     return Gradients(
         [
             grad.to(dtype) if want else grad.new_empty(0, dtype=dtype)
-            for grad, want in zip(reference_products(x), x.wanted, strict=True)
+            for grad, want in zip(products, wanted, strict=True)
         ]
     )
+
+
+def reference_backward(x: BackwardInputs) -> Gradients:
+    """The specification: these products, rounded once."""
+    return rounded(reference_products(x), x.inputs, x.wanted)
 
 
 def allocate(x: Inputs) -> Outputs:
@@ -171,17 +186,21 @@ def allocate_part(x: Inputs) -> PartOutputs:
     return PartOutputs._make(empty)
 
 
-def allocate_gradients(x: BackwardInputs) -> Gradients:
-    """Makes empty gradients."""
-    weight = x.inputs.head_weight
-    shapes = [tensor.shape for tensor in [*x.inputs.hidden, *weight]]
-    shapes.append(weight[0].shape[:1])  # that of bias, which may be absent
+def empty_gradients(x: Inputs, wanted: list[bool]) -> Gradients:
+    """Makes empty gradients, of those that are wanted."""
+    shapes = [tensor.shape for tensor in [*x.hidden, *x.head_weight]]
+    shapes.append(x.head_weight[0].shape[:1])  # that of bias, which may be absent
     return Gradients(
         [
-            weight[0].new_empty(shape if want else 0)
-            for shape, want in zip(shapes, x.wanted, strict=True)
+            x.head_weight[0].new_empty(shape if want else 0)
+            for shape, want in zip(shapes, wanted, strict=True)
         ]
     )
+
+
+def allocate_gradients(x: BackwardInputs) -> Gradients:
+    """Makes empty gradients."""
+    return empty_gradients(x.inputs, x.wanted)
 
 
 linear_token_logprobs_op = Op(

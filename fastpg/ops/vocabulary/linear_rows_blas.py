@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from .head import (
     ALL,
     Head,
     HeadGradients,
+    Part,
     RowLabels,
     RowResults,
     Tile,
@@ -21,13 +22,14 @@ from .head import (
     empty_gradients,
     filled,
     kept_rows,
+    overwrite,
     reached,
     row_chunks,
     row_results,
     statistics,
     take,
     tiles,
-    write_gradients,
+    write_products,
 )
 from .linear_rows import (
     BackwardInputs,
@@ -80,24 +82,38 @@ def part(x: Inputs) -> PartOutputs:
 
 def backward(x: BackwardInputs) -> Gradients:
     """The gradients; rows that none reaches go through no product."""
-    inputs, dtype = x.inputs, x.inputs.head_weight[0].dtype
+    inputs = x.inputs
     labels, temperature = inputs.labels, inputs.temperature
     # A clipped token, and one of advantage 0, has no gradient: its row needs no product.
     live = (labels != inputs.ignore_index) & reached(x.grad_logp, x.grad_entropy)
     rows = kept_rows(live)
-    head = inputs.head.tile(rows, ALL)
     top, log_sum = x.stats
     upstream = take(
         Upstream(x.grad_logp, x.grad_entropy, x.entropy, top, log_sum, labels, temperature), rows
     )
-    gradients = empty_gradients(head, x.wanted, hidden_dtype=temperature.dtype, weight_dtype=dtype)
+
+    def turn_into_gradient(tile: Tile) -> None:
+        overwrite(tile, take(upstream, tile.rows), inputs.softcap)
+
+    return gradients_of(inputs, rows, turn_into_gradient, x.wanted)
+
+
+def gradients_of(
+    inputs: Inputs, rows: Part, turn_into_gradient: Callable[[Tile], None], wanted: list[bool]
+) -> Gradients:
+    """The gradients that are wanted, from some rows alone.
+
+    `turn_into_gradient` is called with each tile of these rows; it overwrites their logits.
+    """
+    head, count = inputs.head.tile(rows, ALL), len(inputs.labels)
+    dtype, compute_dtype = head.head_weight[0].dtype, inputs.temperature.dtype
+    gradients = empty_gradients(head, wanted, hidden_dtype=compute_dtype, weight_dtype=dtype)
     # The tiles come slice by slice, so that a slice's gradient is complete before the next.
     all_tiles = tiles(head, inputs.logits_dtype)
     for tokens, slice_tiles in groupby(all_tiles, key=lambda tile: tile.tokens):
-        write_slice(slice_tiles, tokens, head, gradients, upstream, inputs.softcap)
+        write_slice(slice_tiles, tokens, head, gradients, turn_into_gradient, compute_dtype)
     hidden = [
-        None if grad is None else filled(rows, len(labels), grad.to(dtype))
-        for grad in gradients.hidden
+        None if grad is None else filled(rows, count, grad.to(dtype)) for grad in gradients.hidden
     ]
     found = gradients._replace(hidden=hidden).tensors()
     return Gradients([head.head_weight[0].new_empty(0) if grad is None else grad for grad in found])
@@ -108,19 +124,18 @@ def write_slice(
     tokens: slice,
     head: Head,
     gradients: HeadGradients,
-    upstream: Upstream,
-    softcap: float,
+    turn_into_gradient: Callable[[Tile], None],
+    compute_dtype: torch.dtype,
 ) -> None:
     """Writes the gradients of head_weight and bias of a slice, and adds its share of hidden's."""
     rounded = gradients.tile(ALL, tokens)
     sums = rounded
-    if len(row_chunks(upstream.labels)) > 1:  # a sum over tiles is to be rounded once
-        sums = in_dtype(rounded, upstream.temperature.dtype)
+    if len(row_chunks(head.hidden[0])) > 1:  # a sum over tiles is to be rounded once
+        sums = in_dtype(rounded, compute_dtype)
     for tile in slice_tiles:
-        write_gradients(
-            tile,
-            take(upstream, tile.rows),
-            softcap,
+        turn_into_gradient(tile)
+        write_products(
+            tile.logits,
             head.tile(tile.rows, tokens),
             sums.tile(tile.rows, ALL),
             add_hidden=tokens.start > 0,

@@ -10,13 +10,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .head import ALL, RowLabels, Tile, concatenate, filled, kept_rows, length, row_chunks, take
+from .head import (
+    ALL,
+    RowLabels,
+    Tile,
+    Upstream,
+    concatenate,
+    filled,
+    kept_rows,
+    length,
+    overwrite,
+    reached,
+    row_chunks,
+    take,
+)
 from .head import tiles as tiles_of
-from .head_arguments import legal_labels
-from .linear_rows import OP, Inputs
+from .linear_rows import Gradients, Inputs
+from .linear_rows_blas import gradients_of
+from .linear_several_labels import BackwardInputs, checked_labels
 from .row_softmax import Inputs as RowInputs
 from .row_statistics import row_statistics_op
-from .several_labels import Outputs, leading, per_label
+from .several_labels import (
+    Outputs,
+    label_gradients,
+    leading,
+    per_label,
+    times_slope,
+    write_at,
+)
 from .shards import NEVER, Statistics, finite_max, label_logprob, merge
 
 
@@ -50,12 +71,17 @@ class Results(NamedTuple):
     mean_logit: Tensor  # [n]
 
 
+def in_tile(labels: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Which labels [n, K] are in a tile, and their columns; 0 for another."""
+    here = (labels >= tile.tokens.start) & (labels < tile.tokens.stop)
+    return here, torch.where(here, labels - tile.tokens.start, 0)
+
+
 def read_tile(
     tile: Tile, labels: Tensor, temperature: Tensor, softcap: float
 ) -> tuple[LabelsOfTile, TileStatistics]:
     """Reads the logits of a tile; a label outside of its tokens is in another."""
-    here = (labels >= tile.tokens.start) & (labels < tile.tokens.stop)
-    column = torch.where(here, labels - tile.tokens.start, 0)
+    here, column = in_tile(labels, tile)
     found = tile.logits.gather(1, column).to(temperature.dtype)
     # The highest label that is here is kept out of the sum; if none is, any token stands in.
     lead = column.gather(1, leading(found, here))
@@ -118,14 +144,13 @@ def merged(parts: TileStatistics, sizes: list[int], temperature: Tensor) -> Tile
 
 def forward(x: Inputs) -> Outputs:
     """Log-probs, entropies and statistics; rows without a label go through no product."""
-    vocab, t = len(x.head_weight[0]), x.temperature
-    kept, legal, _ = legal_labels(OP, x.labels, vocab, per_label(t), x.ignore_index)
+    kept, legal, _ = checked_labels(x)
     live = kept.any(1)
     # Ignored rows are left out before the first product: they would cost as much as any.
     rows = kept_rows(live)
     labels = torch.where(kept, x.labels, NEVER)
     head = x.head.tile(rows, ALL)
-    of_rows = take(RowLabels(labels, (legal | ~kept).all(1), t), rows)
+    of_rows = take(RowLabels(labels, (legal | ~kept).all(1), x.temperature), rows)
 
     def results(chunk: slice) -> Results:
         logits = tiles_of(head.tile(chunk, ALL), x.logits_dtype)
@@ -134,3 +159,38 @@ def forward(x: Inputs) -> Outputs:
     found = concatenate([results(chunk) for chunk in row_chunks(of_rows.labels)])
     logp, entropy, top, log_sum, *statistics = (filled(rows, len(live), y) for y in found)
     return Outputs(logp, entropy, torch.stack([top, log_sum]), *statistics)
+
+
+class AtLabels(NamedTuple):
+    """What the gradient of rows [n] is at their labels."""
+
+    labels: Tensor  # [n, K]; NEVER: ignored
+    gradient: Tensor  # [n, K], of z
+
+
+def backward(x: BackwardInputs) -> Gradients:
+    """The gradients; rows that none reaches go through no product."""
+    inputs, t, softcap = x.inputs, x.inputs.temperature, x.inputs.softcap
+    kept = inputs.labels != inputs.ignore_index
+    g = torch.where(kept, x.grad_logp, 0.0)
+    labels = torch.where(kept, inputs.labels, NEVER)
+    live = kept.any(1) & reached((g != 0).any(1), x.grad_entropy)
+    rows = kept_rows(live)
+    total = g.sum(1, dtype=torch.float64).to(g.dtype)
+    top, log_sum = x.stats
+    nowhere = torch.full_like(labels[:, 0], -1)
+    upstream = take(Upstream(total, x.grad_entropy, x.entropy, top, log_sum, nowhere, t), rows)
+    gradient = label_gradients(labels, g, x.logp, x.grad_entropy, x.entropy)
+    at_labels = take(AtLabels(labels, gradient), rows)
+
+    def turn_into_gradient(tile: Tile) -> None:
+        of_rows = take(upstream, tile.rows)
+        of_labels = take(at_labels, tile.rows)
+        here, column = in_tile(of_labels.labels, tile)
+        gradient = times_slope(
+            of_labels.gradient, tile.logits, column, of_rows.temperature, softcap
+        )
+        overwrite(tile, of_rows, softcap)
+        write_at(tile.logits, here, column, gradient)
+
+    return gradients_of(inputs, rows, turn_into_gradient, x.wanted)

@@ -2,7 +2,8 @@
 
 `linear_rows.py` has the formulas and the kernels; `frozen_head.py` those of a head that needs no
 gradient, which takes that of hidden with it in the same pass; `linear_support.py` those of sets of
-tokens that a sampler kept; `linear_several_labels.py` those that make row statistics too.
+tokens that a sampler kept; `linear_several_labels.py` those of several labels a row, which make row
+statistics too.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..common.checks import first_labels
 from . import frozen_head, linear_several_labels, linear_support
-from .head_arguments import head_inputs
+from .head_arguments import as_list, has_several, head_inputs
 from .linear_rows import OP, logprobs
 from .row_softmax import RowStatistic, TokenLogprobs
-from .row_statistics import checked_statistics, selected
+from .row_statistics import as_asked, checked_statistics
 from .support import checked_support
 
 
@@ -107,12 +109,14 @@ def linear_token_logprobs(
             is (h, s h @ A.T) with (W, B).
         weight: [V, H] of the dtype of hidden, the LM head's; or a sequence of [V, H_i].
             Differentiable. Under autocast all three are cast as for a linear layer.
-        labels: [...], integers in [0, V), or ignore_index.
+        labels: [...], integers in [0, V), or ignore_index. Or [..., K]: K labels of each row, from
+            the same pass; they go with neither process_group nor support.
         bias: [V] of the dtype of hidden; differentiable. None: 0.
-        temperature: A number > 0, or a tensor that broadcasts to labels, or [..., 1]; a constant.
+        temperature: A number > 0, or a tensor that broadcasts to [...], or is [..., 1]; a constant.
         softcap: A number > 0: a logit x becomes softcap · tanh(x / softcap), as in Gemma. None: x.
         logit_scale: A number > 0 that multiplies the logits, before softcap.
-        ignore_index: A row with this label is not read; its results and its gradient are 0.
+        ignore_index: A row with this label is not read; its results and its gradient are 0. Of K
+            labels each may be ignored alone, and a row is not read if all are.
         return_entropy: Whether to return the entropy, which is differentiable.
         logits_dtype: None rounds the logits to the dtype of hidden, as a model's own head does;
             torch.float32 keeps those of bf16 and fp16 operands. A CPU upcasts these slice by slice,
@@ -131,9 +135,9 @@ def linear_token_logprobs(
             one is. They go with neither process_group nor support.
 
     Returns:
-        logp [...], or (logp, entropy), each [...], in nats; fp32, or fp64 for fp64 hidden. With
-        row_statistics `TokenLogprobs(logp, entropy, sum_p_squared, is_top1, mean_logit)`, in which
-        what was not asked for is None.
+        logp like labels, or (logp, entropy), entropy [...], in nats; fp32, or fp64 for fp64 hidden.
+        With row_statistics `TokenLogprobs(logp, entropy, sum_p_squared, is_top1, mean_logit)`, in
+        which what was not asked for is None; is_top1 is like labels, the others are [...].
 
     Raises:
         TypeError: An argument is no tensor or number, is a DTensor, or has a dtype that it cannot
@@ -156,9 +160,9 @@ def linear_token_logprobs(
         the last rows of 5, 6, 7 or 9 may differ from the same among more, by 6e-6; in fp64, and on
         a GPU, its kernel may depend on the number of rows.
 
-        Where hidden alone requires a gradient (a frozen head), off fp16, and neither the entropy,
-        row_statistics nor a process_group is asked for, forward makes it too: 4 units of work in
-        place of 6, and backward multiplies. It is within 5e-7 of that of two passes in fp32 and
+        Where hidden alone requires a gradient (a frozen head), off fp16, and one label a row is all
+        that is asked for, without a process_group, forward makes it too: 4 units of work in place
+        of 6, and backward multiplies. It is within 5e-7 of that of two passes in fp32 and
         6e-3 in bf16, relative in norm; the log-probs are the same bits. A row that no gradient
         reaches in the end costs as much as any then: with more than half of such rows two passes
         would be faster.
@@ -172,11 +176,12 @@ def linear_token_logprobs(
         Wijmans et al. 2024, "Cut your losses in large-vocabulary language models",
         arXiv:2411.09009.
     """
+    several = has_several(labels, hidden)
     inputs = head_inputs(
         OP,
         hidden,
         weight,
-        labels,
+        first_labels(OP, labels, as_list(hidden)[0]) if several else labels,
         bias=bias,
         temperature=temperature,
         softcap=softcap,
@@ -185,10 +190,10 @@ def linear_token_logprobs(
         logits_dtype=logits_dtype,
         group=process_group,
     )
-    if row_statistics:
+    if several or row_statistics:
         names = checked_statistics(OP, row_statistics, support, process_group)
-        found = linear_several_labels.with_statistics(inputs, labels.shape)
-        return selected(found, names, return_entropy=return_entropy)
+        found = linear_several_labels.logprobs(inputs, labels, several=several)
+        return as_asked(found, names, return_entropy=return_entropy)
     if support is not None:
         sets = checked_support(OP, support, labels, process_group)
         logp, entropy = linear_support.logprobs(inputs, sets)

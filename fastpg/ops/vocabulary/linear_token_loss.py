@@ -37,11 +37,12 @@ from .head import (
     empty_gradients,
     kept_rows,
     length,
+    overwrite,
     reached,
     row_results,
     take,
     tiles,
-    write_gradients,
+    write_products,
 )
 from .head_arguments import HeadInputs, head_inputs, labels_of_shard
 from .linear_rows import logprobs
@@ -165,10 +166,10 @@ def write_chunk(
         ]
     )
     for tile in logits:
-        write_gradients(
-            tile._replace(logits=tile.logits[live]),
-            upstream,
-            softcap,
+        tile = tile._replace(logits=tile.logits[live])
+        overwrite(tile, upstream, softcap)
+        write_products(
+            tile.logits,
             head.tile(ALL, tile.tokens),
             chunk.tile(ALL, tile.tokens),
             add_hidden=tile.tokens.start > 0,

@@ -81,14 +81,15 @@ row_statistics_op = RowsOp(
 def checked_statistics(
     op: str, names: object, support: object, process_group: object
 ) -> Collection[str]:
-    """The names of the statistics that are asked for, of rows over the whole vocabulary."""
+    """The names of the statistics that are asked for; rows must have their whole vocabulary."""
     if isinstance(names, str) or not isinstance(names, Collection):
         raise TypeError(f"{op}: row_statistics must be a sequence of names, got {names!r}")
     for name in names:
         check_choice(op, "row_statistics", name, get_args(RowStatistic))
     if support is not None or process_group is not None:
         other = "support" if support is not None else "process_group"
-        raise ValueError(f"{op}: row_statistics are of the whole vocabulary, {other} must be None")
+        what = "row_statistics" if names else "several labels a row"
+        raise ValueError(f"{op}: {what} need the whole vocabulary, {other} must be None")
     return names
 
 
@@ -122,17 +123,19 @@ _with_statistics = _differentiable(backward=_backward)
 _with_statistics_inplace = _differentiable(backward=_backward_inplace)
 
 
-def selected(
-    results: TokenLogprobs, names: Collection[str], *, return_entropy: bool
-) -> TokenLogprobs:
-    """The results without those that were not asked for."""
+def as_asked(
+    results: tuple[Tensor, ...], names: Collection[str], *, return_entropy: bool
+) -> Tensor | tuple[Tensor, Tensor] | TokenLogprobs:
+    """What a public function returns, of the results in the order of TokenLogprobs."""
+    logp, entropy, *_ = results
+    if not names:
+        return (logp, entropy) if return_entropy else logp
     asked = {"logp", *names} | ({"entropy"} if return_entropy else set())
-    values = results._asdict().items()
-    return TokenLogprobs(**{name: value for name, value in values if name in asked})
+    named = zip(TokenLogprobs._fields, results, strict=True)
+    return TokenLogprobs(**{name: value for name, value in named if name in asked})
 
 
-def logprobs(x: Inputs, *, inplace: bool) -> TokenLogprobs:
-    """Log-probs, entropies and all statistics."""
+def logprobs(x: Inputs, *, inplace: bool) -> tuple[Tensor, ...]:
+    """Log-probs, entropies and all statistics, in the order of TokenLogprobs."""
     rows = x._replace(with_entropy=True)
-    results = _with_statistics_inplace(rows) if inplace else _with_statistics(rows)
-    return TokenLogprobs(*results)
+    return _with_statistics_inplace(rows) if inplace else _with_statistics(rows)

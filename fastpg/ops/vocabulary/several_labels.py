@@ -2,20 +2,38 @@
 
     logp_k = z_{y_k} − logsumexp(z)        ∂/∂z_j Σ_k g_k logp_k = Σ_{k: y_k = j} g_k − p_j Σ_k g_k
 
-A log-prob is that of the same label alone. At most one label can have a probability near 1: the
-one with the highest logit of the K is kept out of the sum, as row_softmax.py does with the one.
+At most one label can have a probability near 1. The one with the highest logit of the K, the lead,
+is kept out of the sum, as row_softmax.py does with the only one; the gradient at a label is
+
+    (1 − p_j) Σ_k g_k − Σ_{k: y_k ≠ j} g_k
+
+which keeps its digits as p_j → 1. So the kernels are those of one label: forward takes the lead,
+backward a label that is nowhere and the sum of g, and what the labels differ by is [..., K].
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..._autograd import Differentiable
+from ..._op import Op
 from . import row_statistics
+from . import token_logprobs as page
+from .row_softmax import (
+    OP,
+    BackwardOutInputs,
+    Gradient,
+    NoOutputs,
+    reference_backward,
+)
+from .row_softmax import BackwardInputs as RowBackwardInputs
 from .row_softmax import Inputs as RowInputs
+from .shards import NEVER, Statistics, label_logprob
 
 
 class Inputs(NamedTuple):
@@ -24,14 +42,31 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """In the compute dtype, but is_top1; statistics that are not wanted have no elements."""
+    """In the compute dtype, but is_top1; what is not wanted has no elements.
+
+    Of a row whose labels are all ignored everything is 0, and it is not read.
+    """
 
     logp: Tensor  # [..., K]
-    entropy: Tensor  # [...]; 0 where each label is ignored, as the statistics are
+    entropy: Tensor  # [...]
     stats: Tensor  # [2, ...], those of token_logprobs
     sum_p_squared: Tensor  # [...]
     is_top1: Tensor  # bool [..., K]
     mean_logit: Tensor  # [...]
+
+
+class BackwardInputs(NamedTuple):
+    inputs: RowInputs  # but labels are [..., K]
+    grad_logp: Tensor  # [..., K]
+    grad_entropy: Tensor | None  # [...]; None: 0
+    logp: Tensor  # [..., K]
+    entropy: Tensor | None  # [...]; None if there is no grad_entropy
+    stats: Tensor  # [2, ...]
+
+
+class GradientInputs(NamedTuple):
+    backward: BackwardInputs
+    out: Tensor  # for the gradient: like logits, contiguous. It may be the logits themselves.
 
 
 def per_label(temperature: Tensor) -> Tensor:
@@ -47,32 +82,258 @@ def leading(score: Tensor, kept: Tensor) -> Tensor:
 
 def reference(x: Inputs) -> Outputs:
     """The specification: a call with each label alone."""
-    labels = x.rows.labels
-    each = [row_statistics.reference(x.rows._replace(labels=label)) for label in labels.unbind(-1)]
-    logp, is_top1 = (torch.stack([getattr(a, n) for a in each], -1) for n in ("logp", "is_top1"))
-    lead = leading(logp, labels != x.rows.ignore_index)[..., 0]
+    rows, labels = x.rows._replace(with_entropy=True), x.rows.labels
+    each = [row_statistics.reference(rows._replace(labels=label)) for label in labels.unbind(-1)]
+    stacked = row_statistics.Outputs(*(torch.stack(field, -1) for field in zip(*each, strict=True)))
+    # The label whose log sum keeps its digits; any that is kept gives the other results.
+    lead = leading(stacked.logp, labels != rows.ignore_index)
 
-    def of_lead(name: str) -> Tensor:
-        stacked = torch.stack([getattr(one, name) for one in each], -1)
-        return stacked.gather(-1, lead.expand(stacked.shape[:-1])[..., None])[..., 0]
+    def of_lead(field: Tensor) -> Tensor:
+        return field.gather(-1, lead.expand(*field.shape[:-1], 1))[..., 0]
 
-    entropy, stats = of_lead("entropy"), of_lead("stats")
+    logp, entropy, stats, sum_p_squared, _, mean_logit = map(of_lead, stacked)
+    if not x.rows.with_entropy:
+        entropy = logp.new_empty(0)
+    statistics = sum_p_squared, stacked.is_top1, mean_logit
     if not x.with_statistics:
-        empty = logp.new_empty(0)
-        return Outputs(logp, entropy, stats, empty, empty.bool(), empty.clone())
-    return Outputs(logp, entropy, stats, of_lead("sum_p_squared"), is_top1, of_lead("mean_logit"))
+        statistics = no_statistics(logp)
+    return Outputs(stacked.logp, entropy, stats, *statistics)
+
+
+def no_statistics(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands for statistics that are not wanted."""
+    return like.new_empty(0), like.new_empty(0, dtype=torch.bool), like.new_empty(0)
+
+
+def reference_gradient(x: BackwardInputs) -> Tensor:
+    """The specification: the gradients of such calls, added up in the compute dtype."""
+    rows, labels = x.inputs, x.inputs.labels
+    rows = rows._replace(logits=rows.logits.to(rows.temperature.dtype))
+
+    def gradient(label: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None) -> Tensor:
+        of_label = rows._replace(labels=label)
+        upstream = RowBackwardInputs(of_label, grad_logp, grad_entropy, x.entropy, x.stats)
+        return reference_backward(upstream).grad_logits
+
+    kept = labels != rows.ignore_index
+    any_kept = labels.gather(-1, leading(x.logp, kept))[..., 0]
+    total = gradient(any_kept, torch.zeros_like(x.stats[0]), x.grad_entropy)
+    for label, grad_logp in zip(labels.unbind(-1), x.grad_logp.unbind(-1), strict=True):
+        total = total + gradient(label, grad_logp, None)
+    return total
+
+
+def reference_backward_out(x: GradientInputs) -> NoOutputs:
+    """Writes the gradient to `out`."""
+    x.out.copy_(reference_gradient(x.backward))
+    return NoOutputs()
+
+
+def forward(x: Inputs) -> Outputs:
+    """The kernel: that of one label reads each row, with the lead for its label."""
+    rows, labels = x.rows, x.rows.labels
+    kept = labels != rows.ignore_index
+    legal = kept & (labels >= 0) & (labels < rows.logits.shape[-1])
+    found = rows.logits.gather(-1, torch.where(legal, labels, 0)).to(rows.temperature.dtype)
+    # The kernel looks at no other label: if one is bad, it gets that, and raises or spoils the row.
+    bad = kept & ~legal
+    first_bad = bad.int().argmax(-1, keepdim=True)
+    place = torch.where(bad.any(-1, keepdim=True), first_bad, leading(found, legal))
+    lead = labels.gather(-1, place)
+    op = row_statistics.row_statistics_op if x.with_statistics else page.token_logprobs_op
+    part = op(rows._replace(labels=lead[..., 0]))
+
+    if rows.softcap:
+        found = rows.softcap * torch.tanh(found / rows.softcap)
+    top, log_sum = part.stats[..., None]
+    logp = label_logprob(Statistics(found, top, log_sum, None), per_label(rows.temperature))
+    is_lead = labels == lead
+    logp = torch.where(kept, torch.where(is_lead, part.logp[..., None], logp), 0.0)
+    statistics = no_statistics(logp)
+    if x.with_statistics:
+        is_top1 = kept & is_lead & part.is_top1[..., None]
+        statistics = part.sum_p_squared, is_top1, part.mean_logit
+    return Outputs(logp, part.entropy, part.stats, *statistics)
+
+
+def sums_of_equals(labels: Tensor, g: Tensor) -> Tensor:
+    """For each label of a row [..., K], the sum of g over all the labels that are equal to it."""
+    labels, order = labels.contiguous().sort(-1)
+    sums, step = g.gather(-1, order), 1
+    while step < labels.shape[-1]:  # each sum grows to twice as many neighbours, if they are equal
+        equal = labels[..., step:] == labels[..., :-step]
+        if equal.is_cpu and not equal.any():  # a GPU would be waited for
+            break
+        before = torch.where(equal, sums[..., :-step], 0.0)
+        sums = torch.cat([sums[..., :step], sums[..., step:] + before], -1)
+        step *= 2
+    last = torch.searchsorted(labels, labels, right=True) - 1
+    return torch.empty_like(g).scatter_(-1, order, sums.gather(-1, last))
+
+
+def label_gradients(
+    labels: Tensor, g: Tensor, logp: Tensor, grad_entropy: Tensor | None, entropy: Tensor | None
+) -> Tensor:
+    """The gradient of z at each label [..., K], in fp64; a label that is ignored has g = 0."""
+    g, log_p = g.double(), logp.double()
+    total = g.sum(-1, keepdim=True)
+    gradient = -log_p.expm1() * total - (total - sums_of_equals(labels, g))
+    if grad_entropy is not None and entropy is not None:
+        finite = torch.where(log_p == -math.inf, 0.0, log_p)
+        weight = grad_entropy.double()[..., None] * log_p.exp()
+        gradient = gradient - weight * (finite + entropy.double()[..., None])
+    return torch.where(log_p == -math.inf, 0.0, gradient)  # a -inf logit has none
+
+
+def times_slope(
+    gradient: Tensor, logits: Tensor, column: Tensor, temperature: Tensor, softcap: float
+) -> Tensor:
+    """The gradient of logits at columns [..., K], in fp64, from that of z there."""
+    gradient = gradient / per_label(temperature)
+    if not softcap:
+        return gradient
+    capped = torch.tanh(logits.gather(-1, column).double() / softcap)
+    return gradient * (1 - capped**2)
+
+
+def write_at(out: Tensor, here: Tensor, column: Tensor, value: Tensor) -> None:
+    """Writes values [..., K] to columns of out [..., V], where they are `here`; others are 0.
+
+    Equal columns have equal values, so that the order does not matter. A column that is not here
+    becomes one that is; a row without any keeps what it holds at 0.
+    """
+    first = here.int().argmax(-1, keepdim=True)
+    column = torch.where(here, column, column.gather(-1, first))
+    value = torch.where(here, value, value.gather(-1, first)).to(out.dtype)
+    value = torch.where(here.any(-1, keepdim=True), value, out[..., :1])
+    out.scatter_(-1, column, value)
+
+
+def backward_out(x: GradientInputs) -> NoOutputs:
+    """The kernel: that of one label writes each row, with a label that is nowhere."""
+    grad, rows, labels = x.backward, x.backward.inputs, x.backward.inputs.labels
+    kept = labels != rows.ignore_index
+    legal = kept & (labels >= 0) & (labels < rows.logits.shape[-1])
+    column = torch.where(legal, labels, 0)
+    g = torch.where(kept, grad.grad_logp, 0.0)
+    at_labels = label_gradients(labels, g, grad.logp, grad.grad_entropy, grad.entropy)
+    # The logits are read before `out`, which may be the same memory, is written.
+    at_labels = times_slope(at_labels, rows.logits, column, rows.temperature, rows.softcap)
+    nowhere = torch.where(kept.any(-1), -1, NEVER)
+    upstream = RowBackwardInputs(
+        rows._replace(labels=nowhere, ignore_index=NEVER),
+        g.sum(-1, dtype=torch.float64).to(g.dtype),
+        grad.grad_entropy,
+        grad.entropy,
+        grad.stats,
+    )
+    page.token_logprobs_backward_out_op(BackwardOutInputs(upstream, x.out))
+    write_at(x.out, legal, column, at_labels)
+    return NoOutputs()
 
 
 def allocate(x: Inputs) -> Outputs:
     """Makes empty results."""
     labels, like = x.rows.labels, x.rows.temperature
     shape = labels.shape[:-1]
-    wanted = shape if x.with_statistics else (0,)
+
+    def empty(wanted: bool, shape: torch.Size, dtype: torch.dtype = like.dtype) -> Tensor:
+        return like.new_empty(shape if wanted else (0,), dtype=dtype)
+
     return Outputs(
-        like.new_empty(labels.shape),
-        like.new_empty(shape),
+        empty(True, labels.shape),
+        empty(x.rows.with_entropy, shape),
         like.new_empty((2, *shape)),
-        like.new_empty(wanted),
-        like.new_empty(labels.shape if x.with_statistics else 0, dtype=torch.bool),
-        like.new_empty(wanted),
+        empty(x.with_statistics, shape),
+        empty(x.with_statistics, labels.shape, torch.bool),
+        empty(x.with_statistics, shape),
     )
+
+
+def allocate_nothing(x: GradientInputs) -> NoOutputs:
+    """Makes nothing: `out` is there."""
+    return NoOutputs()
+
+
+several_labels_op = Op(
+    "token_logprobs_several",
+    Inputs,
+    Outputs,
+    page=__name__,
+    reference=reference,
+    allocate=allocate,
+)
+several_labels_backward_op = Op(
+    "token_logprobs_several_backward_out",
+    GradientInputs,
+    NoOutputs,
+    page=__name__,
+    reference=reference_backward_out,
+    allocate=allocate_nothing,
+    mutates="out",
+)
+for device in ("CPU", "CUDA"):
+    several_labels_op.attach(device, "PyTorch", forward)
+    several_labels_backward_op.attach(device, "PyTorch", backward_out)
+
+
+class Saved(NamedTuple):
+    """What backward needs."""
+
+    inputs: RowInputs
+    logp: Tensor
+    entropy: Tensor
+    stats: Tensor
+
+
+def _forward(x: Inputs) -> tuple[tuple[Tensor, ...], Saved]:
+    logp, entropy, stats, *statistics = several_labels_op(x)
+    return (logp, entropy, *statistics), Saved(x.rows, logp, entropy, stats)
+
+
+def _write_gradient(
+    out: Tensor, x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None
+) -> Gradient:
+    if grad_logp is None:
+        grad_logp = torch.zeros_like(x.logp)
+    entropy = None if grad_entropy is None else x.entropy
+    upstream = BackwardInputs(x.inputs, grad_logp, grad_entropy, x.logp, entropy, x.stats)
+    several_labels_backward_op(GradientInputs(upstream, out))
+    return Gradient(out)
+
+
+def _backward(
+    x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_statistics: None
+) -> Gradient:
+    logits = x.inputs.logits
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return _write_gradient(out, x, grad_logp, grad_entropy)
+
+
+def _backward_inplace(
+    x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_statistics: None
+) -> Gradient:
+    return _write_gradient(x.inputs.logits.detach(), x, grad_logp, grad_entropy)
+
+
+_differentiable = partial(
+    Differentiable,
+    OP,
+    inputs=Inputs,
+    saved=Saved,
+    differentiable=("logits",),
+    forward=_forward,
+    constants=(2, 3, 4),
+)
+_several_labels = _differentiable(backward=_backward)
+_several_labels_inplace = _differentiable(backward=_backward_inplace)
+
+
+def logprobs(
+    rows: RowInputs, labels: Tensor, *, with_statistics: bool, inplace: bool
+) -> tuple[Tensor, ...]:
+    """Those of labels [..., K], or of one label a row [...], in the order of TokenLogprobs."""
+    if labels.dim() < rows.logits.dim():
+        return row_statistics.logprobs(rows, inplace=inplace)
+    x = Inputs(rows._replace(labels=labels.long()), with_statistics)
+    return _several_labels_inplace(x) if inplace else _several_labels(x)

@@ -20,6 +20,7 @@ from ..common.checks import (
     check_labels,
     check_tensors,
     compute_dtype,
+    first_labels,
     integer,
     label_temperature,
     positive,
@@ -161,8 +162,7 @@ def checked_inputs(
     with_entropy: bool,
     group: dist.ProcessGroup | None = None,
 ) -> Inputs:
-    """The inputs of the op, from the arguments of the public function."""
-    check_tensors(OP, logits=logits, labels=labels)
+    """The inputs of the op, from the arguments of the public function: two tensors, and options."""
     if logits.dim() == 0 or (logits.shape[-1] == 0 and group is None):
         raise ValueError(f"{OP}: logits must be [..., V], got {tuple(logits.shape)}")
     check_labels(OP, labels, logits)
@@ -247,10 +247,12 @@ def token_logprobs(
     Args:
         logits: [..., V], bf16, fp16, fp32 or fp64, with any strides; differentiable. A -inf logit
             has probability 0 (softcap makes it an ordinary one). NaN makes its own row NaN.
-        labels: [...], integers in [0, V), or ignore_index.
-        temperature: A number > 0, or a tensor that broadcasts to labels, or [..., 1]; a constant.
+        labels: [...], integers in [0, V), or ignore_index. Or [..., K]: K labels of each row, from
+            the same pass; they go with neither process_group nor support.
+        temperature: A number > 0, or a tensor that broadcasts to [...], or is [..., 1]; a constant.
         softcap: A number > 0: a logit x becomes softcap · tanh(x / softcap), as in Gemma. None: x.
-        ignore_index: A row with this label is not read; its results and its gradient are 0.
+        ignore_index: A row with this label is not read; its results and its gradient are 0. Of K
+            labels each may be ignored alone, and a row is not read if all are.
         return_entropy: Whether to return the entropy, which comes from the same pass and is
             differentiable.
         process_group: If given, the vocabulary is in shards, one on each rank in turn: logits are
@@ -272,9 +274,9 @@ def token_logprobs(
             with neither process_group nor support.
 
     Returns:
-        logp [...], or (logp, entropy), each [...], in nats; fp32, or fp64 for fp64 logits. With
-        row_statistics `TokenLogprobs(logp, entropy, sum_p_squared, is_top1, mean_logit)`, in which
-        what was not asked for is None.
+        logp like labels, or (logp, entropy), entropy [...], in nats; fp32, or fp64 for fp64 logits.
+        With row_statistics `TokenLogprobs(logp, entropy, sum_p_squared, is_top1, mean_logit)`, in
+        which what was not asked for is None; is_top1 is like labels, the others are [...].
 
     Raises:
         TypeError: logits or labels are no tensors, or have a dtype that they cannot have.
@@ -290,13 +292,18 @@ def token_logprobs(
         >>> logp, entropy = fastpg.token_logprobs(logits, labels, return_entropy=True)
         >>> entropy
         tensor([0.8324, 1.0986])
+        >>> fastpg.token_logprobs(logits, torch.tensor([[0, 1], [2, -100]]))  # two labels a row
+        tensor([[-0.4076, -1.4076],
+                [-1.0986,  0.0000]])
 
     Reference:
         Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", arXiv:1805.02867.
     """
+    check_tensors(OP, logits=logits, labels=labels)
+    several = labels.dim() == logits.dim() > 0
     inputs = checked_inputs(
         logits,
-        labels,
+        first_labels(OP, labels, logits) if several else labels,
         temperature=temperature,
         softcap=softcap,
         ignore_index=ignore_index,
@@ -305,12 +312,13 @@ def token_logprobs(
     )
     inplace = inplace_backward and may_overwrite(OP, "inplace_backward", logits)
     results: tuple[Tensor, ...]
-    if row_statistics:
-        from . import row_statistics as statistics_page  # it is made of this page
+    if several or row_statistics:
+        from .row_statistics import as_asked, checked_statistics  # they are made of this page
+        from .several_labels import logprobs as logprobs_of_labels
 
-        names = statistics_page.checked_statistics(OP, row_statistics, support, process_group)
-        found = statistics_page.logprobs(inputs, inplace=inplace)
-        return statistics_page.selected(found, names, return_entropy=return_entropy)
+        names = checked_statistics(OP, row_statistics, support, process_group)
+        results = logprobs_of_labels(inputs, labels, with_statistics=bool(names), inplace=inplace)
+        return as_asked(results, names, return_entropy=return_entropy)
     if support is not None:
         from .token_support import logprobs  # and so is it
 

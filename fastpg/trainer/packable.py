@@ -1,5 +1,6 @@
 """Finding out whether rows that share prompts give a model the results that it gives without."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -107,11 +108,11 @@ def _difference(policy: PreTrainedModel, packing: Packing) -> float:
     )
 
 
+@dataclass
 class _Recorder(Sampler):
     """A sampler that takes the most likely tokens and keeps the logits that it saw."""
 
-    def __post_init__(self) -> None:
-        self.seen: list[Tensor] = []
+    seen: list[Tensor] = field(default_factory=list)
 
     def draw(self, logits: Tensor) -> Tensor:
         self.seen.append(logits.flatten(0, 1))

@@ -74,8 +74,8 @@ def test_a_prompt_stands_in_a_row_once_and_no_last_token_does():
     assert rows.source.shape == (2, 6 + 7)  # The second and third family share a row.
     # Without a cost of its own, a token is best read behind a prompt of as many tokens.
     families = find_families(ids, mask, 5, Packing(additive=False, token_cost=0.0))
-    assert [family.episodes for family in families] == [[0, 1, 2], [3], [4], [5], [6, 7, 8]]
-    assert [family.first for family in families] == [0, 0, 4, 4, 6]
+    assert [family.episodes for family in families] == [[0, 1, 2], [3], [4, 5], [6, 7, 8]]
+    assert [family.first for family in families] == [0, 0, 4, 6]
 
 
 def test_the_room_behind_a_prompt_is_the_cheapest():

@@ -68,7 +68,7 @@ def cases(device: str) -> Iterator[Case]:
     def gradient(head):
         """The loss of an update, and of what it changes one vector that all else leads through."""
         old = experience(head)
-        loss, *_ = learner._loss(old, old.rollout.mask.sum())
+        loss, *_ = learner._loss(old, learner._targets(old, old.rollout.mask.sum()))
         norm = learner.accelerator.unwrap_model(learner.model).policy.model.norm.weight
         return loss.detach(), *torch.autograd.grad(loss, norm)
 

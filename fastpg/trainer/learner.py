@@ -42,7 +42,7 @@ class Experience:
 
     Args:
         rollout: The B episodes.
-        logp: Log-probs before the first update.
+        logp: Log-probs before the first update. None: that of the update itself, whose ratio is 1.
         values: Values before the first update, if there is a critic.
         ref_logp: Log-probs under the reference, if there is one.
         advantages: The credit of each token.
@@ -50,7 +50,7 @@ class Experience:
     """
 
     rollout: Rollout
-    logp: Tensor
+    logp: Tensor | None
     values: Tensor | None
     ref_logp: Tensor | None
     advantages: Tensor
@@ -60,7 +60,7 @@ class Experience:
         """Return the episodes `rows`, int64 [n], in that order."""
         return Experience(
             rollout=self.rollout[rows],
-            logp=self.logp[rows],
+            logp=None if self.logp is None else self.logp[rows],
             values=None if self.values is None else self.values[rows],
             ref_logp=None if self.ref_logp is None else self.ref_logp[rows],
             advantages=self.advantages[rows],
@@ -73,6 +73,7 @@ class Step(NamedTuple):
 
     policy_stats: list[fastpg.PolicyStats]
     value_stats: list[fastpg.ValueStats]  # empty without a critic
+    kl: Tensor  # 0-d, the sum of k1 to the reference; 0 without one
     grad_norm: Tensor  # 0-d, before clipping
 
 
@@ -134,7 +135,8 @@ class Learner:
 
         The old log-probs come from the training forward, in the micro-batches of the first pass,
         and not from `generate`: the first ratio is then exactly 1, in bf16 too. On a GPU this
-        also needs a BLAS that rounds alike for any number of tokens.
+        also needs a BLAS that rounds alike for any number of tokens. Where one optimiser step is
+        made of a rollout, and nothing else asks for them, they are those of that step.
 
         Args:
             rollout: B episodes, the completions of a prompt one after the other.
@@ -147,7 +149,7 @@ class Learner:
         logp, values, ref_logp = self._before_update(rollout)
         # In the reward, k1 gives the gradient of the KL itself; k3 would give another.
         kl = None
-        if ref_logp is not None:
+        if logp is not None and ref_logp is not None:
             kl = fastpg.kl_estimate(logp, ref_logp, kind="k1")
         # The loader puts the completions of a prompt one after the other.
         group = torch.arange(len(mask), device=mask.device) // self.resolved.num_generations
@@ -169,21 +171,31 @@ class Learner:
             metrics["value/explained_variance"] = self._merge([stats])["explained_variance"]
         return Experience(rollout, logp, values, ref_logp, advantages, returns), metrics
 
-    def _before_update(self, rollout: Rollout) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return log-probs, values if any, and those of the reference if any: float32 [B, T]."""
+    def _before_update(
+        self, rollout: Rollout
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return log-probs, values and the log-probs of the reference, float32 [B, T], or None."""
         logp, values, ref_logp = [], [], []
         for minibatch in self._minibatches(torch.arange(len(rollout.mask))):
             # The same episodes share a forward as in the first pass of `update`: a matrix product
             # may round differently for another number of them.
             for rows in minibatch.split(self.args.micro_batch_size):
                 batch = self._batch(rollout[rows])
-                results = logprobs_through(self.model, batch)
-                logp.append(results.logp)
-                if results.values is not None:
-                    values.append(results.values)
+                if self._needs_old_logp:
+                    results = logprobs_through(self.model, batch)
+                    logp.append(results.logp)
+                    if results.values is not None:
+                        values.append(results.values)
                 if self.reference is not None:
                     ref_logp.append(self._reference_logp(self.reference, batch))
-        return torch.cat(logp), _concatenated(values), _concatenated(ref_logp)
+        return _concatenated(logp), _concatenated(values), _concatenated(ref_logp)
+
+    @property
+    def _needs_old_logp(self) -> bool:
+        """Whether log-probs are needed before the update, or values, which come with them."""
+        steps = self.resolved.num_ppo_epochs * self.resolved.num_mini_batches
+        kl_is_credit = self.reference is not None and self.algorithm.kl != "loss"
+        return steps > 1 or self.algorithm.critic or kl_is_credit
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Make `num_ppo_epochs` passes of `num_mini_batches` optimiser steps each.
@@ -192,10 +204,10 @@ class Learner:
             experience: What `experience` returned for a rollout.
 
         Returns:
-            Metrics over all steps and processes: "policy/...", "value/..." with a critic, and
-            "grad_norm".
+            Metrics over all steps and processes: "policy/...", "value/..." with a critic,
+            "grad_norm", and "objective/kl" if `experience` left it to the update.
         """
-        count = len(experience.logp)
+        count = len(experience.rollout.mask)
         steps: list[Step] = []
         for epoch in range(self.resolved.num_ppo_epochs):
             # A rollout is in random order already; the first pass keeps the order in which
@@ -203,7 +215,10 @@ class Learner:
             order = torch.arange(count) if epoch == 0 else torch.randperm(count)
             for rows in self._minibatches(order):
                 steps.append(self._step(experience, rows))
-        return self._metrics(steps)
+        metrics = self._metrics(steps)
+        if experience.logp is None and self.reference is not None:
+            metrics["objective/kl"] = self.accelerator.reduce(steps[0].kl / count, "mean").item()
+        return metrics
 
     def _metrics(self, steps: list[Step]) -> dict[str, float]:
         """Merge the statistics of the steps on a rollout into numbers, over all processes."""
@@ -236,31 +251,40 @@ class Learner:
         parts = rows.split(self.args.micro_batch_size)
         policy_stats: list[fastpg.PolicyStats] = []
         value_stats: list[fastpg.ValueStats] = []
+        kl = torch.zeros((), device=denom.device)
         for i, part in enumerate(parts, start=1):
+            episodes = experience[part]
+            targets = self._targets(episodes, denom)
             with self._synchronized_if(i == len(parts)):
-                result = self._loss(experience[part], denom)
+                result = self._loss(episodes, targets)
                 # Processes average their gradients, but the losses are parts of a sum.
                 self.accelerator.backward(result.loss * self.accelerator.num_processes)
             policy_stats += result.policy_stats
             if result.value_stats is not None:
                 value_stats.append(result.value_stats)
+            if targets.ref_logp is not None:
+                kl += fastpg.kl_estimate(targets.new_logp, targets.ref_logp, kind="k1").sum()
         # Statistics stay on the device until the rollout is done: reading them here would wait for
         # it at every step.
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Step(policy_stats, value_stats, norm)
+        return Step(policy_stats, value_stats, kl, norm)
 
-    def _loss(self, experience: Experience, denom: Tensor) -> CompletionLoss:
-        """Return the share of these episodes in a step whose losses are divided by `denom`."""
-        targets = Targets(
-            token_weight=self.algorithm.weights(experience.rollout.mask, denom),
+    def _targets(self, experience: Experience, denom: Tensor) -> Targets:
+        """Return what these episodes aim at in a step whose losses are divided by `denom`."""
+        weight = self.algorithm.weights(experience.rollout.mask, denom)
+        return Targets(
+            token_weight=weight,
             advantages=experience.advantages,
             returns=experience.returns,
             old_logp=experience.logp,
             ref_logp=experience.ref_logp,
             old_values=experience.values,
+            new_logp=torch.zeros_like(weight),
         )
+
+    def _loss(self, experience: Experience, targets: Targets) -> CompletionLoss:
         batch = self._batch(experience.rollout)
         return loss_through(self.model, batch, targets, self.objective)
 

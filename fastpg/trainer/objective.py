@@ -17,18 +17,20 @@ class Targets:
         token_weight: The weight of every token, 0 where masked.
         advantages: The credit of every token.
         returns: The targets of the values.
-        old_logp: Log-probs before the first update on this rollout.
+        old_logp: Log-probs before the first update on this rollout. None: the ratio is 1.
         ref_logp: Log-probs under the reference, if there is one.
         old_values: Values before the first update, if there is a critic.
+        new_logp: The loss writes the log-probs here that it is made of; 0 where masked.
     """
 
     # The name is not "weight": that is the matrix of the LM head, on the same way to the loss.
     token_weight: Tensor
     advantages: Tensor
     returns: Tensor
-    old_logp: Tensor
+    old_logp: Tensor | None
     ref_logp: Tensor | None
     old_values: Tensor | None
+    new_logp: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,21 @@ class Objective:
         def chosen(tokens: Tensor, rows: Tensor) -> Tensor:
             return tokens.flatten()[rows].view(shape)
 
+        def chosen_if_any(tokens: Tensor | None, rows: Tensor) -> Tensor | None:
+            return None if tokens is None else chosen(tokens, rows)
+
         # `linear_token_loss` differentiates this function chunk by chunk while the logits of the
         # chunk exist, so it has to be a function and cannot be a loss computed beforehand.
         def token_loss(
             logp: Tensor, entropy: Tensor, rows: Tensor
         ) -> tuple[Tensor, fastpg.PolicyStats]:
-            ref_logp = None
-            if targets.ref_logp is not None:
-                ref_logp = chosen(targets.ref_logp, rows)
+            targets.new_logp.view(-1)[rows] = logp.detach().to(targets.new_logp.dtype)
             return self.algorithm.loss(
                 logp.view(shape),
                 chosen(targets.advantages, rows),
                 chosen(targets.token_weight, rows),
-                old_logp=chosen(targets.old_logp, rows),
-                ref_logp=ref_logp,
+                old_logp=chosen_if_any(targets.old_logp, rows),
+                ref_logp=chosen_if_any(targets.ref_logp, rows),
                 entropy=entropy.view(shape),
                 entropy_coef=self.entropy_coef,
             )

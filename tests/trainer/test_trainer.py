@@ -151,7 +151,7 @@ def test_loss_against_a_computation_by_hand(tmp_path):
     old, _ = trainer.learner.experience(rollout, torch.linspace(-1, 2, len(rollout.mask)))
     perturb(trainer.model, 0.02)
     tokens = 2 * rollout.mask.sum()  # as if these were half of an optimiser step
-    loss, *_ = trainer.learner._loss(old, tokens)
+    loss, *_ = trainer.learner._loss(old, trainer.learner._targets(old, tokens))
     own = by_hand(trainer.policy, trainer.model.value_head, rollout, MATHS["temperature"])
     logp, entropy, values = (torch.cat(column) for column in zip(*own, strict=True))
     old_logp, old_values, advantages, returns = (

@@ -6,12 +6,14 @@ import re
 
 import pytest
 import torch
+from recorded_runs import recording, trained_parameters
 from test_trainer import by_hand, parameters_after_a_step, perturb
 from tiny_trainer import make_trainer, metrics_of
 
 from fastpg.algorithms import ALGORITHMS
 from fastpg.trainer import InputError, PPOConfig, config
 from fastpg.trainer.config import from_mapping, save_config
+from fastpg.trainer.learner import Learner
 from fastpg.trainer.parsing import load_yaml
 from fastpg.trainer.rollout import Rollout
 
@@ -66,7 +68,8 @@ def test_micro_batches_of_sequences_add_up(tmp_path, algorithm):
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo"])
 def test_a_loss_of_groups_against_a_computation_by_hand(tmp_path, algorithm):
     """One update, of a policy that is neither the one that sampled nor the reference."""
-    settings = {"num_generations": 5, "kl_coef": 0.3, "num_ppo_epochs": 1, "num_mini_batches": 1}
+    settings = {"num_generations": 5, "kl_coef": 0.3, "num_ppo_epochs": 2, "num_mini_batches": 1}
+    settings |= {"learning_rate": 0.0}  # so that both passes have the same loss
     trainer = make_trainer(tmp_path, algorithm=algorithm, max_new_tokens=16, **settings)
     perturb(trainer.model, 0.1)
     rollout = trainer._sample(next(iter(trainer.loader)))
@@ -88,6 +91,33 @@ def test_a_loss_of_groups_against_a_computation_by_hand(tmp_path, algorithm):
         expected += terms.sum() / (kept.sum() if algorithm == "grpo" else 16) / 10
     loss = trainer.learner.update(old)["policy/loss"]
     assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo", "cispo", "rloo"])
+def test_a_rollout_of_one_step_needs_no_log_probs_beforehand(tmp_path, monkeypatch, algorithm):
+    """Weights and metrics are as with them, without a forward of the policy."""
+    settings = {"num_generations": 5, "kl_coef": 0.3, "num_ppo_epochs": 1, "num_mini_batches": 1}
+    results = []
+    for is_asked in (False, True):
+        if is_asked:
+            monkeypatch.setattr(Learner, "_needs_old_logp", True)
+        folder = tmp_path / f"{is_asked}"
+        trainer = make_trainer(folder, algorithm=algorithm, micro_batch_size=4, **settings)
+        with recording(trainer) as rounds:
+            trainer.train()
+        # The penalty of RLOO is taken off scores, for which the log-probs are needed at once.
+        assert [len(played.looks) for played in rounds[1:-1]] == (
+            [3, 3] if is_asked or algorithm == "rloo" else [0, 0]
+        )
+        rows = [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_second"))}
+            for row in metrics_of(folder)
+        ]
+        results.append((rows, trained_parameters(trainer)))
+    (rows, parameters), (rows_asked, parameters_asked) = results
+    assert rows[1]["objective/kl"] != 0
+    assert rows == [pytest.approx(row, rel=1e-4, abs=1e-6) for row in rows_asked]
+    torch.testing.assert_close(parameters, parameters_asked, rtol=0, atol=1e-6)
 
 
 def resolved_algorithm(**settings):

@@ -42,6 +42,7 @@ class RunningHead:
 
     def announced_by(self, add_fused_lm_head: Callable[..., None]) -> Callable[..., None]:
         """TRL's function, followed by what makes the model's forward announce its head."""
+        running = self
 
         @wraps(add_fused_lm_head)
         def add(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -53,15 +54,14 @@ class RunningHead:
                 if not fused_lm_head:
                     return fused(*args, **kwargs)
                 layer = self.get_output_embeddings()
-                self_running.layer = layer if is_adapted(layer) else None
+                running.layer = layer if is_adapted(layer) else None
                 try:
                     return fused(*args, fused_lm_head=True, **kwargs)
                 finally:
-                    self_running.layer = None
+                    running.layer = None
 
             model.forward = MethodType(forward, model)
 
-        self_running = self
         return add
 
 

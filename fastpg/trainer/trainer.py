@@ -126,7 +126,12 @@ class PPOTrainer:
         # With torch's second beta, 0.999, one outlier in a rollout of otherwise equal rewards
         # moves every weight by several learning rates, for steps on end.
         optimizer = torch.optim.AdamW(
-            parameters, betas=(0.9, 0.95), eps=args.adam_epsilon, weight_decay=0.0
+            parameters,
+            betas=(0.9, 0.95),
+            eps=args.adam_epsilon,
+            weight_decay=0.0,
+            # In one pass over the memory: a loop takes five times as long on a CPU.
+            fused=self.accelerator.device.type in ("cpu", "cuda"),
         )
         # The scheduler is left unprepared: a prepared one moves on by the number of processes.
         self.scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_steps)

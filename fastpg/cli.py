@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands")
     commands.add_parser("train", help="train a policy; `fastpg train --help` lists the settings")
     commands.add_parser("reward-model", help="train a reward model on preference pairs")
-    commands.add_parser("verify", help="compare TRL's own functions with fastpg's, on this machine")
+    commands.add_parser("verify", help="compare a trainer's own functions with fastpg's")
     parser.parse_args(argv)
     print_kernels()
     return 0

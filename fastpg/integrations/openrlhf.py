@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ from torch import Tensor
 
 import fastpg
 
+from . import openrlhf_verify
 from .patching import Change, Patches, PatchReport, Replacement, replaced_by, words_in
+from .verifying import Sizes, VerifyReport, compare
 from .verl_functions import entropy_from_logits, is_wanted_elsewhere
 
 ACTOR = "openrlhf.models.actor"
@@ -86,6 +89,24 @@ def patched(
 def is_patched() -> bool:
     """Whether anything of OpenRLHF is replaced in this process."""
     return _patches.applied
+
+
+def verify(sizes: Sizes | None = None, *, device: str = "cpu") -> VerifyReport:
+    """Compares functions of OpenRLHF with fastpg's, on this machine.
+
+    Args:
+        sizes: The vocabulary, the hidden size and the tokens of the cases that are timed.
+        device: Where to compute.
+
+    Returns:
+        What is replaced, and for each case the errors of both against fp64, or time and peak
+        memory. `report.ok` says whether fastpg is worse in nothing.
+
+    Example:
+        >>> from fastpg.integrations import openrlhf
+        >>> print(openrlhf.verify())  # doctest: +SKIP
+    """
+    return compare(partial(openrlhf_verify.cases, sizes or Sizes(), device), patched)
 
 
 def patch_module(module: str) -> None:

@@ -9,7 +9,7 @@ from importlib import import_module
 from .verifying import Sizes
 
 # Each is a module here, whose `verify` takes the sizes and the device.
-INTEGRATIONS = ("trl",)
+INTEGRATIONS = ("trl", "verl", "openrlhf")
 
 MEANINGS = {
     "vocab": "tokens of the vocabulary",

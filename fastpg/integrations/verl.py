@@ -31,6 +31,7 @@ import torch
 from fastpg_hooks import when_imported
 
 from . import verl_functions as functions
+from . import verl_verify
 from .patching import (
     Addition,
     Change,
@@ -41,6 +42,7 @@ from .patching import (
     replaced_by,
     words_in,
 )
+from .verifying import Sizes, VerifyReport, compare
 
 CORE = "verl.trainer.ppo.core_algos"
 LOGITS = "verl.utils.torch_functional"
@@ -100,6 +102,24 @@ def patched(
 def is_patched() -> bool:
     """Whether anything of verl is replaced in this process."""
     return _patches.applied
+
+
+def verify(sizes: Sizes | None = None, *, device: str = "cpu") -> VerifyReport:
+    """Compares functions of verl with fastpg's, on this machine.
+
+    Args:
+        sizes: The vocabulary, the hidden size and the tokens of the cases that are timed.
+        device: Where to compute.
+
+    Returns:
+        What is replaced, and for each case the errors of both against fp64, or time and peak
+        memory. `report.ok` says whether fastpg is worse in nothing.
+
+    Example:
+        >>> from fastpg.integrations import verl
+        >>> print(verl.verify())  # doctest: +SKIP
+    """
+    return compare(partial(verl_verify.cases, sizes or Sizes(), device), patched)
 
 
 def patch_on_import() -> None:

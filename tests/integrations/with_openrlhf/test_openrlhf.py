@@ -16,7 +16,9 @@ from accuracy import assert_no_worse
 from openrlhf_here import actors, experience, ring_attn_utils, utils
 
 from fastpg.integrations import openrlhf as ours
+from fastpg.integrations import openrlhf_verify
 from fastpg.integrations.patching import PatchError
+from fastpg.integrations.verifying import Sizes
 
 B, T, VOCAB = 6, 40, 300
 PADDED = torch.arange(T) < torch.tensor([40, 31, 17, 1, 5, 9])[:, None]
@@ -203,6 +205,15 @@ def test_patching_reaches_the_holders_and_unpatching_gives_back_what_was():
     ours.unpatch()
     assert all(vars(owner)[name] is each for (owner, name), each in zip(held, stock, strict=True))
     assert not ours.is_patched()
+
+
+def test_verify_finds_ours_no_less_exact(monkeypatch):
+    monkeypatch.setattr(openrlhf_verify, "LENGTH", 200)
+    report = ours.verify(Sizes(vocab=500, hidden=32, tokens=20))
+    # A busy machine is no place to compare times.
+    assert {row.worse for row in report.rows} <= {"", "time", "memory"}, str(report)
+    judged = [row for row in report.rows if row.ours.value >= 0]
+    assert len(judged) >= 5 and not ours.is_patched()
 
 
 def test_an_unknown_word_raises():

@@ -34,5 +34,6 @@ def test_advantages_and_value_targets(name, gamma, lam):
         truncated=done & ~terminated,
         bootstrap=next_value,
     )
+    # torchrl rounds the discounts to fp32.
     for result, expected in zip(results, oracle, strict=True):
-        torch.testing.assert_close(result, expected[..., 0], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(result, expected[..., 0], rtol=1e-6, atol=1e-6)

@@ -14,7 +14,9 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
 from fastpg.integrations import verl as ours
 from fastpg.integrations import verl_functions as functions
+from fastpg.integrations import verl_verify
 from fastpg.integrations.patching import PatchError
+from fastpg.integrations.verifying import Sizes
 
 HELD = [
     (core, "compute_gae_advantage_return"),
@@ -66,6 +68,15 @@ def test_a_second_patch_changes_nothing_and_says_so():
     with pytest.raises(PatchError, match="already patched"):
         ours.patch(strict=True)
     assert all(a is b for a, b in zip(held(), first, strict=True))
+
+
+def test_verify_finds_ours_no_less_exact(monkeypatch):
+    monkeypatch.setattr(verl_verify, "LENGTH", 200)
+    report = ours.verify(Sizes(vocab=500, hidden=32, tokens=20))
+    # A busy machine is no place to compare times.
+    assert {row.worse for row in report.rows} <= {"", "time", "memory"}, str(report)
+    judged = [row for row in report.rows if row.ours.value >= 0]
+    assert len(judged) >= 5 and not ours.is_patched()
 
 
 def test_an_unknown_word_raises():

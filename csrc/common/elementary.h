@@ -14,6 +14,8 @@ FPG_HD double expm1(double x) { return __builtin_expm1(x); }
 FPG_HD double log(double x) { return __builtin_log(x); }
 FPG_HD double log1p(double x) { return __builtin_log1p(x); }
 FPG_HD double tanh(double x) { return __builtin_tanh(x); }
+FPG_HD double abs(double x) { return __builtin_fabs(x); }
+FPG_HD float abs(float x) { return __builtin_fabsf(x); }
 FPG_HD float log(float x) { return __builtin_logf(x); }
 FPG_HD float log1p(float x) { return __builtin_log1pf(x); }
 FPG_HD float expm1(float x) { return __builtin_expm1f(x); }

@@ -31,18 +31,13 @@ struct LogRatioBound {
   T beyond;  // and the factor of a gradient beyond it: 1 holds it, 0 stops it
 };
 
-// The log-ratio d at its bound, if it is beyond.
-template <typename T>
-FPG_HD Moving<T> held(T d, bool moves, const LogRatioBound<T>& bound) {
-  const bool is_beyond = (d > bound.most) | (d < -bound.most);
-  return {bounded(d, bound.most), select(moves, select(is_beyond, bound.beyond, T(1)), T(0))};
-}
-
-// The same of logp - other. A log-prob of -inf does not move it.
+// logp - other at its bound, if it is beyond. It does not move with a log-prob of -inf.
 template <typename T>
 FPG_HD Moving<T> held_log_ratio(T logp, T other, const LogRatioBound<T>& bound) {
-  const bool moves = (logp != -infinity<T>()) & (other != -infinity<T>());
-  return held(log_ratio(logp, other), moves, bound);
+  const T size = abs(logp - other);  // infinite if one of them is, NaN if both are
+  const T slope =
+      select(size <= bound.most, T(1), select(size < infinity<T>(), bound.beyond, T(0)));
+  return {bounded(log_ratio(logp, other), bound.most), slope};
 }
 
 // e^d, and its derivative.

@@ -15,13 +15,14 @@ constexpr int64_t kGrain = 16;             // A thread should have at least so m
 constexpr int64_t kSequenceGrain = 32768;  // or so many tokens of whole sequences.
 
 // In eight interleaved sums, so that the additions do not wait for one another.
-template <typename T>
-double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t n) {
+template <typename T, typename Summand>
+double mean_over_tokens(const T* logp, const T* old_logp, const T* weight, int64_t n,
+                        const Summand& summand_of) {
   constexpr int64_t kSums = 8;
   double sums[kSums] = {}, counts[kSums] = {};
   const auto add = [&](int64_t t, int64_t lane) {
     const bool kept = weight[t] != T(0);
-    sums[lane] += select(kept, summand(logp[t], old_logp[t]), 0.0);
+    sums[lane] += select(kept, summand_of(logp[t], old_logp[t]), 0.0);
     counts[lane] += select(kept, 1.0, 0.0);
   };
   const int64_t whole = n - n % kSums;
@@ -30,6 +31,15 @@ double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t
   for (int64_t t = whole; t < n; ++t) add(t, t - whole);
   for (int64_t i = 1; i < kSums; ++i) sums[0] += sums[i], counts[0] += counts[i];
   return sums[0] / larger(counts[0], 1.0);
+}
+
+// The plain difference is the summand of finite log-probs: others show in the mean, and are rare.
+template <typename T>
+double mean_log_ratio(const T* logp, const T* old_logp, const T* weight, int64_t n) {
+  const double mean = mean_over_tokens(logp, old_logp, weight, n,
+                                       [](T x, T old) { return double(x) - double(old); });
+  if (mean - mean == 0) return mean;
+  return mean_over_tokens(logp, old_logp, weight, n, [](T x, T old) { return summand(x, old); });
 }
 
 }  // namespace

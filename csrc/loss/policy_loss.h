@@ -103,7 +103,8 @@ FPG_HD Bounds<T> bounds(const LossOptions& x) {
 // move it.
 template <typename T>
 FPG_HD Moving<T> held_mean(T mean, T logp, const Bounds<T>& bounds) {
-  return held(mean, logp != -infinity<T>(), bounds.log_ratio);
+  const Moving<T> d = held_log_ratio(mean, T(0), bounds.log_ratio);
+  return {d.value, select(logp == -infinity<T>(), T(0), d.slope)};
 }
 
 // A surrogate's term, and 1 where the lower, the upper and the dual bound of the ratio are in

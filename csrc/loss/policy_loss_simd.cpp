@@ -8,23 +8,24 @@
 namespace fpg {
 namespace {
 
-// The ratios of a block, and their derivatives.
+// The ratios of a block, and their derivatives: those of ordinary tokens are the ratios themselves.
 template <typename T>
 struct Ratios {
   alignas(64) T value[kTokenBlock];
-  alignas(64) T slope[kTokenBlock];
+  alignas(64) T held_slope[kTokenBlock];
+  const T* slope = value;
 };
 
-// The ratio of each token, 1 at masked ones. This pass computes more than it reads: what the passes
-// after it read comes from memory meanwhile.
+// The ratio of each token, 1 at masked ones; false if a derivative is not the ratio. This pass
+// computes more than it reads: what the passes after it read comes from memory meanwhile.
 template <typename T>
-void ratio_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound,
-                Ratios<T>& __restrict__ ratios, double* part) {
+bool ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T most, T* __restrict__ ratios,
+                double* part) {
   const T *const logp = tokens.logp, *const old_logp = tokens.old_logp;
   const T* const weights = tokens.weight;
   const T* const later[] = {tokens.advantages, tokens.ref_logp ? tokens.ref_logp : logp,
                             tokens.entropy ? tokens.entropy : logp};
-  T k1[kTokenLanes] = {}, k3[kTokenLanes] = {};
+  T k1[kTokenLanes] = {}, k3[kTokenLanes] = {}, ordinary[kTokenLanes] = {};
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
     for (const T* x : later) __builtin_prefetch(x + begin);
 #pragma GCC unroll 1
@@ -32,43 +33,73 @@ void ratio_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound
       const int64_t t = begin + i;
       const bool kept = weights[t] != T(0);
       const T x = select(kept, logp[t], T(0)), old = select(kept, old_logp[t], T(0));
-      const Moving<T> d = held_log_ratio(x, old, bound.log_ratio);
-      const ExpExcess<T> e = exp_excess(d.value);
-      ratios.value[t] = e.exp, ratios.slope[t] = e.exp * d.slope;
-      k1[i] -= d.value;
+      const T d = bounded(log_ratio(x, old), most);
+      const ExpExcess<T> e = exp_excess(d);
+      ratios[t] = e.exp;
+      k1[i] -= d;
       k3[i] += e.excess;
+      ordinary[i] += select(abs(x - old) <= most, T(1), T(0));
     }
   }
   part[PolicyStats::k1] = fold_sum(k1), part[PolicyStats::k3] = fold_sum(k3);
+  return fold_sum(ordinary) == T(n);
 }
 
-// Without old_logp the ratio is 1; that of a NaN must show.
+// The same without old_logp: the ratio is 1; that of a NaN must show.
 template <typename T>
-void own_ratio_pass(const PolicyTokens<T>& tokens, int64_t n, Ratios<T>& __restrict__ ratios,
+bool own_ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T* __restrict__ ratios,
                     double* part) {
-  T excess[kTokenLanes] = {};
+  T excess[kTokenLanes] = {}, ordinary[kTokenLanes] = {};
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
     for (int64_t i = 0; i < kTokenLanes; ++i) {
       const int64_t t = begin + i;
       const T x = select(tokens.weight[t] != T(0), tokens.logp[t], T(0));
-      ratios.value[t] = select(x != x, x, T(1));
-      ratios.slope[t] = select(x == -infinity<T>(), T(0), ratios.value[t]);
-      excess[i] += ratios.value[t] - T(1);
+      ratios[t] = select(x != x, x, T(1));
+      excess[i] += ratios[t] - T(1);
+      ordinary[i] += select(x > -infinity<T>(), T(1), T(0));
     }
   }
   part[PolicyStats::k1] = part[PolicyStats::k3] = fold_sum(excess);
+  return fold_sum(ordinary) == T(n);
 }
 
-// The ratio of each token's sequence.
+// The derivatives of the ratios of a block in which some are not the ratios.
+template <typename T>
+void slope_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound,
+                const T* __restrict__ ratios, T* __restrict__ slopes) {
+  const T *const logp = tokens.logp, *const old_logp = tokens.old_logp ? tokens.old_logp : logp;
+  const T* const weights = tokens.weight;
+  for (int64_t t = 0; t < n; ++t) {
+    const bool kept = weights[t] != T(0);
+    const T x = select(kept, logp[t], T(0)), old = select(kept, old_logp[t], T(0));
+    slopes[t] = ratios[t] * held_log_ratio(x, old, bound.log_ratio).slope;
+  }
+}
+
+// The ratio of each token's sequence, and its derivative.
 template <typename T>
 void sequence_ratio_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound,
-                         Ratios<T>& __restrict__ ratios) {
+                         T* __restrict__ ratios, T* __restrict__ slopes) {
+  const T *const logp = tokens.logp, *const means = tokens.sequence_log_ratio;
+  const T* const weights = tokens.weight;
   for (int64_t t = 0; t < n; ++t) {
-    const bool kept = tokens.weight[t] != T(0);
-    const T mean = select(kept, tokens.sequence_log_ratio[t], T(0));
-    const Moving<T> ratio = ratio_of(held_mean(mean, select(kept, tokens.logp[t], T(0)), bound));
-    ratios.value[t] = ratio.value, ratios.slope[t] = ratio.slope;
+    const bool kept = weights[t] != T(0);
+    const T x = select(kept, logp[t], T(0)), mean = select(kept, means[t], T(0));
+    const Moving<T> ratio = ratio_of(held_mean(mean, x, bound));
+    ratios[t] = ratio.value, slopes[t] = ratio.slope;
   }
+}
+
+// The ratios of tokens, with their derivatives.
+template <typename T>
+void make_ratios(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound,
+                 Ratios<T>& ratios, double* part) {
+  const bool ordinary = tokens.old_logp
+                            ? ratio_pass(tokens, n, bound.log_ratio.most, ratios.value, part)
+                            : own_ratio_pass(tokens, n, ratios.value, part);
+  if (ordinary) return;
+  slope_pass(tokens, n, bound, ratios.value, ratios.held_slope);
+  ratios.slope = ratios.held_slope;
 }
 
 template <typename SurrogateOf, typename T>
@@ -158,12 +189,11 @@ void whole_block(const PolicyTokens<T>& tokens, int64_t n, const PolicyTerms& te
   const LossOptions options = options_of(terms);
   const Bounds<T> bound = bounds<T>(options);
   Ratios<T> ratios, of_sequences;
-  if (tokens.old_logp) {
-    ratio_pass(tokens, n, bound, ratios, part);
-  } else {
-    own_ratio_pass(tokens, n, ratios, part);
+  make_ratios(tokens, n, bound, ratios, part);
+  if (tokens.sequence_log_ratio) {
+    sequence_ratio_pass(tokens, n, bound, of_sequences.value, of_sequences.held_slope);
+    of_sequences.slope = of_sequences.held_slope;
   }
-  if (tokens.sequence_log_ratio) sequence_ratio_pass(tokens, n, bound, of_sequences);
   const auto add_surrogate = with_surrogate(
       terms.surrogate, [](auto surrogate) { return &surrogate_pass<decltype(surrogate), T>; });
   add_surrogate(tokens, n, bound, tokens.sequence_log_ratio ? of_sequences : ratios, coefficient,

@@ -34,18 +34,17 @@ def bounded(x: Tensor, bound: float | Tensor = MAX_LOG_RATIO) -> Tensor:
     return x.clamp(-bound, bound)  # type: ignore[arg-type]  # it takes both
 
 
-def held(d: Tensor, moves: Tensor, bound: float | Tensor, beyond: float | Tensor) -> Moving:
-    """The log-ratio d at its bound, if it is beyond; its slope is then the factor `beyond`."""
-    slope = torch.ones_like(d).masked_fill((d > bound) | (d < -bound), beyond)
-    return Moving(bounded(d, bound), slope.masked_fill(~moves, 0.0))
-
-
 def held_log_ratio(
     logp: Tensor, other: Tensor, bound: float | Tensor, beyond: float | Tensor
 ) -> Moving:
-    """The same of logp − other. A log-prob of −inf does not move it."""
-    moves = (logp != -math.inf) & (other != -math.inf)
-    return held(log_ratio(logp, other), moves, bound, beyond)
+    """logp − other at its bound, if it is beyond; its slope is then the factor `beyond`.
+
+    It does not move with a log-prob of −inf.
+    """
+    size = (logp - other).abs()  # infinite if one of them is, NaN if both are
+    slope = torch.zeros_like(size).masked_fill(size < math.inf, beyond)
+    slope = slope.masked_fill(size <= bound, 1.0)
+    return Moving(bounded(log_ratio(logp, other), bound), slope)
 
 
 def ratio_of(d: Moving) -> Moving:

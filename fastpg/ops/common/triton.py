@@ -61,17 +61,14 @@ def bounded(d: tl.tensor, bound: tl.tensor):
 
 
 @triton.jit
-def held(d: tl.tensor, moves: tl.tensor, bound: tl.tensor, beyond: tl.tensor):
-    """The log-ratio d at its bound, if it is beyond; its derivative is then the factor `beyond`."""
-    slope = tl.where((d > bound) | (d < -bound), beyond, 1.0)
-    return bounded(d, bound), tl.where(moves, slope, 0.0)
-
-
-@triton.jit
 def held_log_ratio(logp: tl.tensor, other: tl.tensor, bound: tl.tensor, beyond: tl.tensor):
-    """The same of logp - other. A log-prob of -inf does not move it."""
-    moves = (logp != -INFINITY) & (other != -INFINITY)
-    return held(log_ratio(logp, other), moves, bound, beyond)
+    """logp - other at its bound, if it is beyond; its slope is then the factor `beyond`.
+
+    It does not move with a log-prob of -inf.
+    """
+    size = tl.abs(logp - other)  # infinite if one of them is, NaN if both are
+    slope = tl.where(size <= bound, 1.0, tl.where(size < INFINITY, beyond, 0.0))
+    return bounded(log_ratio(logp, other), bound), slope
 
 
 @triton.jit

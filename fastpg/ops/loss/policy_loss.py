@@ -20,10 +20,9 @@ With level="sequence" s and c take exp(mean_t (logp − old_logp)) of the token'
 number that moves like the token's own ratio (GSPO-token). Tokens of weight 0 are not in that mean,
 nor are those that importance_weights(outside="zero") has dropped.
 
-Log-ratios are clamped to ±max_log_ratio, which stops the gradient beyond or holds it, as `beyond`
-says; that of reinforce and cispo does not come from the ratio. A log-prob of −inf is one whose
-label is outside a kept set. A log-ratio of two of them is 0, one to a finite log-prob is at its
-bound; neither has a gradient, nor has a token with logp = −inf.
+Log-ratios are clamped to ±max_log_ratio; `beyond` says whether that stops their gradient. One of two
+log-probs of −inf, as of a label outside a kept set, is 0; one of −inf alone is at its bound. Neither
+has a gradient, nor has a token with logp = −inf.
 
 Forward writes one coefficient per token, dL/dlogp_t; backward multiplies it by the incoming scalar.
 """
@@ -50,8 +49,8 @@ from ..common.checks import (
 from ..common.log_ratio import (
     MAX_LOG_RATIO,
     Beyond,
+    Moving,
     bounded,
-    held,
     held_log_ratio,
     log_ratio,
     ratio_of,
@@ -141,7 +140,8 @@ def reference(x: Inputs) -> Outputs:
     # The KL of a token takes the token's own ratio, also where the surrogate takes another.
     ratio = token_ratio = ratio_of(d)
     if mean is not None:
-        ratio = ratio_of(held(mean, logp != -math.inf, *bound))
+        mean, mean_slope = held_log_ratio(mean, torch.zeros_like(mean), *bound)
+        ratio = ratio_of(Moving(mean, mean_slope.masked_fill(logp == -math.inf, 0.0)))
     term = SURROGATES[x.surrogate](ratio, advantages, logp, options)
     loss, slope, ref_kl = weight * term.value, term.slope, None
     if ref_logp is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.triton import INFINITY, exp_excess, held, held_log_ratio, number
+from ..common.triton import INFINITY, exp_excess, held_log_ratio, number
 
 
 @triton.jit
@@ -136,10 +136,10 @@ def token_loss(
     token_slope = token_ratio * d_slope
     r, r_slope = token_ratio, token_slope
     if sequence_log_ratio is not None:
-        moves = logp != -INFINITY
-        mean, mean_slope = held(sequence_log_ratio, moves, max_log_ratio, beyond)
+        zero = tl.zeros_like(logp)
+        mean, mean_slope = held_log_ratio(sequence_log_ratio, zero, max_log_ratio, beyond)
         r = tl.exp(mean)
-        r_slope = r * mean_slope
+        r_slope = tl.where(logp == -INFINITY, 0.0, r * mean_slope)
     value, slope, too_low, too_high, dual = surrogate(
         r, r_slope, advantage, logp, bounds, taus, SURROGATE
     )

@@ -136,6 +136,12 @@ def examples(device):
         forward_launches=1,
         backward_launches=2,
     )
+    yield Example(
+        fastpg.gae,
+        arguments | {"mask": mask, "masked": "step"},
+        differentiable=("rewards", "values"),
+        variant="masked tokens as steps",
+    )
     options = {"rho": values.exp(), "c": rewards.exp(), "terminated": ~mask, "truncated": mask}
     yield Example(
         fastpg.gae,

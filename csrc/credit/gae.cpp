@@ -101,8 +101,10 @@ struct Forward : Tokens<X, kLook> {
     } else if (this->truncated(i)) {
       lane.carry = {0.0, this->bootstrap[i]};
     }
-    lane.carry = gae_step(lane.carry, double(this->rewards[i]), this->value(i),
-                          this->factors(lane.sequence, i));
+    const GaeFactors<double> factors = this->factors(lane.sequence, i);
+    if (this->kAll && factors.trace == 0)
+      lane.carry.advantage = 0;  // 0 times infinity would be NaN
+    lane.carry = gae_step(lane.carry, double(this->rewards[i]), this->value(i), factors);
     advantages[i] = X(lane.carry.advantage);
     returns[i] = X(lane.carry.advantage + lane.carry.value);
   }
@@ -145,6 +147,7 @@ struct Backward : Tokens<X, kLook> {
     const double grad_reward = factors.rho * grad;
     const double grad_value = grad_returns[i] - grad_reward + lane.carry.value;
     lane.carry = gae_adjoint(grad, factors);
+    if (this->kAll && factors.trace == 0) lane.carry.advantage = 0;
     const bool reads = this->truncated(i) && !this->terminated(i);
     write(i, grad_reward, grad_value, reads ? lane.carry.value : 0.0);
     if (this->cut(i)) lane.carry = {0.0, 0.0};

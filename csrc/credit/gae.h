@@ -84,10 +84,12 @@ struct GaeBackwardArguments {
              scratch, stream)
 };
 
-// What a loop must look up for each token, so that the usual batches look up nothing else.
+// What a loop must look up for each token, so that the usual batches look up nothing else. Only the
+// last also looks for a trace of 0, which lets nothing through, be it infinite.
 enum class Look { kNothing, kMask, kEverything };
 
 inline Look look_of(const GaeInputs& in) {
+  if (in.gamma * in.lam == 0) return Look::kEverything;
   if (in.terminated || in.truncated || in.gammas || in.lams || in.rho || in.c)
     return Look::kEverything;
   return in.mask ? Look::kMask : Look::kNothing;

@@ -217,6 +217,26 @@ def test_a_token_that_is_terminated_and_truncated_has_no_bootstrap(kernel):
     assert (bootstrap.grad == 0).all()
 
 
+@pytest.mark.parametrize("name", ["gamma", "lam", "c"])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_trace_of_zero_lets_no_infinite_reward_through(kernel, name, with_mask):
+    """0 times infinity is NaN; the formula has no such product where the trace is cut."""
+    length = scaled_to_blocks(1300, kernel)
+    rewards, values, mask = inputs((2, length))
+    rewards[0, length // 2], rewards[1, 3] = torch.inf, -torch.inf
+    mask |= rewards.isinf()
+    options = {"gamma": 0.9, "lam": 0.9, name: 0.0}
+    if name == "c":
+        options["c"] = torch.zeros_like(rewards)
+    ours = gae(rewards, values, mask if with_mask else None, **options)
+    finite = rewards.isfinite()
+    plain = gae(rewards.where(finite, 0.0), values, mask if with_mask else None, **options)
+    for got, want in zip(ours, plain, strict=True):
+        assert torch.equal(got[finite], want[finite]) and torch.equal(
+            got[~finite], rewards[~finite]
+        )
+
+
 def test_a_nan_stays_in_its_episode(kernel):
     rewards, values, _ = inputs((1, 300))
     terminated, truncated = torch.zeros(2, 1, 300, dtype=torch.bool)

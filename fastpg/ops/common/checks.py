@@ -227,14 +227,19 @@ def to_sequences(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return x.new_zeros(len(cu_seqlens) - 1).index_add(0, segments(cu_seqlens, x), x)
 
 
-def is_last(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Marks the last unmasked token of each sequence."""
-    left = mask.flip(-1).cumsum(-1).flip(-1)  # How many tokens are unmasked from here to the end.
+def unmasked_from(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """How many tokens are unmasked from each token on, to the end of its sequence."""
+    left = mask.flip(-1).cumsum(-1).flip(-1)
     if cu_seqlens is not None:
         # The sum runs to the end of the batch: the tokens of later sequences are taken off again.
         beyond = torch.nn.functional.pad(left, (0, 1))[cu_seqlens[1:].long()]
         left = left - to_tokens(beyond, mask, cu_seqlens)
-    return mask & (left == 1)
+    return left
+
+
+def is_last(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Marks the last unmasked token of each sequence."""
+    return mask & (unmasked_from(mask, cu_seqlens) == 1)
 
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -18,7 +18,7 @@ and γ_t ρ_t G_t for the bootstrap that t read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -287,6 +287,24 @@ _gae = Differentiable(
 )
 
 
+def _with_steps(x: Inputs, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The results where the masked tokens between unmasked ones are time steps of no reward."""
+    if x.cu_seqlens is not None and not torch.compiler.is_compiling():
+        checks.check_cu_seqlens("gae", x.cu_seqlens, x.rewards)  # before they are read here
+    steps = x._replace(
+        # Padding after the last unmasked token is none: a bootstrap follows that token.
+        mask=checks.unmasked_from(mask, x.cu_seqlens) > 0,
+        rewards=torch.where(mask, x.rewards, 0.0),
+        values=None if x.values is None else torch.where(mask, x.values, 0.0),
+        rho=None if x.rho is None else torch.where(mask, x.rho, 1.0),
+        c=None if x.c is None else torch.where(mask, x.c, 1.0),
+        terminated=None if x.terminated is None else x.terminated & mask,
+        truncated=None if x.truncated is None else x.truncated & mask,
+    )
+    advantages, returns = _gae(steps)
+    return torch.where(mask, advantages, 0.0), torch.where(mask, returns, 0.0)
+
+
 def gae(
     rewards: Tensor,
     values: Tensor | None = None,
@@ -300,6 +318,7 @@ def gae(
     rho: Tensor | None = None,
     c: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    masked: Literal["skip", "step"] = "skip",
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: the advantage and the return of each token.
 
@@ -309,8 +328,7 @@ def gae(
     Args:
         rewards: [B, T], or packed [N] with cu_seqlens; any float dtype and strides; differentiable.
         values: V, like rewards; differentiable. None is 0: both results are then the reward-to-go.
-        mask: Like rewards, bool or 0/1. A masked token is never read, its results are 0, and the
-            other tokens get what they would get without it.
+        mask: Like rewards, bool or 0/1. A masked token is never read, and its results are 0.
         gamma: The discount in [0, 1]: a float, or a constant tensor [B] or like rewards.
         lam: λ in [0, 1]: a float, or a constant tensor [B] or like rewards.
         terminated: Where an episode ends for good: bool or 0/1, like rewards, or [B] for the last
@@ -325,6 +343,9 @@ def gae(
             importance ratios for rho and c the returns are the V-trace targets.
         cu_seqlens: int32 [B + 1], where packed sequences begin and end. If N = B, a tensor [N] is
             read per token; a bootstrap without `truncated` per sequence.
+        masked: What a masked token is to those before it. "skip": nothing, they get what they would
+            get without it, as in verl. "step": between unmasked tokens it is a time step of reward
+            and value 0, ρ = c = 1, and the γ and λ that are given, as in OpenRLHF.
 
     Returns:
         (advantages, returns), each like rewards; fp32, or fp64 if an input is fp64. The scan itself
@@ -344,6 +365,7 @@ def gae(
         Schulman et al. 2016, "High-dimensional continuous control using generalized advantage
         estimation", arXiv:1506.02438. V-trace: Espeholt et al. 2018, arXiv:1802.01561.
     """
+    checks.check_choice("gae", "masked", masked, ("skip", "step"))
     dtype = checks.compute_dtype("gae", rewards=rewards, values=values, bootstrap=bootstrap)
     count = checks.sequence_count("gae", "rewards", rewards, cu_seqlens)
     checks.check_shape("gae", "values", values, rewards, rewards.shape)
@@ -370,4 +392,6 @@ def gae(
         gamma=gamma,
         lam=lam,
     )
+    if masked == "step" and mask is not None:
+        return _with_steps(inputs, mask)
     return _gae(inputs)

@@ -20,9 +20,9 @@ With level="sequence" s and c take exp(mean_t (logp − old_logp)) of the token'
 number that moves like the token's own ratio (GSPO-token). Tokens of weight 0 are not in that mean,
 nor are those that importance_weights(outside="zero") has dropped.
 
-Log-ratios are clamped to ±max_log_ratio; `beyond` says whether that stops their gradient. One of two
-log-probs of −inf, as of a label outside a kept set, is 0; one of −inf alone is at its bound. Neither
-has a gradient, nor has a token with logp = −inf.
+Log-ratios are clamped to ±max_log_ratio; `beyond` says whether that stops their gradient. One of
+two log-probs of −inf, as of a label outside a kept set, is 0; one of −inf alone is at its bound.
+Neither has a gradient, nor has a token with logp = −inf.
 
 Forward writes one coefficient per token, dL/dlogp_t; backward multiplies it by the incoming scalar.
 """

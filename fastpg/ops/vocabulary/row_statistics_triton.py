@@ -61,6 +61,15 @@ def merge_sums(top, squares, logits, lowest, padding, scale, LANES: tl.constexpr
 
 
 @triton.jit
+def row_means(square, logit, log_sum, vocab, inv_temperature):
+    """The sum of p squared and the mean of z, from what `merge_sums` makes; NaN if the row is."""
+    p_squared = square * tl.exp2(log_sum * LOG2E * -2.0)
+    p_squared = tl.where(p_squared > 1.0, 1.0, p_squared)  # rounding makes it larger
+    mean = tl.div_rn(logit, vocab.to(tl.float32)) * inv_temperature
+    return p_squared, tl.where(log_sum != log_sum, log_sum, mean)
+
+
+@triton.jit
 def leads_row(x, label, y, c, others, length, softcap, BLOCK: tl.constexpr):
     """Whether the label's logit is the highest, of equal ones the first.
 
@@ -75,6 +84,46 @@ def leads_row(x, label, y, c, others, length, softcap, BLOCK: tl.constexpr):
         beats = (other > y) | ((other == y) & (place < label))
         beaten += tl.sum(beats.to(tl.int32), 0)
     return clear | (near & (beaten == 0))
+
+
+@triton.jit
+def read_lanes(
+    x,
+    length,
+    softcap,
+    scale,
+    ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    VECTORS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Reads a row: the statistics of its lanes, and the sums that `add_sums` makes."""
+    TILE: tl.constexpr = VECTORS * VECTOR * LANES
+    top = tl.full([LANES], -INFINITY, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
+    squares = tl.zeros([LANES], tl.float32)
+    logits = tl.zeros([LANES], tl.float32)
+    lowest = tl.zeros([LANES], tl.float32)
+    whole = length // TILE * TILE
+    for start in range(0, whole, TILE):
+        parts = load_tile(x + start, None, softcap, SOFTCAP, ALIGNED, VECTORS, LANES, VECTOR, "")
+        before = top
+        top, total, weighted = add_tile(top, total, weighted, parts, scale, ENTROPY)
+        squares, logits, lowest = add_sums(
+            before, top, squares, logits, lowest, parts, scale, ENTROPY
+        )
+    for start in range(whole, length, TILE):  # one tile that is not full, or none
+        left = length - start
+        parts = load_tile(x + start, left, softcap, SOFTCAP, ALIGNED, VECTORS, LANES, VECTOR, "")
+        before = top
+        top, total, weighted = add_tile(top, total, weighted, parts, scale, ENTROPY)
+        squares, logits, lowest = add_sums(
+            before, top, squares, logits, lowest, parts, scale, ENTROPY
+        )
+    return top, total, weighted, squares, logits, lowest
 
 
 @rows_jit
@@ -120,46 +169,15 @@ def statistics_kernel(
     y = load_kept(x, label, here).to(tl.float32)
     c = capped(y, softcap, SOFTCAP)
 
+    top, total, weighted, squares, sum_logits, lowest = read_lanes(
+        x, length, softcap, scale, ENTROPY, SOFTCAP, ALIGNED, VECTORS, LANES, VECTOR
+    )
     TILE: tl.constexpr = VECTORS * VECTOR * LANES
-    top = tl.full([LANES], -INFINITY, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    weighted = tl.zeros([LANES], tl.float32)
-    squares = tl.zeros([LANES], tl.float32)
-    sum_logits = tl.zeros([LANES], tl.float32)
-    lowest = tl.zeros([LANES], tl.float32)
-    whole = length // TILE * TILE
-    for start in range(0, whole, TILE):
-        parts = load_tile(x + start, None, softcap, SOFTCAP, ALIGNED, VECTORS, LANES, VECTOR, "")
-        before = top
-        top, total, weighted = add_tile(top, total, weighted, parts, scale, ENTROPY)
-        squares, sum_logits, lowest = add_sums(
-            before, top, squares, sum_logits, lowest, parts, scale, ENTROPY
-        )
-    for start in range(whole, length, TILE):  # one tile that is not full, or none
-        left = length - start
-        parts = load_tile(x + start, left, softcap, SOFTCAP, ALIGNED, VECTORS, LANES, VECTOR, "")
-        before = top
-        top, total, weighted = add_tile(top, total, weighted, parts, scale, ENTROPY)
-        squares, sum_logits, lowest = add_sums(
-            before, top, squares, sum_logits, lowest, parts, scale, ENTROPY
-        )
     padding = tl.cdiv(length, TILE) * TILE - length
     square, logit = merge_sums(top, squares, sum_logits, lowest, padding, scale, LANES)
-
     place = tl.where(here, label, 0).to(tl.int32)
     top, total, weighted = without_label(
-        top,
-        total,
-        weighted,
-        x,
-        place,
-        length,
-        softcap,
-        scale,
-        ENTROPY=ENTROPY,
-        SOFTCAP=SOFTCAP,
-        LANES=LANES,
-        VECTOR=VECTOR,
+        top, total, weighted, x, place, length, softcap, scale, ENTROPY, SOFTCAP, LANES, VECTOR
     )
     top, total, weighted = merge_lanes(top, total, weighted, scale, LANES, ENTROPY)
     value, row_top, log_sum, h = join_label(
@@ -170,14 +188,11 @@ def statistics_kernel(
     tl.store(stats + rows.to(tl.int64) + row, tl.where(kept, log_sum, 0.0))
     if ENTROPY:
         tl.store(entropy + row, tl.where(kept, h, 0.0))
-    is_nan = log_sum != log_sum
-    p_squared = square * tl.exp2(log_sum * LOG2E * -2.0)
-    p_squared = tl.where(p_squared > 1.0, 1.0, p_squared)  # rounding makes it larger
+    p_squared, mean = row_means(square, logit, log_sum, vocab, inv_temperature)
     tl.store(sum_p_squared + row, tl.where(kept, p_squared, 0.0))
-    mean = tl.div_rn(logit, vocab.to(tl.float32)) * inv_temperature
-    tl.store(mean_logit + row, tl.where(kept, tl.where(is_nan, log_sum, mean), 0.0))
-    leads = leads_row(x, place, y, c, top, length, softcap, TILE)
-    tl.store(is_top1 + row, (kept & leads & ~is_nan).to(tl.int8))
+    tl.store(mean_logit + row, tl.where(kept, mean, 0.0))
+    leads = leads_row(x, place, y, c, top, length, softcap, TILE) & (log_sum == log_sum)
+    tl.store(is_top1 + row, (kept & leads).to(tl.int8))
 
 
 def token_logprobs_statistics(x: Inputs) -> Outputs:

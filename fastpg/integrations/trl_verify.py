@@ -16,6 +16,7 @@ from .trl_logits import IGNORED, UTILS
 from .verifying import Case, Results, Sizes
 
 FORBIDDEN = 9
+PROMPT = 5  # one token of five is of a prompt, in the case that is timed
 SMALL = Sizes(vocab=1000, hidden=64, tokens=48)
 
 
@@ -27,6 +28,7 @@ class Head(NamedTuple):
     scale: float | None = None
     outputs: tuple[str, ...] = ("log_probs", "entropy")
     logits: bool = False  # whether the function takes logits
+    logged: bool = False  # whether the entropy is logged only, and has no gradient
 
 
 def cases(sizes: Sizes, device: str) -> Iterator[Case]:
@@ -65,11 +67,17 @@ def from_logits(sizes: Sizes, device: str) -> Iterator[Case]:
 
 
 def of_size(sizes: Sizes, device: str, head: Head) -> Iterator[Case]:
-    """The errors of a few tokens of a large vocabulary; time and memory of many."""
+    """The errors of a few tokens of a large vocabulary; time and memory of many.
+
+    The latter is what GRPO asks for: a prompt without labels, and an entropy that is logged.
+    """
     few = sizes._replace(tokens=min(sizes.tokens, 16))
     title = f"V={sizes.vocab} H={sizes.hidden}"
     yield case(f"{title}, {few.tokens} tokens", inputs(few, device), head)
-    timed = case(f"{title}, {sizes.tokens} tokens", inputs(sizes, device), head)
+    many = inputs(sizes, device)
+    if not head.logits:
+        many["labels"][: sizes.tokens // PROMPT] = IGNORED
+    timed = case(f"{title}, {sizes.tokens} tokens, as GRPO", many, head._replace(logged=True))
     yield timed._replace(exact=None)
 
 
@@ -136,6 +144,8 @@ def call_of_hidden(
     utils = import_module(UTILS)
     utils.add_fused_lm_head(model, temperature=head.temperature, outputs=head.outputs)
     found = model.forward(hidden[None], shift_labels=labels[None], fused_lm_head=True)
+    if head.logged:
+        found.entropy = found.entropy.detach()
     return [getattr(found, name) for name in OUTPUTS]
 
 
@@ -146,9 +156,11 @@ def call_of_logits(
     utils = import_module(UTILS)
     logits = (nn.functional.linear(hidden, weight, bias) / head.temperature)[None]
     logp = utils.selective_log_softmax(logits, labels[None])
-    if hasattr(utils, "entropy_from_logits"):
-        return [logp, utils.entropy_from_logits(logits), None, None, None]
-    return [logp, None, None, None, None]
+    if not hasattr(utils, "entropy_from_logits"):
+        return [logp, None, None, None, None]
+    with torch.set_grad_enabled(not head.logged):
+        entropy = utils.entropy_from_logits(logits)
+    return [logp, entropy, None, None, None]
 
 
 def exact(head: Head, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Results:

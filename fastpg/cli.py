@@ -171,24 +171,26 @@ def _build_trainer(argv: Sequence[str]) -> tuple["PPOTrainer", "str | bool"]:
     # These imports take seconds, and need the extra that `run` has checked for.
     from transformers.utils.logging import disable_progress_bar
 
-    from fastpg.tasks import reviews
+    from fastpg.tasks import reviews, rlhf
     from fastpg.trainer.config import from_mapping
     from fastpg.trainer.options import RunConfig, read_options, settings_of_run
 
     disable_progress_bar()
     given = read_options(argv, "train", RunConfig)
+    task = rlhf if given.get("rlhf") else reviews
+    preferred = task.preferred_settings(str(given.get("algorithm")))
     resume: str | bool = False
     if "resume" in given:
-        default = reviews.DEFAULTS["output_dir"] if not _is_own(given) else RunConfig.output_dir
+        default = RunConfig.output_dir if _is_own(given) else preferred["output_dir"]
         given, resume = settings_of_run(given, default)
     if _is_own(given):
         return _own_trainer(from_mapping(RunConfig, given)), resume
     # The given settings come last: they override those that the task prefers.
-    preferred = reviews.preferred_settings(str(given.get("algorithm")))
     args = from_mapping(RunConfig, preferred | given)
+    task = rlhf if args.rlhf else reviews
     title = args.resolved().algorithm.title
-    print(reviews.INTRODUCTION.format(algorithm=title), flush=True)
-    return reviews.build_trainer(args), resume
+    print(task.INTRODUCTION.format(algorithm=title), flush=True)
+    return task.build_trainer(args), resume
 
 
 def _is_own(given: dict[str, Any]) -> bool:

@@ -232,6 +232,31 @@ def supervise(
     return loss.item()
 
 
+def supervised_model(seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """Return a model that has learned the grammar, and its tokenizer.
+
+    Args:
+        seed: The seed of weights and reviews.
+    """
+    # The model is so small that threads would only wait for each other.
+    torch.set_num_threads(1)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, seed)
+    supervise(model, tokenizer, SUPERVISED_STEPS, seed)
+    return model, tokenizer
+
+
+def split_subjects(args: PPOConfig) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return prompts to train on, and `num_eval_samples` others to evaluate on.
+
+    Args:
+        args: The settings of the run.
+    """
+    prompts = [{"prompt": subject} for subject in subjects()]
+    random.Random(args.seed).shuffle(prompts)
+    return prompts[args.num_eval_samples :], prompts[: args.num_eval_samples]
+
+
 def build_trainer(args: PPOConfig) -> PPOTrainer:
     """Build the trainer of this task: make the model and teach it the grammar.
 
@@ -241,18 +266,13 @@ def build_trainer(args: PPOConfig) -> PPOTrainer:
     Returns:
         The trainer, ready for `train()`.
     """
-    # The model is so small that threads would only wait for each other.
-    torch.set_num_threads(1)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args.seed)
-    supervise(model, tokenizer, SUPERVISED_STEPS, args.seed)
-    prompts = [{"prompt": subject} for subject in subjects()]
-    random.Random(args.seed).shuffle(prompts)
+    model, tokenizer = supervised_model(args.seed)
+    train, held_out = split_subjects(args)
     return PPOTrainer(
         model,
         [praise, grammar],
         args,
-        train_dataset=prompts[args.num_eval_samples :],
-        eval_dataset=prompts[: args.num_eval_samples],
+        train_dataset=train,
+        eval_dataset=held_out,
         processing_class=tokenizer,
     )

@@ -26,6 +26,8 @@ class RunConfig(PPOConfig):
         dataset: JSONL file of prompts, one object with a "prompt" a line.
         eval_dataset: The same for evaluation. None: the first training prompts.
         reward: The rewards, each as "module:function" or the directory of a reward model.
+        task: An embedded task instead of a model, dataset and reward: "reviews".
+        rlhf: Whether the embedded task learns its reward from preference pairs first.
     """
 
     model: str | None = option(None, "directory or name of a causal language model")
@@ -37,6 +39,19 @@ class RunConfig(PPOConfig):
             "help": "module:function or the directory of a reward model; may be given several times"
         },
     )
+    task: str | None = option(
+        None, "an embedded task, 'reviews', which is what runs without a model, dataset and reward"
+    )
+    rlhf: bool = option(False, "let the embedded task learn its reward from preference pairs first")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task not in (None, "reviews"):
+            raise InputError(f"task must be reviews, not {self.task!r}.")
+        own = [name for name in ("model", "dataset", "reward") if getattr(self, name)]
+        if own and (self.task or self.rlhf):
+            embedded = "task" if self.task else "rlhf"
+            raise InputError(f"{embedded} is the embedded task, which has its own {own[0]}.")
 
 
 class _Parser(argparse.ArgumentParser):

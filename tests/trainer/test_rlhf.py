@@ -1,0 +1,73 @@
+"""The embedded task with a learned reward: its pairs, and that a policy can be trained too far."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpg.cli import main
+from fastpg.tasks import reviews, rlhf
+from fastpg.trainer import PPOConfig
+
+
+def test_the_true_reward_is_praise_in_whole_sentences():
+    completions = ["clever .", "very dull .", "clever clever .", "clever but dull ."]
+    assert rlhf.true_reward(["the plot was"] * 4, completions) == [1.0, -1.0, -1.0, 0.0]
+
+
+def test_pairs_are_ordered_by_praise_with_errors(monkeypatch):
+    tokenizer = reviews.build_tokenizer()
+    written = iter([["clever ."] * 1000, ["clever but dull ."] * 1000])
+    monkeypatch.setattr(rlhf, "_finished", lambda *_: next(written))
+    monkeypatch.setattr(rlhf, "SURENESS", 1.0)
+    pairs = rlhf.compare(reviews.build_model(tokenizer, 0), tokenizer, ["the plot was"], seed=0)
+    right = sum(pair["chosen"] == "clever ." for pair in pairs)
+    # sigmoid(1) of them; three standard deviations are 0.04.
+    assert len(pairs) == 1000 and abs(right / 1000 - 0.731) < 0.04
+
+
+@pytest.fixture
+def short_task(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reviews, "SUPERVISED_STEPS", 1)
+    monkeypatch.setattr(rlhf, "NUM_PAIRS", 40)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+
+def test_the_command_goes_through_all_stages_and_resumes(short_task, capsys):
+    assert main(["train", "--task", "reviews", "--rlhf", "--num_steps", "1"]) == 0
+    out = Path("out/reviews_rlhf")
+    assert (out / "reward_model/model/model.safetensors").exists()
+    (row,) = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert row["reward/mean"] == pytest.approx(
+        row["rewards/reward_model/mean"] - (1 - row["completions/finished"]), abs=1e-5
+    )
+    assert main(["train", "--resume", str(out), "--num_steps", "2"]) == 0
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "learned reward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--task", "review"], "task must be reviews, not 'review'."),
+        (["--rlhf", "--model", "m"], "rlhf is the embedded task, which has its own model."),
+        (["--task", "reviews", "--reward", "a:b"], "task is the embedded task, which has its own"),
+    ],
+)
+def test_the_embedded_task_is_not_mixed_with_ones_own_run(capsys, flags, sentence):
+    assert main(["train", *flags]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kl_coef", "is_good"), [(0.1, True), (0.0, False)])
+def test_without_a_kl_penalty_the_learned_reward_is_optimised_too_far(tmp_path, kl_coef, is_good):
+    settings = {**rlhf.preferred_settings("ppo"), "output_dir": str(tmp_path), "num_steps": 20}
+    threads = torch.get_num_threads()
+    trainer = rlhf.build_trainer(PPOConfig(**settings | {"kl_coef": kl_coef}))
+    after = trainer.train()
+    torch.set_num_threads(threads)
+    assert after["eval/rewards/reward_model/mean"] > 2
+    assert (after["eval/rewards/true_reward/mean"] > 0.6) == is_good

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.columns import SAMPLED, dataset_columns
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.learner import Learner
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.reward_adapters import adapted
 from fastpg.trainer.rewards import RewardFunction, accepted, load_reward, name_of
@@ -17,6 +18,9 @@ from fastpg.trainer.rollout import encode_one, eos_ids, vocabulary_size
 logger = logging.getLogger(__name__)
 
 Examples = Sequence[dict[str, Any]]
+
+_LOOKED_AT = 64  # tokens of a prompt
+_LARGEST_GAP = 1e-3  # nats, above the rounding of what is computed twice
 
 
 def check_dataset(name: str, dataset: Examples, reward_funcs: Sequence[RewardFunction]) -> None:
@@ -177,4 +181,30 @@ def check_prompts(
             len(dataset),
             name,
             args.max_prompt_length,
+        )
+
+
+def check_repeatable(learner: Learner, tokenizer: PreTrainedTokenizerBase, prompt: Any) -> None:
+    """Refuse a model that gives other log-probs each time, so that no ratio would begin at 1.
+
+    Args:
+        learner: The learner, whose model is ready for training.
+        tokenizer: The tokenizer.
+        prompt: The prompt to look at.
+
+    Raises:
+        InputError: The sentence says by how much two forwards differ.
+    """
+    longest = min(learner.args.max_prompt_length or _LOOKED_AT, _LOOKED_AT)
+    ids = encode_one(prompt, tokenizer, "A prompt")[-longest:]
+    # Behind a single token there would be nothing to predict.
+    if len(ids) == 1:
+        ids = ids * 2
+    first, second = (learner.logprobs_of(ids) for _ in range(2))
+    gap = (first - second).abs().max().item()
+    if not gap < _LARGEST_GAP:
+        raise InputError(
+            f"Two forwards of the model on the same prompt differ by {gap:.2g} nats. Something in "
+            "it is random while it trains, such as a dropout; the ratios of a policy gradient "
+            "would begin anywhere."
         )

@@ -14,23 +14,53 @@ from fastpg.algorithms import ALGORITHMS, Algorithm, AlgorithmName, GaeOptions, 
 from fastpg.trainer.files import write_text
 from fastpg.trainer.parsing import InputError, convert, convert_all, did_you_mean
 from fastpg.trainer.ranges import MixedPrecision, check_ranges
-
-
-def option(default: Any, text: str) -> Any:
-    """Declare a setting: a dataclass field with a help text.
-
-    Args:
-        default: The value of a setting that nobody gave.
-        text: The help that `HfArgumentParser` and `fastpg train --help` show.
-
-    Returns:
-        The dataclass field.
-    """
-    return field(default=default, metadata={"help": text})
+from fastpg.trainer.settings import (
+    CreditSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ScoreSettings,
+    WatchSettings,
+    option,
+)
 
 
 @dataclass
-class PPOConfig:
+class _RunSettings:
+    """The run, its rollouts, and how many optimiser steps are made on each; see `PPOConfig`."""
+
+    algorithm: AlgorithmName = field(
+        default="ppo", metadata={"help": f"one of {', '.join(ALGORITHMS)}"}
+    )
+    output_dir: str = option("out", "directory for metrics, samples, summary and model")
+    seed: int = option(0, "seed of prompts, sampling and minibatches")
+    num_steps: int = option(100, "rollouts to train on")
+    mixed_precision: MixedPrecision = field(
+        default="no", metadata={"help": "no, bf16 or fp16: the autocast dtype of the forward"}
+    )
+    trust_remote_code: bool = option(False, "run the code that comes with the model")
+    rollout_batch_size: int = option(64, "episodes per step and process")
+    num_generations: int | None = option(
+        None, "completions per prompt; by default 8 if the algorithm compares them, else 1"
+    )
+    max_prompt_length: int | None = option(
+        None, "longer prompts lose their beginning, which is counted; by default none is cut"
+    )
+    max_new_tokens: int = option(128, "tokens of a completion at most")
+    temperature: float = option(1.0, "temperature of sampling and of every log-probability")
+    num_ppo_epochs: int | None = option(
+        None, "passes over each rollout; by default 4, or 1 if the surrogate is reinforce"
+    )
+    num_mini_batches: int | None = option(
+        None, "optimiser steps per pass; by default 2, or 1 if the surrogate is reinforce"
+    )
+    micro_batch_size: int = option(16, "sequences per forward and backward")
+
+
+# The fields of the last base come first, in help and config.yaml.
+@dataclass
+class PPOConfig(
+    WatchSettings, ScoreSettings, CreditSettings, OptimizerSettings, ModelSettings, _RunSettings
+):
     """Settings of `PPOTrainer`. The names are those of TRL where it has them.
 
     A *step* is one rollout of `rollout_batch_size` episodes and the optimisation on it:
@@ -57,27 +87,16 @@ class PPOConfig:
         num_ppo_epochs: Passes over each rollout. None: 4, or 1 if the surrogate is "reinforce".
         num_mini_batches: Optimiser steps per pass. None: 2, or 1 if the surrogate is "reinforce".
         micro_batch_size: Sequences per forward and backward.
-        learning_rate: Learning rate of the policy at the first step; it decays linearly to 0.
-        value_learning_rate: The same for the value head.
-        adam_epsilon: Epsilon of AdamW.
-        max_grad_norm: The gradient is clipped to this norm.
-        gamma: Discount per token, between 0 and 1.
-        lam: Lambda of generalised advantage estimation, between 0 and 1. None: the algorithm's.
-        kl_coef: Weight of the KL penalty to the starting model, in score per nat. With 0 no copy
-            of that model is kept. None: the algorithm's.
-        cliprange: The ratio is clipped to 1 - cliprange, 1 + cliprange. None: the algorithm's.
-        cliprange_high: The upper bound is 1 + cliprange_high. None: as `cliprange`.
-        cliprange_value: Clip range of the values. None: they are not clipped.
-        vf_coef: Weight of the value loss.
-        entropy_coef: Weight of the entropy bonus.
-        missing_eos_penalty: Taken off the score of an unfinished completion.
-        reward_weights: One weight per reward function. None: all are 1.
-        eval_steps: Evaluate every so many steps. None: only at the start and the end.
-        num_eval_samples: Prompts of an evaluation.
-        num_logged_completions: Completions written to a file at each step.
-        save_steps: Write a checkpoint every so many steps, besides the start, the end and an
-            interruption. None: only then.
-        save_total_limit: Checkpoints that are kept, the newest. None: all.
+        learning_rate, value_learning_rate, lr_scheduler_type, warmup_steps, weight_decay,
+            adam_epsilon, max_grad_norm: See `OptimizerSettings`.
+        dtype, gradient_checkpointing, lora_rank, lora_alpha, lora_target_modules: See
+            `ModelSettings`.
+        gamma, lam, kl_coef, adaptive_kl_target, adaptive_kl_horizon, target_kl, cliprange,
+            cliprange_high, cliprange_value, vf_coef, entropy_coef: See `CreditSettings`.
+        reward_weights, reward_clip, missing_eos_penalty, whiten_rewards,
+            mask_truncated_completions, bootstrap_truncated: See `ScoreSettings`.
+        eval_steps, num_eval_samples, save_best_model, num_logged_completions, save_steps,
+            save_total_limit: See `WatchSettings`.
 
     Raises:
         InputError: A value has the wrong type, is out of range or means nothing to the algorithm.
@@ -90,84 +109,13 @@ class PPOConfig:
         (None, 8)
     """
 
-    # These settings name the run.
-    algorithm: AlgorithmName = field(
-        default="ppo", metadata={"help": f"one of {', '.join(ALGORITHMS)}"}
-    )
-    output_dir: str = option("out", "directory for metrics, samples, summary and model")
-    seed: int = option(0, "seed of prompts, sampling and minibatches")
-    num_steps: int = option(100, "rollouts to train on")
-    mixed_precision: MixedPrecision = field(
-        default="no", metadata={"help": "no, bf16 or fp16: the autocast dtype of the forward"}
-    )
-    trust_remote_code: bool = option(False, "run the code that comes with the model")
-
-    # These settings are about sampling. `HfArgumentParser` and `fastpg train --help` list settings
-    # in this order.
-    rollout_batch_size: int = option(64, "episodes per step and process")
-    num_generations: int | None = option(
-        None, "completions per prompt; by default 8 if the algorithm compares them, else 1"
-    )
-    max_prompt_length: int | None = option(
-        None, "longer prompts lose their beginning, which is counted; by default none is cut"
-    )
-    max_new_tokens: int = option(128, "tokens of a completion at most")
-    temperature: float = option(1.0, "temperature of sampling and of every log-probability")
-
-    # These settings are about the optimiser.
-    num_ppo_epochs: int | None = option(
-        None, "passes over each rollout; by default 4, or 1 if the surrogate is reinforce"
-    )
-    num_mini_batches: int | None = option(
-        None, "optimiser steps per pass; by default 2, or 1 if the surrogate is reinforce"
-    )
-    micro_batch_size: int = option(16, "sequences per forward and backward")
-    learning_rate: float = option(
-        1e-6, "learning rate of the policy at the first step; decays linearly to 0"
-    )
-    value_learning_rate: float = option(1e-3, "learning rate of the value head, likewise")
-    adam_epsilon: float = option(1e-5, "epsilon of AdamW")
-    max_grad_norm: float = option(1.0, "the gradient is clipped to this norm")
-
-    # These settings are about credit and loss.
-    gamma: float = option(1.0, "discount per token")
-    lam: float | None = option(
-        None, "lambda of generalised advantage estimation; by default the algorithm's"
-    )
-    kl_coef: float | None = option(
-        None,
-        "weight of the KL penalty to the starting model, of which no copy is kept if it is 0; by "
-        "default the algorithm's",
-    )
-    cliprange: float | None = option(
-        None, "the ratio is clipped to 1 - cliprange, 1 + cliprange; by default the algorithm's"
-    )
-    cliprange_high: float | None = option(None, "1 + cliprange_high, if the two sides differ")
-    cliprange_value: float | None = option(None, "clip range of the values; none by default")
-    vf_coef: float = option(0.1, "weight of the value loss")
-    entropy_coef: float = option(0.0, "weight of the entropy bonus")
-    missing_eos_penalty: float = option(0.0, "taken off the score of an unfinished completion")
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "one weight per reward function; all are 1 by default"}
-    )
-
-    # These settings are about what is watched.
-    eval_steps: int | None = option(None, "evaluate every so many steps, besides start and end")
-    num_eval_samples: int = option(64, "prompts of an evaluation")
-    num_logged_completions: int = option(8, "completions written to a file at each step")
-
-    # These settings are about what is kept.
-    save_steps: int | None = option(
-        50, "write a checkpoint every so many steps, besides start, end and interruption"
-    )
-    save_total_limit: int | None = option(2, "checkpoints that are kept, the newest; none: all")
-
     def __post_init__(self) -> None:
         # HfArgumentParser and plain Python give values of any type, so they are converted here too.
         convert_all(self)
         # The order matters: resolving, for the sizes, needs a known algorithm and legal values.
         self._check_algorithm()
         check_ranges(self)
+        self._check_companions()
         self._check_sizes()
 
     def _check_algorithm(self) -> None:
@@ -183,11 +131,19 @@ class PPOConfig:
             raise InputError(f"cliprange means nothing to algorithm={self.algorithm}.")
         if algorithm.critic:
             return
-        for name in ("lam", "cliprange_value"):
-            if getattr(self, name) is not None:
+        for name in ("lam", "cliprange_value", "bootstrap_truncated"):
+            if getattr(self, name) not in (None, False):
                 raise InputError(
                     f"{name} needs a critic, which algorithm={self.algorithm} has not."
                 )
+
+    def _check_companions(self) -> None:
+        """Refuse a setting that means nothing without another."""
+        for name in ("lora_alpha", "lora_target_modules"):
+            if getattr(self, name) is not None and self.lora_rank is None:
+                raise InputError(f"{name} means nothing without lora_rank.")
+        if self.adaptive_kl_target is not None and self.resolved().algorithm.kl_coef == 0:
+            raise InputError("adaptive_kl_target needs a kl_coef to begin with, above 0.")
 
     def _check_sizes(self) -> None:
         """Refuse sizes that do not fit together."""

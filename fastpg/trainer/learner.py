@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import fastpg
 from fastpg.integrations.peft import UnknownHead
+from fastpg.trainer.adapters import WithoutAdapter
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.head import HeadTransform, completion_logprobs, find_head
 from fastpg.trainer.models import (
@@ -25,6 +26,7 @@ from fastpg.trainer.models import (
     PolicyWithValue,
     logprobs_through,
     loss_through,
+    reference_logprobs_through,
 )
 from fastpg.trainer.objective import Objective, Targets
 from fastpg.trainer.packable import CannotPack, find_packing
@@ -91,7 +93,7 @@ class Learner:
 
     accelerator: Accelerator
     model: nn.Module
-    reference: PreTrainedModel | None
+    reference: PreTrainedModel | WithoutAdapter | None
     optimizer: torch.optim.Optimizer
     args: PPOConfig
 
@@ -288,7 +290,11 @@ class Learner:
         batch = self._batch(experience.rollout)
         return loss_through(self.model, batch, targets, self.objective)
 
-    def _reference_logp(self, reference: PreTrainedModel, batch: CompletionBatch) -> Tensor:
+    def _reference_logp(
+        self, reference: PreTrainedModel | WithoutAdapter, batch: CompletionBatch
+    ) -> Tensor:
+        if isinstance(reference, WithoutAdapter):
+            return reference_logprobs_through(self.model, batch)
         # The reference is not prepared, so nothing else puts its forward under autocast.
         with self.accelerator.autocast():
             logp, _, _ = completion_logprobs(
@@ -301,6 +307,17 @@ class Learner:
                 batch.packing,
             )
         return logp
+
+    def logprobs_of(self, ids: Sequence[int]) -> Tensor:
+        """Return the log-probs of the tokens after the first, as in training: float32 [1, T]."""
+        tokens = torch.tensor([list(ids)], device=self.accelerator.device)
+        rollout = Rollout(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            mask=torch.ones_like(tokens[:, 1:], dtype=torch.bool),
+            finished=torch.ones(1, dtype=torch.bool, device=tokens.device),
+        )
+        return logprobs_through(self.model, self._batch(rollout)).logp.detach()
 
     def _batch(self, rollout: Rollout) -> CompletionBatch:
         # The head and the temperature go along, so that old, new and reference log-probs cannot be

@@ -1,5 +1,6 @@
 """Models and tokenizers from files: what cannot be used is refused in one sentence."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from fastpg.trainer.parsing import InputError
+from fastpg.trainer.ranges import Dtype
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,28 +30,46 @@ TOKENIZER_FILES = (
 """A directory with a tokenizer has one of these."""
 
 
-def load_policy(model: str | PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a causal language model in float32.
+def load_policy(
+    model: str | PreTrainedModel, trust_remote_code: bool, dtype: Dtype | None = None
+) -> tuple[PreTrainedModel, torch.dtype | None]:
+    """Load a causal language model.
 
     Args:
-        model: A directory or name for `from_pretrained`. A module is returned as it is.
+        model: A directory or name for `from_pretrained`. A module is returned as it is, but for
+            its dtype.
         trust_remote_code: Whether code that comes with the model may run.
+        dtype: The dtype of the weights. None: float32 for a model from files.
 
     Returns:
-        The model.
+        The model, and the dtype that it is to be saved in: that of the files, unless a `dtype` is
+        given. None: the one that it has.
 
     Raises:
         InputError: There is no such model, or its files are damaged, lack weights or are those of
             a reward model.
     """
     if not isinstance(model, str):
-        return model
+        if dtype is not None:
+            # The type of `to` wants a module for self, which transformers' decorators hide.
+            module: Any = model
+            module.to(getattr(torch, dtype))
+        return model, None
     what = "a causal language model"
-    policy, loading = _load(AutoModelForCausalLM, what, model, trust_remote_code)
+    weights = getattr(torch, dtype or "float32")
+    policy, loading = _load(AutoModelForCausalLM, what, model, trust_remote_code, weights)
     if any(name.startswith("score.") for name in loading["unexpected_keys"]):
         raise InputError(f"Cannot load {what} from {model!r}: it holds a reward model.")
     _refuse_made_up(what, model, loading, allowed=set())
-    return policy
+    return policy, None if dtype else _dtype_of_files(model)
+
+
+def _dtype_of_files(model: str) -> torch.dtype | None:
+    """Return the dtype that the config of a model names, if it names one."""
+    config, _ = PreTrainedConfig.get_config_dict(model)
+    # Older configs have the second name.
+    name = config.get("dtype") or config.get("torch_dtype")
+    return getattr(torch, name) if name else None
 
 
 def load_scorer(model: str, trust_remote_code: bool, new_head: bool) -> PreTrainedModel:
@@ -70,7 +91,7 @@ def load_scorer(model: str, trust_remote_code: bool, new_head: bool) -> PreTrain
     what = "a reward model"
     options = {"num_labels": 1} if new_head else {}
     scorer, loading = _load(
-        AutoModelForSequenceClassification, what, model, trust_remote_code, **options
+        AutoModelForSequenceClassification, what, model, trust_remote_code, torch.float32, **options
     )
     if scorer.config.num_labels != 1:
         raise InputError(
@@ -82,7 +103,12 @@ def load_scorer(model: str, trust_remote_code: bool, new_head: bool) -> PreTrain
 
 
 def _load(
-    auto_class: Any, what: str, model: str, trust_remote_code: bool, **options: Any
+    auto_class: Any,
+    what: str,
+    model: str,
+    trust_remote_code: bool,
+    dtype: torch.dtype,
+    **options: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a model, and what transformers says of its weights. Errors say `what` it should be."""
     sentence = f"Cannot load {what} from {model!r}"
@@ -94,7 +120,7 @@ def _load(
     with as_input_error(sentence):
         return auto_class.from_pretrained(
             model,
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
@@ -147,3 +173,30 @@ def as_input_error(sentence: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own, which only trust_remote_code lets run."
         raise InputError(f"{sentence}: {reason}") from error
+
+
+def save_policy(policy: PreTrainedModel, directory: Path, dtype: torch.dtype | None) -> None:
+    """Write a model for `from_pretrained`.
+
+    Args:
+        policy: The model.
+        directory: Where its files go.
+        dtype: The dtype of the weights in the files. None: the one that they have.
+    """
+    if dtype is None or dtype == policy.dtype:
+        policy.save_pretrained(directory)
+        return
+    # Tied weights stay one tensor, which is written once.
+    copies: dict[int, torch.Tensor] = {}
+    state = {}
+    for name, weight in policy.state_dict().items():
+        copy = copies.setdefault(weight.data_ptr(), weight)
+        if copy is weight and weight.is_floating_point():
+            copy = copies[weight.data_ptr()] = weight.to(dtype)
+        state[name] = copy
+    policy.save_pretrained(directory, state_dict=state)
+    # The config tells the dtype of the model, not that of the files.
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -3,12 +3,12 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import fastpg
 from fastpg.trainer.head import HeadTransform, completion_logprobs, completion_loss
@@ -51,6 +51,13 @@ class LossRequest:
         self.batch = batch
         self.targets = targets
         self.objective = objective
+
+
+class ReferenceRequest:
+    """Asks `PolicyWithValue.forward` for log-probs without the adapter of the policy."""
+
+    def __init__(self, batch: CompletionBatch) -> None:
+        self.batch = batch
 
 
 class CompletionLogprobs(NamedTuple):
@@ -143,11 +150,16 @@ class PolicyWithValue(nn.Module):
     # the unwrapped module would skip them all, so both methods are reached through here. The
     # functions `logprobs_through` and `loss_through` give the results their types back.
     def forward(
-        self, request: CompletionBatch | LossRequest
+        self, request: CompletionBatch | LossRequest | ReferenceRequest
     ) -> CompletionLogprobs | CompletionLoss:
         """Answer a request: `logprobs` of a batch alone, `loss` of a `LossRequest`."""
         if isinstance(request, LossRequest):
             return self.loss(request.batch, request.targets, request.objective)
+        if isinstance(request, ReferenceRequest):
+            # Only peft's models have this method.
+            policy: Any = self.policy
+            with policy.disable_adapter():
+                return self.logprobs(request.batch)
         return self.logprobs(request)
 
     def _values(self, hidden: Tensor) -> Tensor | None:
@@ -170,6 +182,19 @@ def logprobs_through(wrapped: nn.Module, batch: CompletionBatch) -> CompletionLo
         The result of `PolicyWithValue.logprobs`.
     """
     return wrapped(batch)
+
+
+def reference_logprobs_through(wrapped: nn.Module, batch: CompletionBatch) -> Tensor:
+    """Compute log-probs of a policy without its adapter, through what wraps the module.
+
+    Args:
+        wrapped: A `PolicyWithValue`, or the DDP or FSDP module around one.
+        batch: The completions.
+
+    Returns:
+        The log-probs, float32 [B, T].
+    """
+    return wrapped(ReferenceRequest(batch)).logp
 
 
 def loss_through(
@@ -217,6 +242,18 @@ def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
     return reference.eval()
 
 
+def enable_checkpointing(policy: PreTrainedModel) -> None:
+    """Let the layers of a model be computed again in backward.
+
+    Args:
+        policy: The model, changed in place.
+    """
+    # transformers 5.23 has given the method another name, and warns of the first one.
+    newer = getattr(policy, "activation_checkpointing_enable", None)
+    enable = newer or policy.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def disable_dropout(policy: PreTrainedModel) -> None:
     """Put a model in evaluation mode but let gradient checkpointing work.
 
@@ -224,7 +261,7 @@ def disable_dropout(policy: PreTrainedModel) -> None:
     longer 1.
 
     Args:
-        policy: The model, changed in place.
+        policy: The model, changed in place. The config that is saved with it stays as it is.
     """
     policy.eval()
     for module in policy.modules():
@@ -233,10 +270,16 @@ def disable_dropout(policy: PreTrainedModel) -> None:
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
             _zero_rates(module)
+            if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                module.config = copy.copy(module.config)
+                _zero_rates(module.config)
 
 
-def _zero_rates(module: nn.Module) -> None:
-    """Set the rates that a layer hands to a functional dropout to 0."""
-    for name in ("dropout", "activation_dropout", "attention_dropout", "hidden_dropout"):
-        if isinstance(getattr(module, name, None), float):
-            setattr(module, name, 0.0)
+def _zero_rates(holder: Any) -> None:
+    """Set every rate of a dropout or of skipped layers to 0.
+
+    They have names such as hidden_dropout, resid_pdrop, embd_pdrop and layerdrop.
+    """
+    for name, value in list(vars(holder).items()):
+        if "drop" in name.lower() and isinstance(value, float):
+            setattr(holder, name, 0.0)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastpg.trainer.config import PPOConfig, option
+from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.parsing import InputError, did_you_mean, load_yaml
+from fastpg.trainer.settings import option
 
 DESCRIPTIONS = {
     "train": "Train a policy. Flags override the settings of the config file.",

@@ -143,7 +143,8 @@ def _numbers(value: Any) -> list[float]:
 
 def _texts(value: Any) -> list[str]:
     elements = value if isinstance(value, list | tuple) else [value]
-    return [_text(element) for element in elements]
+    # None of these texts has a comma of its own: `--lora_target_modules q_proj,v_proj`.
+    return [text.strip() for element in elements for text in _text(element).split(",")]
 
 
 class _Parser(NamedTuple):

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from fastpg.trainer.parsing import InputError
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+LearningRateSchedule = Literal["linear", "cosine", "constant"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ RANGES = (
             "save_total_limit",
             "num_epochs",
             "batch_size",
+            "lora_rank",
+            "lora_alpha",
+            "adaptive_kl_target",
+            "adaptive_kl_horizon",
+            "target_kl",
+            "reward_clip",
         ),
     ),
     Range(
@@ -57,6 +65,8 @@ RANGES = (
             "vf_coef",
             "num_logged_completions",
             "missing_eos_penalty",
+            "warmup_steps",
+            "weight_decay",
         ),
     ),
     Range("between 0 and 1", lambda value: 0 <= value <= 1, ("gamma", "lam")),
@@ -67,6 +77,16 @@ RANGES = (
         "no, bf16 or fp16",
         lambda value: value in typing.get_args(MixedPrecision),
         ("mixed_precision",),
+    ),
+    Range(
+        "float32, bfloat16 or float16",
+        lambda value: value in typing.get_args(Dtype),
+        ("dtype",),
+    ),
+    Range(
+        "linear, cosine or constant",
+        lambda value: value in typing.get_args(LearningRateSchedule),
+        ("lr_scheduler_type",),
     ),
 )
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import fastpg
-from fastpg.trainer.config import option, save_config
+from fastpg.trainer.config import save_config
 from fastpg.trainer.engine import make_accelerator
 from fastpg.trainer.files import only_writer, write_model, write_text
 from fastpg.trainer.loading import load_scorer, load_tokenizer
@@ -30,6 +30,7 @@ from fastpg.trainer.parsing import InputError, convert_all
 from fastpg.trainer.ranges import MixedPrecision, check_ranges
 from fastpg.trainer.reward_model import RewardModel
 from fastpg.trainer.reward_report import Judgement
+from fastpg.trainer.settings import option
 from fastpg.trainer.signals import Interrupted, StopSignals
 
 LINES = 20  # that are shown of a training

@@ -13,16 +13,29 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from fastpg.trainer.adapters import WithoutAdapter, with_adapter
 from fastpg.trainer.checkpoint import Checkpoint, load_checkpoint
-from fastpg.trainer.checks import check_dataset, check_policy, check_prompts, checked_rewards
+from fastpg.trainer.checks import (
+    check_dataset,
+    check_policy,
+    check_prompts,
+    check_repeatable,
+    checked_rewards,
+)
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.engine import make_accelerator
 from fastpg.trainer.episodes import Episodes, score_rollout
 from fastpg.trainer.files import write_model
 from fastpg.trainer.learner import Learner
-from fastpg.trainer.loading import load_policy, load_tokenizer
+from fastpg.trainer.loading import load_policy, load_tokenizer, save_policy
 from fastpg.trainer.logging import RunLog, Stopwatch
-from fastpg.trainer.models import VALUE_HEAD, PolicyWithValue, disable_dropout, frozen_copy
+from fastpg.trainer.models import (
+    VALUE_HEAD,
+    PolicyWithValue,
+    disable_dropout,
+    enable_checkpointing,
+    frozen_copy,
+)
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.prompts import Example, prompt_loader
 from fastpg.trainer.reward_model import RewardModel
@@ -39,6 +52,8 @@ from fastpg.trainer.state import (
 
 Dataset = Sequence[Example]
 """Dicts with a "prompt", text or chat messages, and any other columns."""
+
+Reference = PreTrainedModel | WithoutAdapter
 
 
 class PPOTrainer:
@@ -97,7 +112,7 @@ class PPOTrainer:
             datasets["eval"] = eval_dataset
         for name, dataset in datasets.items():
             check_dataset(name, dataset, self.reward_funcs)
-        policy = load_policy(model, self.args.trust_remote_code)
+        policy, self.saved_dtype = load_policy(model, self.args.trust_remote_code, self.args.dtype)
         check_policy(policy)
         self.tokenizer = processing_class or load_tokenizer(policy, self.args.trust_remote_code)
         for name, dataset in datasets.items():
@@ -107,15 +122,26 @@ class PPOTrainer:
         for reward in self.reward_funcs:
             if isinstance(reward, RewardModel):
                 reward.to(self.accelerator.device)
-        # Without a penalty nothing reads the reference, and its memory is saved.
-        algorithm = self.resolved.algorithm
-        reference = None
-        if algorithm.kl_coef > 0:
-            reference = frozen_copy(policy).to(self.accelerator.device)
+        policy, reference = self._adapt(policy)
+        if self.args.gradient_checkpointing:
+            enable_checkpointing(policy)
         disable_dropout(policy)
-        self._prepare(PolicyWithValue(policy, critic=algorithm.critic), reference)
+        model_with_value = PolicyWithValue(policy, critic=self.resolved.algorithm.critic)
+        self._prepare(model_with_value, reference)
+        check_repeatable(self.learner, self.tokenizer, self.train_dataset[0]["prompt"])
 
-    def _prepare(self, model: PolicyWithValue, reference: PreTrainedModel | None) -> None:
+    def _adapt(self, policy: PreTrainedModel) -> tuple[PreTrainedModel, Reference | None]:
+        """Return the policy, with an adapter if that is to be trained, and its reference."""
+        # Without a penalty nothing reads the reference, and its memory is saved.
+        has_reference = self.resolved.algorithm.kl_coef > 0
+        if self.args.lora_rank is not None:
+            # The files of an adapter hold its own weights, which are in float32.
+            self.saved_dtype = None
+            return with_adapter(policy, self.args), WithoutAdapter() if has_reference else None
+        reference = frozen_copy(policy).to(self.accelerator.device) if has_reference else None
+        return policy, reference
+
+    def _prepare(self, model: PolicyWithValue, reference: Reference | None) -> None:
         """Make the optimiser, its schedule, the loader of prompts and the learner."""
         args = self.args
         parameters = [{"params": model.policy.parameters(), "lr": args.learning_rate}]
@@ -149,7 +175,9 @@ class PPOTrainer:
                 "list of reward functions": " ".join(map(name_of, self.reward_funcs)),
                 "dataset": fingerprint_of_prompts(prompts),
                 # Weights that are trained come from a checkpoint; the reference has to be the same.
-                "starting model": fingerprint_of_model(model.policy, all_weights=bool(reference)),
+                "starting model": fingerprint_of_model(
+                    model.policy, all_weights=isinstance(reference, PreTrainedModel)
+                ),
             },
         )
 
@@ -257,7 +285,7 @@ class PPOTrainer:
 
     def _write_model(self, directory: Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        model.policy.save_pretrained(directory)
+        save_policy(model.policy, directory, self.saved_dtype)
         self.tokenizer.save_pretrained(directory)
         if model.value_head is not None:
             save_file(model.value_head.state_dict(), directory / VALUE_HEAD)

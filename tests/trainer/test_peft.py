@@ -132,7 +132,7 @@ def test_an_adapter_that_was_loaded_for_inference_is_refused(tmp_path):
     get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(
         tmp_path / "adapter"
     )
-    policy = load_policy(str(tmp_path / "adapter"), trust_remote_code=False)
+    policy, _ = load_policy(str(tmp_path / "adapter"), trust_remote_code=False)
     with pytest.raises(InputError, match=r"No weight of the model can be trained.* adapter"):
         make_trainer(tmp_path / "run", model=policy)
 

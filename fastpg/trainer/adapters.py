@@ -1,0 +1,60 @@
+"""LoRA through peft: what is trained, and the reference that it leaves untouched."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.parsing import InputError
+
+
+class WithoutAdapter:
+    """The reference of a policy whose adapter is new: the policy itself, without the adapter."""
+
+
+def with_adapter(policy: PreTrainedModel, args: PPOConfig) -> PreTrainedModel:
+    """Wrap a model in a new LoRA adapter, which is all that is trained then.
+
+    Args:
+        policy: The model, changed in place.
+        args: The settings, for `lora_rank` and what belongs to it, and the seed.
+
+    Returns:
+        What peft makes of the model. At first it computes what the model did.
+
+    Raises:
+        InputError: peft is not installed, or the model lacks the layers.
+    """
+    try:
+        from peft import LoraConfig, PeftModel, get_peft_model
+    except ImportError:
+        raise InputError("lora_rank needs peft: pip install peft.") from None
+    if isinstance(policy, PeftModel):
+        raise InputError("lora_rank makes a new adapter, but the model has one already.")
+    assert args.lora_rank is not None
+    # peft divides the one by the other, so any number will do.
+    alpha: Any = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=alpha,
+        target_modules=args.lora_target_modules or "all-linear",
+        # With dropout the first ratio would not be 1.
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        # Half of an adapter is random. Nothing else shall draw other numbers for that.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            # It passes on what the model has, which its type does not say.
+            adapted: Any = get_peft_model(policy, config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"The model cannot be given an adapter: {reason}") from None
+    # What loads the adapter looks for its base by this name, from whatever directory.
+    if policy.name_or_path and Path(policy.name_or_path).is_dir():
+        base = str(Path(policy.name_or_path).resolve())
+        adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted

@@ -131,6 +131,7 @@ class Algorithm:
         group: Tensor | None = None,
         values: Tensor | None = None,
         kl: Tensor | None = None,
+        bootstrap: Tensor | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Turn the scores of a batch of episodes into credit for each token.
@@ -142,6 +143,8 @@ class Algorithm:
                 `center` need it.
             values: [B, T], the values of a critic. Algorithms with a critic need them.
             kl: [B, T], k1 in nats. Needed where the penalty comes off rewards or scores.
+            bootstrap: [B], the value of what would follow an episode that was cut short, 0 of
+                others. None: 0.
             process_group: Whitening is over all ranks of this group.
 
         Returns:
@@ -162,7 +165,9 @@ class Algorithm:
             rewards = token_rewards(scores, mask, kl=kl, kl_coef=self.kl_coef)
         else:
             rewards = token_rewards(scores, mask)
-        advantages, returns = gae(rewards, values if self.critic else None, mask, **self.gae)
+        advantages, returns = gae(
+            rewards, values if self.critic else None, mask, bootstrap=bootstrap, **self.gae
+        )
         if self.whiten:
             advantages = whiten(advantages, mask, process_group=process_group)
         return advantages, returns

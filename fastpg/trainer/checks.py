@@ -155,7 +155,9 @@ def check_prompts(
     size = vocabulary_size(policy)
     config: Any = policy.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    room = None if positions is None else positions - args.max_new_tokens
+    # The value of what would follow an unfinished completion takes one more position.
+    new_tokens = args.max_new_tokens + (1 if args.bootstrap_truncated else 0)
+    room = None if positions is None else positions - new_tokens
     cut = 0
     for i in range(len(dataset)):
         ids = encode_one(dataset[i]["prompt"], tokenizer, f"The prompt of {name} example {i}")

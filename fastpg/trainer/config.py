@@ -144,6 +144,11 @@ class PPOConfig(
                 raise InputError(f"{name} means nothing without lora_rank.")
         if self.adaptive_kl_target is not None and self.resolved().algorithm.kl_coef == 0:
             raise InputError("adaptive_kl_target needs a kl_coef to begin with, above 0.")
+        if self.rollout_batch_size > self.adaptive_kl_horizon:
+            raise InputError(
+                f"adaptive_kl_horizon={self.adaptive_kl_horizon:g} is less than "
+                f"rollout_batch_size={self.rollout_batch_size}."
+            )
 
     def _check_sizes(self) -> None:
         """Refuse sizes that do not fit together."""

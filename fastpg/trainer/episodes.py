@@ -138,7 +138,7 @@ def score_rollout(
         examples: The B dicts of the dataset that they began with.
         reward_funcs: The reward functions.
         tokenizer: The tokenizer that decodes the completions.
-        args: The settings, for `reward_weights` and `missing_eos_penalty`.
+        args: The settings, for `reward_weights`, `reward_clip` and `missing_eos_penalty`.
 
     Returns:
         The scored episodes.
@@ -159,6 +159,8 @@ def score_rollout(
     finished = rollout.finished.float().cpu()
     # A reward that does not apply to a completion adds nothing to its score.
     weighted = weights @ torch.stack(list(rewards.values())).nan_to_num(nan=0.0)
+    if args.reward_clip is not None:
+        weighted = weighted.clamp(-args.reward_clip, args.reward_clip)
     return Episodes(
         prompts=[example["prompt"] for example in examples],
         completions=texts,

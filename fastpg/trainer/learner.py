@@ -4,9 +4,8 @@ The maths is in the ops; `fastpg.algorithms` says which of them are called, and 
 """
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ import fastpg
 from fastpg.integrations.peft import UnknownHead
 from fastpg.trainer.adapters import WithoutAdapter
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.experience import Experience
 from fastpg.trainer.head import HeadTransform, completion_logprobs, find_head
 from fastpg.trainer.models import (
     CompletionBatch,
@@ -32,51 +32,9 @@ from fastpg.trainer.objective import Objective, Targets
 from fastpg.trainer.packable import CannotPack, find_packing
 from fastpg.trainer.packing import Packing
 from fastpg.trainer.rollout import Rollout
+from fastpg.trainer.steps import Step, step_metrics
 
 logger = get_logger(__name__)
-
-Stats = fastpg.PolicyStats | fastpg.ValueStats
-
-
-@dataclass(frozen=True)
-class Experience:
-    """A rollout with the data of its updates: a number for each token, float32 [B, T].
-
-    Args:
-        rollout: The B episodes.
-        logp: Log-probs before the first update. None: that of the update itself, whose ratio is 1.
-        values: Values before the first update, if there is a critic.
-        ref_logp: Log-probs under the reference, if there is one.
-        advantages: The credit of each token.
-        returns: The targets of the values.
-    """
-
-    rollout: Rollout
-    logp: Tensor | None
-    values: Tensor | None
-    ref_logp: Tensor | None
-    advantages: Tensor
-    returns: Tensor
-
-    def __getitem__(self, rows: Tensor) -> "Experience":
-        """Return the episodes `rows`, int64 [n], in that order."""
-        return Experience(
-            rollout=self.rollout[rows],
-            logp=None if self.logp is None else self.logp[rows],
-            values=None if self.values is None else self.values[rows],
-            ref_logp=None if self.ref_logp is None else self.ref_logp[rows],
-            advantages=self.advantages[rows],
-            returns=self.returns[rows],
-        )
-
-
-class Step(NamedTuple):
-    """One optimiser step: the statistics of its parts, and the norm of its gradient."""
-
-    policy_stats: list[fastpg.PolicyStats]
-    value_stats: list[fastpg.ValueStats]  # empty without a critic
-    kl: Tensor  # 0-d, the sum of k1 to the reference; 0 without one
-    grad_norm: Tensor  # 0-d, before clipping
 
 
 @dataclass
@@ -108,6 +66,13 @@ class Learner:
         )
         self.head = self._find_head()
         self.packing = self._find_packing()
+        self.kl_controller: fastpg.AdaptiveKL | None = None
+        if self.args.adaptive_kl_target is not None:
+            self.kl_controller = fastpg.AdaptiveKL(
+                self.algorithm.kl_coef,
+                self.args.adaptive_kl_target,
+                self.args.adaptive_kl_horizon,
+            )
 
     def _find_head(self) -> HeadTransform | None:
         """Return how the model makes logits; None, with a warning, if that is not understood."""
@@ -147,31 +112,59 @@ class Learner:
         Returns:
             The experience, and metrics of it over all processes.
         """
-        mask = rollout.mask
+        mask, scores = rollout.mask, scores.to(rollout.mask.device)
         logp, values, ref_logp = self._before_update(rollout)
+        metrics = {}
         # In the reward, k1 gives the gradient of the KL itself; k3 would give another.
         kl = None
         if logp is not None and ref_logp is not None:
             kl = fastpg.kl_estimate(logp, ref_logp, kind="k1")
+            # This is the KL of whole completions, in nats: a sum over tokens, a mean over episodes.
+            metrics["objective/kl"] = self.accelerator.reduce(kl.sum(-1).mean(), "mean").item()
+        if self.kl_controller is not None:
+            metrics["objective/kl_coef"] = self._adapt_penalty(metrics["objective/kl"], len(mask))
+        if self.args.whiten_rewards:
+            scores = fastpg.whiten(
+                scores, torch.ones_like(scores), process_group=self._process_group
+            )
         # The loader puts the completions of a prompt one after the other.
         group = torch.arange(len(mask), device=mask.device) // self.resolved.num_generations
         advantages, returns = self.algorithm.advantages(
-            scores.to(mask.device),
+            scores,
             mask,
             group=group,
             values=values,
             kl=kl,
+            bootstrap=self._values_after(rollout) if self.args.bootstrap_truncated else None,
             process_group=self._process_group,
         )
-        metrics = {}
-        if kl is not None:
-            # This is the KL of whole completions, in nats: a sum over tokens, a mean over episodes.
-            metrics["objective/kl"] = self.accelerator.reduce(kl.sum(-1).mean(), "mean").item()
         if values is not None:
             # These values were not yet fitted to the returns, so this says how well they foresee.
             _, stats = fastpg.value_loss(values, returns, fastpg.token_weights(mask))
             metrics["value/explained_variance"] = self._merge([stats])["explained_variance"]
         return Experience(rollout, logp, values, ref_logp, advantages, returns), metrics
+
+    def _adapt_penalty(self, kl: float, count: int) -> float:
+        """Put the coefficient of the controller to use, and move it on for the next rollout."""
+        assert self.kl_controller is not None
+        coefficient = self.kl_controller.value
+        self.algorithm = replace(self.algorithm, kl_coef=coefficient)
+        self.objective = replace(self.objective, algorithm=self.algorithm)
+        episodes = count * self.accelerator.num_processes
+        self.kl_controller.update(kl, int(min(episodes, self.kl_controller.horizon)))
+        return coefficient
+
+    def _values_after(self, rollout: Rollout) -> Tensor:
+        """Return the values of what would follow unfinished episodes; 0 of others, float32 [B]."""
+        # The value of one more token is that of the state before it. Finished episodes have a
+        # forward too: processes that share a model must make the same number of them.
+        longer = rollout.lengthened()
+        values = [
+            logprobs_through(self.model, self._batch(longer[rows])).values
+            for rows in torch.arange(len(rollout.mask)).split(self.args.micro_batch_size)
+        ]
+        after = torch.cat([value[:, -1] for value in values if value is not None])
+        return after.where(~rollout.finished, 0.0)
 
     def _before_update(
         self, rollout: Rollout
@@ -197,7 +190,8 @@ class Learner:
         """Whether log-probs are needed before the update, or values, which come with them."""
         steps = self.resolved.num_ppo_epochs * self.resolved.num_mini_batches
         kl_is_credit = self.reference is not None and self.algorithm.kl != "loss"
-        return steps > 1 or self.algorithm.critic or kl_is_credit
+        adapts = self.kl_controller is not None
+        return steps > 1 or self.algorithm.critic or kl_is_credit or adapts
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Make `num_ppo_epochs` passes of `num_mini_batches` optimiser steps each.
@@ -211,34 +205,31 @@ class Learner:
         """
         count = len(experience.rollout.mask)
         steps: list[Step] = []
-        for epoch in range(self.resolved.num_ppo_epochs):
-            # A rollout is in random order already; the first pass keeps the order in which
-            # `experience` computed the old log-probs.
-            order = torch.arange(count) if epoch == 0 else torch.randperm(count)
-            for rows in self._minibatches(order):
-                steps.append(self._step(experience, rows))
-        metrics = self._metrics(steps)
+        for rows in self._passes(count):
+            steps.append(self._step(experience, rows))
+            if self._has_moved_far(steps[-1]):
+                break
+        metrics = step_metrics(steps, self._process_group)
+        if self.args.target_kl is not None:
+            metrics["policy/optimizer_steps"] = float(len(steps))
         if experience.logp is None and self.reference is not None:
             metrics["objective/kl"] = self.accelerator.reduce(steps[0].kl / count, "mean").item()
         return metrics
 
-    def _metrics(self, steps: list[Step]) -> dict[str, float]:
-        """Merge the statistics of the steps on a rollout into numbers, over all processes."""
-        # A ratio of the first step that is not 1 shows that sampling and training disagree.
-        first = self._merge(steps[0].policy_stats)
-        policy = self._merge([part for step in steps for part in step.policy_stats])
-        metrics = {f"policy/{name}": value for name, value in policy.items()}
-        # A loss is a sum over the parts of a step, so its mean is over steps and not over parts.
-        metrics["policy/loss"] = policy["loss"] / len(steps)
-        metrics["policy/clip_frac"] = policy["clip_frac_low"] + policy["clip_frac_high"]
-        deviation = max(first["ratio_max"] - 1, 1 - first["ratio_min"])
-        metrics["policy/first_ratio_deviation"] = deviation
-        metrics["grad_norm"] = torch.stack([step.grad_norm for step in steps]).mean().item()
-        if self.algorithm.critic:
-            value = self._merge([part for step in steps for part in step.value_stats])
-            metrics["value/loss"] = value["loss"] / len(steps)
-            metrics["value/clip_frac"] = value["clip_frac"]
-        return metrics
+    def _passes(self, count: int) -> Iterator[Tensor]:
+        """Yield the rows of each optimiser step on a rollout of `count` episodes."""
+        for epoch in range(self.resolved.num_ppo_epochs):
+            # A rollout is in random order already; the first pass keeps the order in which
+            # `experience` computed the old log-probs.
+            order = torch.arange(count) if epoch == 0 else torch.randperm(count)
+            yield from self._minibatches(order)
+
+    def _has_moved_far(self, step: Step) -> bool:
+        """Whether the policy was further than `target_kl` from the one that sampled, on average."""
+        # Reading it waits for the device, so only who asks for it pays.
+        if self.args.target_kl is None:
+            return False
+        return self._merge(step.policy_stats)["approx_kl"] > self.args.target_kl
 
     def _minibatches(self, order: Tensor) -> tuple[Tensor, ...]:
         """Split `order`, int64 [B], into the rows of each optimiser step."""
@@ -248,7 +239,8 @@ class Learner:
         """Make one optimiser step on the episodes `rows`, whose micro-batches add up exactly."""
         # The denominator counts the whole step, on all processes: a micro-batch with fewer tokens
         # then weighs less, as it would if it were not split off.
-        count = self.algorithm.denom(experience.rollout.mask[rows], self.args.max_new_tokens)
+        mask = self._trained(experience.rollout)[rows]
+        count = self.algorithm.denom(mask, self.args.max_new_tokens)
         denom = self.accelerator.reduce(count, "sum")
         parts = rows.split(self.args.micro_batch_size)
         policy_stats: list[fastpg.PolicyStats] = []
@@ -273,9 +265,15 @@ class Learner:
         self.optimizer.zero_grad()
         return Step(policy_stats, value_stats, kl, norm)
 
+    def _trained(self, rollout: Rollout) -> Tensor:
+        """Return which tokens count in the loss, bool [B, T]."""
+        if self.args.mask_truncated_completions:
+            return rollout.mask & rollout.finished[:, None]
+        return rollout.mask
+
     def _targets(self, experience: Experience, denom: Tensor) -> Targets:
         """Return what these episodes aim at in a step whose losses are divided by `denom`."""
-        weight = self.algorithm.weights(experience.rollout.mask, denom)
+        weight = self.algorithm.weights(self._trained(experience.rollout), denom)
         return Targets(
             token_weight=weight,
             advantages=experience.advantages,
@@ -340,7 +338,7 @@ class Learner:
     def _process_group(self) -> dist.ProcessGroup | None:
         return dist.group.WORLD if self.accelerator.num_processes > 1 else None
 
-    def _merge(self, stats: Sequence[Stats]) -> dict[str, float]:
+    def _merge(self, stats: Sequence[fastpg.PolicyStats | fastpg.ValueStats]) -> dict[str, float]:
         return fastpg.merge_stats(stats, process_group=self._process_group)
 
 

@@ -18,6 +18,7 @@ from fastpg.trainer.episodes import Episodes
 # The files that a run leaves in its output directory, as the report describes them.
 FILES = {
     "model": "the policy and its tokenizer, for `from_pretrained`; the value head",
+    "best_model": "likewise, as it was at its best evaluation",
     "checkpoint-*": "what `fastpg train --resume` goes on from",
     "metrics.jsonl": "the metrics of each step, one line a step",
     "completions": "samples of every step",
@@ -111,7 +112,12 @@ class Report:
             console.print(section.table())
 
     def _sections(self) -> list[Section]:
-        files = Section(f"Written to {self.directory}", ("file", "what it is"), list(FILES.items()))
+        lines = [
+            (name, what)
+            for name, what in FILES.items()
+            if name != "best_model" or (self.directory / name).exists()
+        ]
+        files = Section(f"Written to {self.directory}", ("file", "what it is"), lines)
         return [self._samples(), self._evaluation(), self._times(), self._kernels(), files]
 
     def _samples(self) -> Section:

@@ -46,6 +46,16 @@ class Rollout:
         """int64 [B, T]: the completion tokens, `IGNORE_INDEX` where masked."""
         return self.completion_ids.where(self.mask, IGNORE_INDEX)
 
+    def lengthened(self) -> "Rollout":
+        """Return these episodes with one more token, of no meaning, behind each unfinished one."""
+        more = ~self.finished[:, None]
+        return Rollout(
+            input_ids=torch.cat([self.input_ids, self.input_ids[:, -1:]], dim=1),
+            attention_mask=torch.cat([self.attention_mask, more.long()], dim=1),
+            mask=torch.cat([self.mask, more], dim=1),
+            finished=self.finished,
+        )
+
     def __getitem__(self, rows: Tensor) -> "Rollout":
         """Return the episodes `rows`, int64 [n], in that order."""
         return Rollout(

@@ -12,7 +12,7 @@ import torch
 
 from fastpg.trainer.checkpoint import LATEST, Checkpoint, save_checkpoint
 from fastpg.trainer.episodes import Episodes
-from fastpg.trainer.files import StorageError, require_space, size_of
+from fastpg.trainer.files import StorageError, require_space, size_of, write_model
 from fastpg.trainer.logging import RunLog
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.signals import Interrupted, StopSignals
@@ -45,9 +45,9 @@ class Saver:
         self.accelerator = state.accelerator
         self.args = state.args
         self.saved_step = -1 if resumed is None else resumed.step
-        self.more: dict[str, Any] = {"first_evaluation": None}
+        self.more: dict[str, Any] = {"first_evaluation": None, "best_reward": None}
         if resumed is not None:
-            self.more["first_evaluation"] = resumed.state["first_evaluation"]
+            self.more = {name: resumed.state[name] for name in self.more}
         # AdamW keeps two numbers for each weight. What else is written is seen at checkpoint 0.
         self._size = 3 * state.trainable_bytes()
 
@@ -82,7 +82,8 @@ class Saver:
         count = math.ceil(steps / (self.args.save_steps or steps))
         # A new checkpoint is whole before an old one is removed, so the limit is passed by one for
         # a while; checkpoint 0 is that one.
-        needed = min(count, limit or count) * self._size + size_of(checkpoint / "model")
+        models = 2 if self.args.save_best_model else 1
+        needed = min(count, limit or count) * self._size + models * size_of(checkpoint / "model")
         what = f"what this run will keep (save_total_limit={limit or 'none'})"
         try:
             require_space(self.log.directory, needed, what)
@@ -100,6 +101,22 @@ class Saver:
         if self.more["first_evaluation"] is None:
             self.more["first_evaluation"] = list(play().records())
         return Episodes.from_records(self.more["first_evaluation"])
+
+    def keep_best(self, metrics: dict[str, float]) -> None:
+        """Save the model in `best_model` if no evaluation before was as good, and that is wanted.
+
+        Args:
+            metrics: Those of an evaluation of the model as it is now.
+        """
+        best, reward = self.more["best_reward"], metrics["reward/mean"]
+        if not self.args.save_best_model or (best is not None and reward <= best):
+            return
+        self.more["best_reward"] = reward
+        if self.accelerator.is_main_process:
+            try:
+                write_model(self.log.directory / "best_model", self.write_model)
+            except StorageError as error:
+                self.log.say(f"The best model so far is not saved: {error}")
 
     def after(self, step: int, stop: StopSignals) -> None:
         """Save what is due after a step, and end the run if a signal has asked for it.

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastpg import AdaptiveKL
 from fastpg.trainer.checkpoint import Checkpoint
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.parsing import InputError
@@ -99,6 +100,7 @@ class TrainingState:
         scheduler: The schedule of the learning rates.
         args: The settings of the run.
         origin: Digests of what the run starts from, by name: they have to be the same again.
+        kl_controller: What moves the weight of the KL penalty, if something does.
     """
 
     accelerator: Accelerator
@@ -107,6 +109,7 @@ class TrainingState:
     scheduler: LambdaLR
     args: PPOConfig
     origin: dict[str, str]
+    kl_controller: AdaptiveKL | None
 
     def checkpoint(self, step: int, drawn: dict[str, Any], more: dict[str, Any]) -> Checkpoint:
         """Gather the state after a step; every process has to call this.
@@ -131,6 +134,7 @@ class TrainingState:
             "parameter_groups": optimizer["param_groups"],
             "scheduler": self.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "kl_controller": self.kl_controller and self.kl_controller.state_dict(),
             **more,
         }
         return Checkpoint(step, {name: x.detach().cpu() for name, x in tensors.items()}, state)
@@ -207,6 +211,8 @@ class TrainingState:
         ]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.scheduler.load_state_dict({**state["scheduler"], "_last_lr": rates})
+        if self.kl_controller is not None:
+            self.kl_controller.load_state_dict(state["kl_controller"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

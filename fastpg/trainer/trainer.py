@@ -7,11 +7,7 @@ import torch
 from accelerate import skip_first_batches
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import save_file
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    get_linear_schedule_with_warmup,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.adapters import WithoutAdapter, with_adapter
 from fastpg.trainer.checkpoint import Checkpoint, load_checkpoint
@@ -36,6 +32,7 @@ from fastpg.trainer.models import (
     enable_checkpointing,
     frozen_copy,
 )
+from fastpg.trainer.optimizer import make_optimizer, make_schedule
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.prompts import Example, prompt_loader
 from fastpg.trainer.reward_model import RewardModel
@@ -144,23 +141,10 @@ class PPOTrainer:
     def _prepare(self, model: PolicyWithValue, reference: Reference | None) -> None:
         """Make the optimiser, its schedule, the loader of prompts and the learner."""
         args = self.args
-        parameters = [{"params": model.policy.parameters(), "lr": args.learning_rate}]
-        # The value head starts from nothing, so it takes a larger rate than the trained policy.
-        if model.value_head is not None:
-            head = model.value_head.parameters()
-            parameters.append({"params": head, "lr": args.value_learning_rate})
-        # With torch's second beta, 0.999, one outlier in a rollout of otherwise equal rewards
-        # moves every weight by several learning rates, for steps on end.
-        optimizer = torch.optim.AdamW(
-            parameters,
-            betas=(0.9, 0.95),
-            eps=args.adam_epsilon,
-            weight_decay=0.0,
-            # In one pass over the memory: a loop takes five times as long on a CPU.
-            fused=self.accelerator.device.type in ("cpu", "cuda"),
-        )
+        device = self.accelerator.device
+        optimizer: torch.optim.Optimizer = make_optimizer(model, args, device)
         # The scheduler is left unprepared: a prepared one moves on by the number of processes.
-        self.scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_steps)
+        self.scheduler = make_schedule(optimizer, args)
         loader = prompt_loader(self.train_dataset, args, self.accelerator.num_processes)
         self.model, optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         self.learner = Learner(self.accelerator, self.model, reference, optimizer, args)
@@ -179,6 +163,7 @@ class PPOTrainer:
                     model.policy, all_weights=isinstance(reference, PreTrainedModel)
                 ),
             },
+            kl_controller=self.learner.kl_controller,
         )
 
     @property
@@ -217,18 +202,22 @@ class PPOTrainer:
             saver.begin(self.stopwatch.seconds)
             with stop.at_once():
                 before = saver.first_evaluation(self._play_evaluation)
+            saver.keep_best(before.metrics())
             for step, examples in self._batches(saved):
                 with saver.saving_if_stopped(step - 1), stop.at_once():
                     rollout, episodes = self._roll_out(examples)
                 everyone, metrics = self._learn(rollout, episodes)
                 if self.args.eval_steps and step % self.args.eval_steps == 0:
-                    metrics |= self.evaluate()
+                    evaluation = self._play_evaluation()
+                    saver.keep_best(evaluation.metrics())
+                    metrics |= evaluation.metrics("eval/")
                 log.step(step, everyone, metrics)
                 saver.after(step, stop)
             # The model is saved first: a reward that fails in the evaluation must not lose it.
             saver.end()
             with saver.saving_if_stopped(self.args.num_steps), stop.at_once():
                 after = self._play_evaluation()
+            saver.keep_best(after.metrics())
         log.report(before, after, self.stopwatch.seconds)
         return after.metrics("eval/")
 
@@ -323,7 +312,7 @@ class PPOTrainer:
     def _pace(self, episodes: Episodes) -> dict[str, float]:
         """End a step. Returns its learning rate and how long it took, in seconds."""
         # The rate is read before the schedule moves on: it is that of the step that ends.
-        learning_rate = self.scheduler.get_last_lr()[0]
+        learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         lap = self.stopwatch.lap()
         seconds = sum(lap.values())

@@ -1,9 +1,9 @@
 """The embedded task with a learned reward: pairs of reviews, a reward model, a policy.
 
-Someone who likes praise compares reviews that the supervised model wrote, and errs as Bradley and
-Terry say. Nearly all of them are sentences, so the pairs, and the reward model that learns from
-them, say nothing of what is none. That is where a policy without a KL penalty goes: the learned
-reward rises, and `true_reward`, which no one optimises, falls (Gao et al. 2022,
+Someone who likes every kind word compares reviews that the supervised model wrote, and errs as
+Bradley and Terry say. Nearly all of them are sentences, so the pairs, and the reward model that
+learns from them, say nothing of what is none. That is where a policy without a KL penalty goes: the
+learned reward rises, and `true_reward`, which no one optimises, falls (Gao et al. 2022,
 arXiv:2210.10760).
 """
 
@@ -20,13 +20,13 @@ from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig, PPOTrainer, RewardConfig, RewardModel, RewardTrainer
 from fastpg.trainer.rollout import sample
 
-NUM_PAIRS = 1000
+NUM_PAIRS = 2500
 SURENESS = 8.0
-"""A pair is ordered rightly with probability sigmoid(SURENESS · difference of praise)."""
+"""A pair is ordered rightly with probability sigmoid(SURENESS · difference of kind words)."""
 
 INTRODUCTION = """\
 The embedded task with a learned reward. A tiny model learns to write film reviews (supervised,
-some 15 seconds); a reward model learns from 1000 pairs of them which is the kinder one; then
+some 15 seconds); a reward model learns from 2500 pairs of them which is the kinder one; then
 {algorithm} trains the first on the second. Watch rewards/true_reward beside rewards/reward_model:
 with --kl_coef 0 the reward model is praised for what is no sentence any more."""
 
@@ -41,7 +41,13 @@ def preferred_settings(algorithm: str) -> dict[str, Any]:
         The values by the name of the setting.
     """
     # The policy is trained on the reward model. The other two are watched.
-    own = {"output_dir": "out/reviews_rlhf", "reward_weights": [1.0, 0.0, 0.0]}
+    own = {
+        "output_dir": "out/reviews_rlhf",
+        "reward_weights": [1.0, 0.0, 0.0],
+        # The bonus keeps the policy trying out words, so that it finds what the reward model
+        # overrates; otherwise it soon repeats one review.
+        "entropy_coef": 0.03,
+    }
     return reviews.preferred_settings(algorithm) | own
 
 
@@ -59,6 +65,13 @@ def true_reward(prompts: list[str], completions: list[str]) -> list[float]:
         reviews.grammar(prompts, completions), reviews.praise(prompts, completions), strict=True
     )
     return [praise if whole else -1.0 for whole, praise in both]
+
+
+def kind_words(text: str) -> int:
+    """Count the positive words of a text, less the negative ones."""
+    words = text.split()
+    positive = sum(word in reviews.POSITIVE for word in words)
+    return positive - sum(word in reviews.NEGATIVE for word in words)
 
 
 def compare(
@@ -81,7 +94,7 @@ def compare(
     first, second = (_finished(model, tokenizer, prompts) for _ in range(2))
     pairs = []
     for prompt, *texts in zip(prompts, first, second, strict=True):
-        a, b = reviews.praise([prompt] * 2, texts)
+        a, b = map(kind_words, texts)
         likes_first = 1 / (1 + math.exp(-SURENESS * (a - b)))
         chosen, rejected = texts if rng.random() < likes_first else reversed(texts)
         if chosen != rejected:
@@ -100,6 +113,7 @@ def _finished(
         max_prompt_length=None,
         max_new_tokens=longest,
         temperature=1.0,
+        packing=None,
     )
     # Outside of the mask is what the model wrote behind its EOS.
     ids = rollout.completion_ids.where(rollout.mask, tokenizer.pad_token_id)

@@ -16,11 +16,12 @@ def test_the_true_reward_is_praise_in_whole_sentences():
     assert rlhf.true_reward(["the plot was"] * 4, completions) == [1.0, -1.0, -1.0, 0.0]
 
 
-def test_pairs_are_ordered_by_praise_with_errors(monkeypatch):
+def test_pairs_are_ordered_by_kind_words_with_errors(monkeypatch):
     tokenizer = reviews.build_tokenizer()
     written = iter([["clever ."] * 1000, ["clever but dull ."] * 1000])
     monkeypatch.setattr(rlhf, "_finished", lambda *_: next(written))
     monkeypatch.setattr(rlhf, "SURENESS", 1.0)
+    monkeypatch.setattr(rlhf, "NUM_PAIRS", 1000)
     pairs = rlhf.compare(reviews.build_model(tokenizer, 0), tokenizer, ["the plot was"], seed=0)
     right = sum(pair["chosen"] == "clever ." for pair in pairs)
     # sigmoid(1) of them; three standard deviations are 0.04.
@@ -64,10 +65,10 @@ def test_the_embedded_task_is_not_mixed_with_ones_own_run(capsys, flags, sentenc
 @pytest.mark.slow
 @pytest.mark.parametrize(("kl_coef", "is_good"), [(0.1, True), (0.0, False)])
 def test_without_a_kl_penalty_the_learned_reward_is_optimised_too_far(tmp_path, kl_coef, is_good):
-    settings = {**rlhf.preferred_settings("ppo"), "output_dir": str(tmp_path), "num_steps": 20}
+    settings = {**rlhf.preferred_settings("ppo"), "output_dir": str(tmp_path)}
     threads = torch.get_num_threads()
     trainer = rlhf.build_trainer(PPOConfig(**settings | {"kl_coef": kl_coef}))
     after = trainer.train()
     torch.set_num_threads(threads)
     assert after["eval/rewards/reward_model/mean"] > 2
-    assert (after["eval/rewards/true_reward/mean"] > 0.6) == is_good
+    assert (after["eval/rewards/true_reward/mean"] > 0.5) == is_good

@@ -206,7 +206,10 @@ def write_at(out: Tensor, here: Tensor, column: Tensor, value: Tensor) -> None:
     column = torch.where(here, column, column.gather(-1, first))
     value = torch.where(here, value, value.gather(-1, first)).to(out.dtype)
     value = torch.where(here.any(-1, keepdim=True), value, out[..., :1])
-    out.scatter_(-1, column, value)
+    # A CPU's scatter_ takes a hundred times as long in bf16.
+    flat, count = out.view(-1, out.shape[-1]), column.shape[-1]
+    row = torch.arange(len(flat), device=out.device)[:, None]
+    flat.index_put_((row, column.reshape(-1, count)), value.reshape(-1, count))
 
 
 def backward_out(x: GradientInputs) -> NoOutputs:

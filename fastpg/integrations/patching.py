@@ -123,6 +123,7 @@ class Place(NamedTuple):
 class Replaced(NamedTuple):
     """An original and what stands in its place."""
 
+    target: str
     place: Place
     original: Any  # NOTHING: `new` was added
     new: Any
@@ -194,7 +195,15 @@ class Patches:
         if installed is None:
             rows = [PatchRow(self.package, "missing", "the package is not installed")]
         else:
+            before = len(self.replaced)
             rows = [self._row(each) for each in replacements]
+            made = [each for each in self.replaced[before:] if each.everywhere]
+            names = _exchange([(each.original, each.new) for each in made])
+            found = {each.target: ", ".join(names[id(each.original)]) for each in made}
+            rows = [
+                row._replace(reason=f"and in {found[row.target]}") if found.get(row.target) else row
+                for row in rows
+            ]
         return PatchReport(self.package, installed, rows)
 
     def apply_and_warn(self, replacements: Iterable[Change]) -> None:
@@ -223,8 +232,9 @@ class Patches:
 
         What someone else has put in the place of a replacement stays.
         """
+        back = [(each.new, each.original) for each in self.replaced if each.everywhere]
         while self.replaced:
-            place, original, new, everywhere = self.replaced.pop()
+            _, place, original, new, _ = self.replaced.pop()
             is_ours = place.holds() and place.get() is new
             if original is NOTHING:
                 if is_ours:
@@ -232,8 +242,7 @@ class Patches:
                 continue
             if is_ours:
                 place.put(original)
-            if everywhere:
-                _exchange(new, original)
+        _exchange(back)
 
     @contextmanager
     def during(self, replacements: Iterable[Change], *, strict: bool) -> Iterator[PatchReport]:
@@ -261,7 +270,7 @@ class Patches:
             is_there = place.get() is wanted.value
             return PatchRow(target, "added" if is_there else "refused", "there is one of this name")
         place.put(wanted.value)
-        self.replaced.append(Replaced(place, NOTHING, wanted.value, everywhere=False))
+        self.replaced.append(Replaced(target, place, NOTHING, wanted.value, everywhere=False))
         return PatchRow(target, "added", "")
 
     def _replace(self, wanted: Replacement) -> PatchRow:
@@ -276,9 +285,8 @@ class Patches:
         except Refused as refusal:
             return PatchRow(target, "refused", str(refusal))
         place.put(new)
-        self.replaced.append(Replaced(place, original, new, wanted.everywhere))
-        others = _exchange(original, new) if wanted.everywhere else []
-        return PatchRow(target, "replaced", f"and in {', '.join(others)}" if others else "")
+        self.replaced.append(Replaced(target, place, original, new, wanted.everywhere))
+        return PatchRow(target, "replaced", "")
 
 
 def replaced_by(target: str, function: Callable[..., Any]) -> Replacement:
@@ -328,14 +336,21 @@ def find(target: str) -> Place:
     return Place(owner, key or names[-1])
 
 
-def _exchange(old: Any, new: Any) -> list[str]:
-    """Puts `new` wherever a module has `old` as a global; returns the names of those globals."""
-    found = []
+def _exchange(pairs: Sequence[tuple[Any, Any]]) -> dict[int, list[str]]:
+    """Puts the second of a pair wherever a module has the first as a global.
+
+    Returns:
+        The names of those globals, by the id of the first.
+    """
+    new = {id(old): each for old, each in reversed(pairs)}
+    found: dict[int, list[str]] = {place: [] for place in new}
+    if not pairs:
+        return found
     for name, module in _modules():
         for key, value in list(vars(module).items()):
-            if value is old:
-                setattr(module, key, new)
-                found.append(f"{name}.{key}")
+            if id(value) in new:
+                setattr(module, key, new[id(value)])
+                found[id(value)].append(f"{name}.{key}")
     return found
 
 

@@ -287,9 +287,14 @@ def are_plain(tensors: Sequence) -> bool:
     return True
 
 
+def is_dtensor(x: object) -> bool:
+    """Whether this is a tensor of which other ranks may hold a part. It imports nothing."""
+    return type(x) not in PLAIN_TENSORS and hasattr(x, "full_tensor")
+
+
 def refuse_dtensor(op: str, name: str, x: object) -> None:
     """Raises for a DTensor: no op says which parts of its results each rank would have."""
-    if type(x) not in PLAIN_TENSORS and hasattr(x, "full_tensor"):
+    if is_dtensor(x):
         needs = f"pass {name}.to_local()"
         if name == "logits":
             needs += ", and process_group if the vocabulary is sharded"

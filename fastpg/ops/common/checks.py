@@ -156,6 +156,11 @@ def check_shape(op: str, name: str, tensor: Tensor | None, like: Tensor, *shapes
     if tensor is None:
         return
     check_tensor(op, name, tensor)
+    check_shape_of_tensor(op, name, tensor, like, *shapes)
+
+
+def check_shape_of_tensor(op: str, name: str, tensor: Tensor, like: Tensor, *shapes: tuple) -> None:
+    """The tensor, which may be a DTensor, has one of the shapes and the device of `like`."""
     if tensor.shape not in shapes:
         allowed = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must be {allowed}")

@@ -123,11 +123,12 @@ def length(part: slice) -> int:
 def chunks(count: int, most: int, multiple: int = 1) -> list[slice]:
     """Cuts 0..count into slices of about one size, `most` or less.
 
-    Each begins at a multiple of `multiple`.
+    Each begins at a multiple of `multiple`; no slice is cut again if it is cut by itself.
     """
-    many = -(-max(count, 1) // most)
-    bounds = {count * i // many // multiple * multiple for i in range(many)}
-    return [slice(*ends) for ends in pairwise([*sorted(bounds), count])]
+    units, most_units = -(-max(count, 1) // multiple), max(most // multiple, 1)
+    many = -(-units // most_units)
+    bounds = [units * i // many * multiple for i in range(many)]
+    return [slice(*ends) for ends in pairwise([*bounds, count])]
 
 
 def row_chunks(x: Tensor) -> list[slice]:
@@ -135,9 +136,9 @@ def row_chunks(x: Tensor) -> list[slice]:
     return chunks(len(x), ROWS[x.device.type])
 
 
-def token_slices(head_weight: Tensor) -> list[slice]:
+def token_slices(vocab: int, device: torch.device) -> list[slice]:
     """The tokens of each tile. They are aligned, and never so few that BLAS rounds differently."""
-    return chunks(len(head_weight), WIDTH[head_weight.device.type], multiple=16)
+    return chunks(vocab, WIDTH[device.type], multiple=16)
 
 
 class Tile(NamedTuple):
@@ -158,11 +159,12 @@ def tiles(head: Head, dtype: torch.dtype, memory: Tensor | None = None) -> Itera
             own in it. None: each tile overwrites the one before.
     """
     count, head = len(head.hidden[0]), padded(head)
-    all_rows, all_tokens = row_chunks(head.hidden[0]), token_slices(head.head_weight[0])
+    weight = head.head_weight[0]
+    all_rows, all_tokens = row_chunks(head.hidden[0]), token_slices(len(weight), weight.device)
     height, width = max(map(length, all_rows)), max(map(length, all_tokens))
     place = memory
     if place is None:
-        place = head.head_weight[0].new_empty(height * width, dtype=dtype)
+        place = weight.new_empty(height * width, dtype=dtype)
     for tokens in all_tokens:
         start = 0 if memory is None else tokens.start * height
         for rows in all_rows:
@@ -271,13 +273,18 @@ def row_results(
     softcap: float,
     group: dist.ProcessGroup | None = None,
 ) -> RowResults:
-    """Log-probs, entropies and statistics; NaN where a label is illegal, as devices do.
+    """Log-probs, entropies and statistics.
 
     With a group the tiles and the labels are those of this rank's shard.
     """
     found = statistics(tiles, rows.labels, rows.temperature, softcap)
     if group is not None:
         found = over_ranks(found, group, rows.temperature)
+    return label_results(found, rows)
+
+
+def label_results(found: Statistics, rows: RowLabels) -> RowResults:
+    """The results, from the statistics of whole rows; NaN where a label is illegal."""
     found = found._replace(log_sum=torch.where(rows.legal, found.log_sum, math.nan))
     logp = label_logprob(found, rows.temperature)
     assert found.entropy is not None  # `statistics` makes it

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp import is_autocast_available
 
+from ..._op import is_dtensor
 from ..common.checks import (
     check_label_values,
     check_labels,
     check_shape,
+    check_shape_of_tensor,
     check_temperature,
     check_tensor,
     compute_dtype,
@@ -29,7 +31,7 @@ class HeadInputs(NamedTuple):
     """The arguments of a linear op, checked, with the rows in one axis."""
 
     hidden: list[Tensor]  # [N, H_i] each
-    head_weight: list[Tensor]  # [V, H_i] each, like hidden
+    head_weight: list[Tensor]  # [V, H_i] each, like hidden; or DTensors in shards of V
     bias: Tensor | None  # [V], like hidden
     labels: Tensor  # int64 [N]
     temperature: Tensor  # [N] or [], in the compute dtype
@@ -44,21 +46,50 @@ class HeadInputs(NamedTuple):
         return Head(self.hidden, self.head_weight, self.bias)
 
 
-def check_whole(op: str, name: str, x: Tensor) -> None:
-    """Raises for a tensor of which other ranks hold a part.
+def in_shards(weights: list[Tensor]) -> bool:
+    """Whether these are DTensors whose vocabulary lies in shards, on the same ranks in a row."""
+    if not all(is_dtensor(weight) for weight in weights):
+        return False
+    from torch.distributed.tensor import Shard
 
-    It must be called before any cast, since casts drop what tells such a tensor.
+    first = weights[0].device_mesh  # type: ignore[attr-defined]
+    return first.ndim == 1 and all(
+        weight.device_mesh == first  # type: ignore[attr-defined]
+        and type(weight.placements[0]) is Shard  # type: ignore[attr-defined]
+        and weight.placements[0].dim == 0  # type: ignore[attr-defined]
+        for weight in weights
+    )
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The whole of a DTensor; any other tensor as it is.
+
+    Each rank has the gradient of its own rows. Backward keeps their mean, as FSDP2 does.
     """
-    if name != "hidden" and hasattr(x, "full_tensor"):
-        average = f'{name}.full_tensor(grad_placements=[Partial("avg")])'
-        raise TypeError(
-            f"{op}: {name} is a DTensor: pass {average}, whose gradient is the mean over the ranks "
-            f"as in FSDP; or call within the forward of the module whose FSDP group owns the head; "
-            f"or, for a sharded vocabulary, pass {name}.to_local() and process_group"
-        )
+    if not is_dtensor(x):
+        return x
+    from torch.distributed.tensor import Partial
+
+    mean = [Partial("avg")] * x.device_mesh.ndim  # type: ignore[attr-defined]
+    return x.full_tensor(grad_placements=mean)  # type: ignore[attr-defined]
+
+
+def check_gathered(op: str, name: str, x: Tensor) -> None:
+    """Raises for a parameter whose memory ZeRO-3 has taken away."""
     if hasattr(x, "ds_id") and x.numel() == 0:
         needs = "call within deepspeed.zero.GatheredParameters"
         raise ValueError(f"{op}: {name} is a ZeRO-3 placeholder: {needs}")
+
+
+def of_head(
+    op: str, name: str, x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None
+) -> Tensor:
+    """A weight or bias, checked; a DTensor in the dtype of hidden, which FSDP2 would give it."""
+    if group is None and is_dtensor(x):
+        return x.to(dtype)
+    check_tensor(op, name, x)
+    check_gathered(op, name, x)
+    return x
 
 
 def as_list(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -81,17 +112,24 @@ def as_head(
     hidden: Tensor | Sequence[Tensor],
     weight: Tensor | Sequence[Tensor],
     bias: Tensor | None,
+    group: dist.ProcessGroup | None,
+    *,
+    keep_shards: bool,
 ) -> Head:
     """What the user passes, as many hidden as weight, in the dtype that a linear layer takes."""
     hiddens, weights = as_list(hidden), as_list(weight)
-    biases = [] if bias is None else [bias]
-    for name, tensors in (("hidden", hiddens), ("weight", weights), ("bias", biases)):
-        for x in tensors:
-            check_whole(op, name, x)
-            check_tensor(op, name, x)
+    for x in hiddens:
+        check_tensor(op, "hidden", x)
+        check_gathered(op, "hidden", x)
     if len(hiddens) != len(weights) or not weights:
         counts = f"got {len(hiddens)} and {len(weights)}"
         raise ValueError(f"{op}: hidden and weight must be a tensor each, or as many, {counts}")
+    dtype = hiddens[0].dtype
+    weights = [of_head(op, "weight", x, dtype, group) for x in weights]
+    if bias is not None:
+        bias = gathered(of_head(op, "bias", bias, dtype, group))
+    if not (keep_shards and in_shards(weights)):
+        weights = [gathered(x) for x in weights]
     return autocast(Head(hiddens, weights, bias))
 
 
@@ -123,7 +161,7 @@ def check_head(op: str, head: Head, labels: Tensor, group: dist.ProcessGroup | N
         if width[0] == 0:
             raise ValueError(f"{op}: hidden must be [..., H], H > 0, got {tuple(hidden.shape)}")
         check_shape(op, "hidden", hidden, first, first.shape[:-1] + width)
-        check_shape(op, "weight", weight, first, tokens + width)
+        check_shape_of_tensor(op, "weight", weight, first, tokens + width)
         check_dtype(op, first.dtype, hidden=hidden, weight=weight)
     if tokens[0] == 0 and group is None:  # of an empty shard all ranks learn together
         shape = tuple(head.head_weight[0].shape)
@@ -177,13 +215,15 @@ def head_inputs(
     ignore_index: int,
     logits_dtype: torch.dtype | None,
     group: dist.ProcessGroup | None,
+    keep_shards: bool = False,
 ) -> HeadInputs:
     """Checks what the user passes, and brings the rows into one axis.
 
     The logit scale becomes a part of temperature and softcap: that costs and rounds nothing.
+    A DTensor is gathered; with keep_shards it stays, if the vocabulary is in shards.
     """
     check_tensor(op, "labels", labels)
-    head = as_head(op, hidden, weight, bias)
+    head = as_head(op, hidden, weight, bias, group, keep_shards=keep_shards)
     check_head(op, head, labels, group)
     ignore_index = integer(op, "ignore_index", ignore_index)
     dtype = compute_dtype(op, hidden=head.hidden[0])

@@ -111,7 +111,14 @@ def gradients_of(
     # The tiles come slice by slice, so that a slice's gradient is complete before the next.
     all_tiles = tiles(head, inputs.logits_dtype)
     for tokens, slice_tiles in groupby(all_tiles, key=lambda tile: tile.tokens):
-        write_slice(slice_tiles, tokens, head, gradients, turn_into_gradient, compute_dtype)
+        write_slice(
+            slice_tiles,
+            head.tile(ALL, tokens),
+            gradients.tile(ALL, tokens),
+            turn_into_gradient,
+            compute_dtype,
+            add_hidden=tokens.start > 0,
+        )
     hidden = [
         None if grad is None else filled(rows, count, grad.to(dtype)) for grad in gradients.hidden
     ]
@@ -121,27 +128,36 @@ def gradients_of(
 
 def write_slice(
     slice_tiles: Iterable[Tile],
-    tokens: slice,
     head: Head,
     gradients: HeadGradients,
     turn_into_gradient: Callable[[Tile], None],
     compute_dtype: torch.dtype,
+    *,
+    add_hidden: bool,
 ) -> None:
-    """Writes the gradients of head_weight and bias of a slice, and adds its share of hidden's."""
-    rounded = gradients.tile(ALL, tokens)
-    sums = rounded
+    """Writes the gradients of head_weight and bias of a slice, and adds its share of hidden's.
+
+    Args:
+        slice_tiles: The logits of the slice.
+        head: Of the slice.
+        gradients: Of the slice; that of hidden in the compute dtype.
+        turn_into_gradient: Overwrites the logits of a tile with their gradient.
+        compute_dtype: That of sums over tiles.
+        add_hidden: Whether the gradient of hidden holds those of other slices already.
+    """
+    sums = gradients
     if len(row_chunks(head.hidden[0])) > 1:  # a sum over tiles is to be rounded once
-        sums = in_dtype(rounded, compute_dtype)
+        sums = in_dtype(gradients, compute_dtype)
     for tile in slice_tiles:
         turn_into_gradient(tile)
         write_products(
             tile.logits,
-            head.tile(tile.rows, tokens),
+            head.tile(tile.rows, ALL),
             sums.tile(tile.rows, ALL),
-            add_hidden=tokens.start > 0,
+            add_hidden=add_hidden,
             add_weight=tile.rows.start > 0,
         )
-    for grad, total in zip(rounded.tensors(), sums.tensors(), strict=True):
+    for grad, total in zip(gradients.tensors(), sums.tensors(), strict=True):
         if grad is not None and total is not None and total is not grad:
             grad.copy_(total)
 

@@ -3,7 +3,7 @@
 `linear_rows.py` has the formulas and the kernels; `frozen_head.py` those of a head that needs no
 gradient, which takes that of hidden with it in the same pass; `linear_support.py` those of sets of
 tokens that a sampler kept; `linear_several_labels.py` those of several labels a row, which make row
-statistics too.
+statistics too; `sharded_head.py` those of a head in the shards of data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..common.checks import first_labels
-from . import frozen_head, linear_several_labels, linear_support
-from .head_arguments import as_list, has_several, head_inputs
+from . import frozen_head, linear_several_labels, linear_support, sharded_head
+from .head_arguments import as_list, has_several, head_inputs, in_shards
 from .linear_rows import OP, logprobs
 from .row_softmax import RowStatistic, TokenLogprobs
 from .row_statistics import as_asked, checked_statistics
@@ -108,7 +108,11 @@ def linear_token_logprobs(
             many as weight has: the logits are the sum of the products. A head W with a LoRA adapter
             is (h, s h @ A.T) with (W, B).
         weight: [V, H] of the dtype of hidden, the LM head's; or a sequence of [V, H_i].
-            Differentiable. Under autocast all three are cast as for a linear layer.
+            Differentiable. Under autocast all three are cast as for a linear layer. A DTensor is
+            that of data-parallel ranks, each with hidden of its own: its gradient is their mean, as
+            under FSDP2. In shards of the vocabulary it is gathered slice by slice, twice, and all
+            ranks must call alike. Otherwise, and with support, row_statistics or K labels, it is
+            gathered whole.
         labels: [...], integers in [0, V), or ignore_index. Or [..., K]: K labels of each row, from
             the same pass; they go with neither process_group nor support.
         bias: [V] of the dtype of hidden; differentiable. None: 0.
@@ -140,8 +144,8 @@ def linear_token_logprobs(
         which what was not asked for is None; is_top1 is like labels, the others are [...].
 
     Raises:
-        TypeError: An argument is no tensor or number, is a DTensor, or has a dtype that it cannot
-            have.
+        TypeError: An argument is no tensor or number, or has a dtype that it cannot have; or it is
+            a DTensor, and is not weight or bias, or is passed beside a process_group.
         ValueError: A shape, a device, a number or a name does not fit, or support is in no order;
             the message names it.
         IndexError: A token of support is outside [0, V), or a label is, and is not ignore_index. Of
@@ -189,12 +193,15 @@ def linear_token_logprobs(
         ignore_index=ignore_index,
         logits_dtype=logits_dtype,
         group=process_group,
+        keep_shards=not (several or row_statistics or support or torch.compiler.is_compiling()),
     )
     if several or row_statistics:
         names = checked_statistics(OP, row_statistics, support, process_group)
         found = linear_several_labels.logprobs(inputs, labels, several=several)
         return as_asked(found, names, return_entropy=return_entropy)
-    if support is not None:
+    if in_shards(inputs.head_weight):
+        logp, entropy = sharded_head.logprobs(inputs)
+    elif support is not None:
         sets = checked_support(OP, support, labels, process_group)
         logp, entropy = linear_support.logprobs(inputs, sets)
     elif not return_entropy and frozen_head.serves(inputs):

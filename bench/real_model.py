@@ -1,0 +1,193 @@
+"""python -m bench.real_model MODEL: a GRPO step on a real model, side by side with TRL's.
+
+MODEL is a directory for `from_pretrained`. Each trainer is a process of its own, which keeps its
+model; they take a step in turn. TRL comes from `.integrations/trl-1.16.0`, which
+`make test-integrations` lays out. Both train in float32, with a reference of weight 0.04, one
+optimiser step on a rollout, and the same sizes. The memory of a row is the peak of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .__main__ import Results
+
+FOLDERS = [f".integrations/{name}/site-packages" for name in ("trl-1.16.0", "datasets")]
+WORDS = "time year people way day woman life child world school state family".split()  # noqa: SIM905
+STEPS = 2  # of which the first is left out
+
+
+@dataclass(frozen=True)
+class Case:
+    """Prompts of one kind, and the sizes of a step."""
+
+    prompts: list[str]
+    batch: int  # episodes
+    group: int
+    tokens: int  # of a completion at most
+    micro: dict[str, int]  # episodes of a forward and backward, for each trainer
+    target: str  # for TRL's time, in units of ours
+
+
+def make_cases() -> dict[str, Case]:
+    g = random.Random(0)
+    sums = [
+        f"What is {g.randint(1, 9)} plus {g.randint(1, 9)}? Answer with the number alone."
+        for _ in range(64)
+    ]
+    stories = [
+        " ".join(g.choices(WORDS, k=470)) + ". Tell a long story with these words."
+        for _ in range(16)
+    ]
+    return {
+        "4 prompts of 44 x 8 of 12": Case(sums, 32, 8, 12, {"fastpg": 8, "TRL": 8}, ">= 2"),
+        # TRL's memory for 16 of these would be 20 GB.
+        "1 prompt of 512 x 16 of 64": Case(
+            stories, 16, 16, 64, {"fastpg": 16, "TRL": 4}, ">= 2.86"
+        ),
+    }
+
+
+def reward(completions: list[Any], **_: Any) -> list[float]:
+    """A number that differs from one completion to another."""
+    return [len(completion[0]["content"]) % 7 / 7 for completion in completions]
+
+
+def examples(case: Case) -> list[dict[str, Any]]:
+    return [{"prompt": [{"role": "user", "content": text}]} for text in case.prompts]
+
+
+def wait() -> None:
+    """Say that the last step is done, and wait for the word to begin the next."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"peak_mib": peak, "cpu": time.process_time()}), flush=True)
+    sys.stdin.readline()
+
+
+def run_fastpg(model: str, case: Case, folder: str) -> None:
+    from fastpg.trainer import PPOConfig, PPOTrainer
+
+    args = PPOConfig(
+        algorithm="grpo", output_dir=folder, num_steps=STEPS, rollout_batch_size=case.batch,
+        num_generations=case.group, max_new_tokens=case.tokens, num_ppo_epochs=1,
+        num_mini_batches=1, micro_batch_size=case.micro["fastpg"], learning_rate=1e-6,
+    )  # fmt: skip
+    trainer = PPOTrainer(model, reward, args, train_dataset=examples(case))
+    # A run also evaluates, writes samples and saves; here it makes steps alone, as TRL does.
+    for batch in trainer.loader:
+        wait()
+        trainer._learn(*trainer._roll_out(batch))
+    wait()
+
+
+def run_trl(model: str, case: Case, folder: str) -> None:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            wait()
+
+    args = GRPOConfig(
+        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=case.micro["TRL"],
+        gradient_accumulation_steps=case.batch // case.micro["TRL"], num_generations=case.group,
+        max_completion_length=case.tokens, beta=0.04, loss_type="grpo", learning_rate=1e-6,
+        bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        model_init_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    data = Dataset.from_list(examples(case))
+    GRPOTrainer(model, reward, args, train_dataset=data, callbacks=[Turns()]).train()
+    wait()
+
+
+def start(trainer: str, model: str, case: str) -> subprocess.Popen[str]:
+    """Start the process of a trainer."""
+    here = Path(__file__).parents[1]
+    paths = [str(here), *(str(here / folder) for folder in FOLDERS if trainer == "TRL")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.real_model", model, trainer, case],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    return process
+
+
+def answer(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Return the peak memory and the CPU seconds of a process, when it is ready for a step."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith('{"peak_mib"'):
+            return json.loads(line)
+    raise RuntimeError("a trainer has ended early; its error is above")
+
+
+def compare(model: str, name: str) -> None:
+    processes = {trainer: start(trainer, model, name) for trainer in ("fastpg", "TRL")}
+    cpu = {trainer: answer(process)["cpu"] for trainer, process in processes.items()}
+    seconds: dict[str, list[float]] = {trainer: [] for trainer in processes}
+    peaks: dict[str, float] = {}
+    for _ in range(STEPS):
+        for trainer, process in processes.items():
+            assert process.stdin is not None
+            began = time.perf_counter()
+            process.stdin.write("\n")
+            process.stdin.flush()
+            state = answer(process)
+            seconds[trainer].append(time.perf_counter() - began)
+            used, cpu[trainer], peaks[trainer] = (
+                state["cpu"] - cpu[trainer], state["cpu"], state["peak_mib"],
+            )  # fmt: skip
+            print(f"{name}, {trainer}: {seconds[trainer][-1]:.2f} s, {used:.2f} CPU s", flush=True)
+    for process in processes.values():
+        process.communicate("\n")
+    write(name, seconds, peaks)
+
+
+def write(name: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -> None:
+    """Add a row for each trainer to the results, the first step left out."""
+    rows = []
+    for trainer, times in seconds.items():
+        later = sorted(times[1:])
+        ratios = [t / ours for t, ours in zip(times[1:], seconds["fastpg"][1:], strict=True)]
+        rows.append(
+            {
+                "op": "grpo_step", "case": f"SmolLM2-135M, {name}, fp32", "candidate": trainer,
+                "median_ms": 1e3 * statistics.median(later), "p10_ms": 1e3 * later[0],
+                "p90_ms": 1e3 * later[-1], "ratio": statistics.median(ratios),
+                "target": make_cases()[name].target if trainer == "TRL" else "",
+                "extra_mib": peaks[trainer], "memory_target": "<= TRL * 0.8",
+                "threads": torch.get_num_threads(),
+            }
+        )  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    Results("cpu").append(rows)
+
+
+def main() -> None:
+    if len(sys.argv) == 2:
+        for name in make_cases():
+            compare(sys.argv[1], name)
+        return
+    model, trainer, name = sys.argv[1:]
+    run = {"fastpg": run_fastpg, "TRL": run_trl}[trainer]
+    with tempfile.TemporaryDirectory() as folder:
+        run(model, make_cases()[name], folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -194,35 +194,43 @@ def _backward(
     ]
     (place,) = slice_memory(x, count=1, dtype=sum_dtype)
     for piece in gathered_slices(x):
-        gradients = HeadGradients(
-            sums,
-            [
-                None if grad is None else memory[: length(piece.tokens)]
-                for grad, memory in zip(own.head_weight, place, strict=True)
-            ],
-            None if own.bias is None else own.bias[piece.tokens],
-        )
-        head = Head(hidden, piece.head_weight, piece.bias)
+        weights = [
+            None if grad is None else memory[: length(piece.tokens)]
+            for grad, memory in zip(own.head_weight, place, strict=True)
+        ]
+        bias = None if own.bias is None else own.bias[piece.tokens]
         of_slice = upstream._replace(labels=upstream.labels - piece.tokens.start)
-
-        def turn_into_gradient(tile: Tile, of_slice: Upstream = of_slice) -> None:
-            overwrite(tile, take(of_slice, tile.rows), x.softcap)
-
-        write_slice(
-            tiles(head, x.logits_dtype),
-            head,
-            gradients,
-            turn_into_gradient,
-            sum_dtype,
-            add_hidden=piece.tokens.start > 0,
-        )
-        for grad, shard in zip(gradients.head_weight, own.head_weight, strict=True):
+        _write_slice(piece, x, hidden, of_slice, HeadGradients(sums, weights, bias))
+        for grad, shard in zip(weights, own.head_weight, strict=True):
             if grad is not None and shard is not None:
                 _send_to_owners(grad, shard, piece.tokens, x)
     return Gradients(
         [None if grad is None else filled(rows, len(x.labels), grad.to(dtype)) for grad in sums],
         own.head_weight,
         own.bias,
+    )
+
+
+def _write_slice(
+    piece: HeadSlice,
+    x: ShardedInputs,
+    hidden: list[Tensor],
+    upstream: Upstream,
+    gradients: HeadGradients,
+) -> None:
+    """Writes the gradients of a slice, whose labels count from its first token."""
+
+    def turn_into_gradient(tile: Tile) -> None:
+        overwrite(tile, take(upstream, tile.rows), x.softcap)
+
+    head = Head(hidden, piece.head_weight, piece.bias)
+    write_slice(
+        tiles(head, x.logits_dtype),
+        head,
+        gradients,
+        turn_into_gradient,
+        upstream.temperature.dtype,
+        add_hidden=piece.tokens.start > 0,
     )
 
 

@@ -10,8 +10,10 @@ know.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -24,6 +26,7 @@ UNKNOWN = "unknown"
 def import_package_from(tree: Path) -> None:
     """Puts the package of a tree, and nothing else of it, before everything else on the path."""
     folder = Path(tempfile.mkdtemp(prefix="fastpg-worker-"))
+    atexit.register(shutil.rmtree, folder)
     os.symlink(tree / "fastpg", folder / "fastpg")
     sys.path[:0] = [str(folder), str(Path(__file__).parents[1])]
 

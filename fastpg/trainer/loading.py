@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.ranges import Dtype
@@ -89,16 +90,24 @@ def load_scorer(model: str, trust_remote_code: bool, new_head: bool) -> PreTrain
             several outputs.
     """
     what = "a reward model"
-    options = {"num_labels": 1} if new_head else {}
-    scorer, loading = _load(
-        AutoModelForSequenceClassification, what, model, trust_remote_code, torch.float32, **options
-    )
+    # A head of another size is one that is missing, which is refused below.
+    options = {"num_labels": 1, "ignore_mismatched_sizes": True} if new_head else {}
+    with _no_report():
+        scorer, loading = _load(
+            AutoModelForSequenceClassification,
+            what,
+            model,
+            trust_remote_code,
+            torch.float32,
+            **options,
+        )
+    # A language model has no head, whatever number of outputs its config gives by default.
+    _refuse_made_up(what, model, loading, allowed={"score.weight"} if new_head else set())
     if scorer.config.num_labels != 1:
         raise InputError(
             f"Cannot load {what} from {model!r}: it has {scorer.config.num_labels} outputs, not "
             "one; a function can choose among them."
         )
-    _refuse_made_up(what, model, loading, allowed={"score.weight"} if new_head else set())
     return scorer
 
 
@@ -127,10 +136,26 @@ def _load(
         )
 
 
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep transformers from printing a table of weights that a language model has not."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 def _refuse_made_up(what: str, model: str, loading: dict[str, Any], allowed: set[str]) -> None:
     """Refuse a model whose weights transformers made up, but for those that may be."""
     missing = sorted(set(loading["missing_keys"]) - allowed)
-    missing += sorted(mismatch[0] for mismatch in loading["mismatched_keys"])
+    mismatched = sorted(mismatch[0] for mismatch in loading["mismatched_keys"])
+    if mismatched:
+        raise InputError(
+            f"Cannot load {what} from {model!r}: its {mismatched[0]} has another shape than that "
+            "of such a model."
+        )
     if missing:
         more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
         raise InputError(f"Cannot load {what} from {model!r}: it lacks {missing[0]}{more}.")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.loading import load_scorer, load_tokenizer
 from fastpg.trainer.parsing import InputError
-from fastpg.trainer.rollout import pad_id
+from fastpg.trainer.rollout import vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class RewardModel:
         batch_size: Texts per forward.
 
     Raises:
-        InputError: The model has not one output.
+        InputError: The model has not one output, or knows no token that could be padding.
 
     Example:
         >>> from fastpg.trainer import PPOTrainer, RewardModel
@@ -52,8 +52,9 @@ class RewardModel:
         self.__name__ = name
         # The forward of a model takes the last token that is no padding, which the config names.
         config: Any = model.config.get_text_config()
+        self._size = vocabulary_size(model)
         if config.pad_token_id is None:
-            config.pad_token_id = pad_id(tokenizer)
+            config.pad_token_id = self._padding()
         self._positions = getattr(config, "max_position_embeddings", None)
         self._has_cut = False
 
@@ -76,6 +77,15 @@ class RewardModel:
         path = Path(directory).resolve()
         name = path.parent.name if path.name == "model" else path.name
         return RewardModel(model, load_tokenizer(model, trust_remote_code), name)
+
+    def _padding(self) -> int:
+        """Return the token to pad with. The model may not know that of the tokenizer."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None and token < self._size:
+                return token
+        raise InputError(
+            f"The tokenizer of {self.__name__} has no PAD or EOS that the model knows."
+        )
 
     def to(self, device: torch.device) -> "RewardModel":
         """Move the model to a device."""
@@ -151,15 +161,23 @@ class RewardModel:
             Its ids.
 
         Raises:
-            InputError: There is no chat template, or it refuses the chat.
+            InputError: There is no chat template, it or the tokenizer refuses the conversation, or
+                the model cannot read what they make of it.
         """
         if isinstance(conversation, str):
-            ids = list(self.tokenizer(conversation)["input_ids"])
+            ids = self._ids(conversation, add_special_tokens=True)
             end = self.tokenizer.eos_token_id
             if end is not None and ids[-1:] != [end]:
                 ids.append(end)
         else:
             ids = self._chat_ids(conversation)
+        if not ids:
+            raise InputError(f"{self.__name__} cannot score a text without tokens.")
+        if max(ids) >= self._size:
+            raise InputError(
+                f"{self.__name__} has {self._size} tokens, and its tokenizer makes one of id "
+                f"{max(ids)}."
+            )
         if self._positions is not None and len(ids) > self._positions:
             if not self._has_cut:
                 logger.warning(
@@ -181,7 +199,17 @@ class RewardModel:
             reason = " ".join(str(error).split())
             raise InputError(f"The template of {self.__name__} refuses a chat: {reason}") from error
         # The template writes its own special tokens, so none are added here.
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._ids(str(text), add_special_tokens=False)
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        except Exception as error:
+            # Tokenizers raise plain exceptions, for a lone surrogate or an unknown word.
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"The tokenizer of {self.__name__} refuses a text: {reason}"
+            ) from error
 
 
 def joined(prompt: Messages, answer: Messages) -> Messages:
@@ -197,9 +225,14 @@ def joined(prompt: Messages, answer: Messages) -> Messages:
     last, first = prompt[-1], answer[0]
     if last["role"] != "assistant" or first["role"] != "assistant":
         return [*prompt, *answer]
-    begun, more = last.get("content") or "", first["content"]
-    if isinstance(begun, list):
-        whole: Any = [*begun, {"type": "text", "text": more}]
+    contents = [message.get("content") or "" for message in (last, first)]
+    if all(isinstance(content, str) for content in contents):
+        whole: Any = "".join(contents)
     else:
-        whole = begun + more
+        whole = [part for content in contents for part in _parts(content)]
     return [*prompt[:-1], {**last, "content": whole}, *answer[1:]]
+
+
+def _parts(content: Any) -> list[Any]:
+    """Return the parts of the content of a message, of which a text is one."""
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]

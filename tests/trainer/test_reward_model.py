@@ -172,6 +172,41 @@ def test_pairs_of_every_form():
             read_pairs([row])
 
 
+def test_an_answer_continues_a_message_of_any_content():
+    def whole(begun, more):
+        prompt = [{"role": "assistant", **begun}]
+        chosen, rejected = [{"role": "assistant", **more}], [{"role": "assistant", "content": "z"}]
+        pair = read_pairs([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])[0]
+        return pair.chosen[0]["content"]
+
+    x, y = ({"type": "text", "text": text} for text in "xy")
+    assert whole({"content": "x"}, {"content": "y"}) == "xy"
+    assert whole({"content": [x]}, {"content": "y"}) == [x, y]
+    assert whole({"content": "x"}, {"content": [y]}) == [x, y]
+    assert whole({"content": [x]}, {"content": [y]}) == [x, y]
+    assert whole({"content": "x"}, {"content": None}) == "x"
+    assert whole({"content": "x"}, {}) == "x"
+
+
+def test_the_model_knows_every_token_that_it_is_given():
+    tokenizer = reviews.build_tokenizer()
+    text = reviews.subjects()[0]
+    longer = " ".join([text, *sorted(reviews.POSITIVE)[:2]])
+    alone = RewardModel(tiny_scorer(), tokenizer).score([text, longer])
+    # The model was made before its tokenizer got a token to pad with.
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    padded = RewardModel(tiny_scorer(pad_token_id=None), tokenizer)
+    assert tokenizer.pad_token_id == 43 and padded.model.config.pad_token_id != 43
+    assert len(padded.score([text, longer])) == len(alone)
+    with pytest.raises(InputError, match="reward_model has 43 tokens, and its tokenizer makes one"):
+        padded.score(["<padding>"])
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="has no PAD or EOS that the model knows"):
+        RewardModel(tiny_scorer(pad_token_id=None), tokenizer)
+    with pytest.raises(InputError, match="cannot score a text without tokens"):
+        RewardModel(tiny_scorer(), tokenizer).score([""])
+
+
 def test_calibration_compares_confidence_with_accuracy():
     # Margins of 2 in three pairs, of which one is wrong; of 0.1 in one pair, which is right.
     judgement = Judgement(torch.tensor([2.0, 2.0, 0.0, 0.1]), torch.tensor([0.0, 0.0, 2.0, 0.0]))
@@ -195,13 +230,19 @@ def test_the_command_trains_a_reward_model_that_the_trainer_takes(workspace, cap
     )
     # A policy is no reward model: its head would be random.
     assert main(["train", *OWN[:4], "--reward", "model"]) == 2
-    assert "Cannot load a reward model from 'model': it" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "Cannot load a reward model from 'model': it lacks score.weight." in error
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ([], "Your own run also needs --model and --dataset."),
+        (["--model", "two", "--dataset", "one.jsonl"], "its score.weight has another shape"),
+        (
+            ["--model", "model", "--dataset", "surrogates.jsonl"],
+            "The tokenizer of reward_model ref",
+        ),
         (["--batch_siz", "3"], "Unknown setting 'batch_siz'; did you mean 'batch_size'?"),
         (["--eval_fraction", "1"], "eval_fraction must be between 0 and 1, and neither, not 1.0."),
         (["--model", "model", "--dataset", "prompts.jsonl"], "prompts.jsonl, line 1: no 'chosen'"),
@@ -210,6 +251,12 @@ def test_the_command_trains_a_reward_model_that_the_trainer_takes(workspace, cap
 )
 def test_bad_input_of_the_command_is_one_sentence(workspace, capsys, flags, sentence):
     Path("one.jsonl").write_text(json.dumps(praise_pairs(1)[0]))
+    surrogates = [{"chosen": "\ud800", "rejected": "\udfff"}] * 2
+    Path("surrogates.jsonl").write_text("\n".join(map(json.dumps, surrogates)))
+    if "two" in flags:
+        Path("one.jsonl").write_text("\n".join(map(json.dumps, praise_pairs(2))))
+        tiny_scorer(num_labels=2).save_pretrained("two")
+    capsys.readouterr()
     assert main(["reward-model", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("fastpg reward-model: ") and error.count("\n") == 1

@@ -1,7 +1,8 @@
 """Reward functions written for verl or OpenRLHF, called as those call them."""
 
+import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -38,7 +39,8 @@ class VerlReward:
     """Calls `compute_score` for each completion.
 
     Args:
-        compute_score: The function. It returns a number, or a dict with the "score".
+        compute_score: The function. It returns a number, or a dict with the "score", and may be
+            async.
     """
 
     def __init__(self, compute_score: Callable[..., Any]) -> None:
@@ -58,24 +60,29 @@ class VerlReward:
         ]
         self.__signature__ = Signature([*ours, *needed])
 
-    def __call__(self, completions: list[Any], **columns: list[Any]) -> list[Any]:
-        """Return the scores of B completions."""
-        scores = []
+    def __call__(self, completions: list[Any], **columns: list[Any]) -> Any:
+        """Return the scores of B completions, to be awaited if the function is async."""
+        results = []
         for i, completion in enumerate(completions):
             row = {name: column[i] for name, column in columns.items()}
             if "extra_info" in self.taken:
                 row.setdefault("extra_info", None)
             text = completion if isinstance(completion, str) else completion[-1]["content"]
-            result = self.compute_score(solution_str=text, **row)
-            scores.append(result["score"] if isinstance(result, dict) else result)
-        return scores
+            results.append(self.compute_score(solution_str=text, **row))
+        if any(map(inspect.isawaitable, results)):
+            return self._awaited(results)
+        return [_entry(result, "score") for result in results]
+
+    async def _awaited(self, results: list[Awaitable[Any]]) -> list[Any]:
+        return [_entry(result, "score") for result in await asyncio.gather(*results)]
 
 
 class OpenRLHFReward:
     """Calls `reward_func` with texts.
 
     Args:
-        reward_func: The function. It returns B rewards, or a dict with the "rewards".
+        reward_func: The function. It returns B rewards, or a dict with the "rewards", and may be
+            async.
     """
 
     def __init__(self, reward_func: Callable[..., Any]) -> None:
@@ -88,7 +95,14 @@ class OpenRLHFReward:
     def __call__(
         self, texts: list[str], prompt_texts: list[str], label: list[Any] | None = None
     ) -> Any:
-        """Return the rewards of B texts."""
+        """Return the rewards of B texts, to be awaited if the function is async."""
         labels = {"labels": label} if self.has_labels else {}
         result = self.reward_func(queries=texts, prompts=prompt_texts, **labels)
-        return result["rewards"] if isinstance(result, dict) else result
+        return self._awaited(result) if inspect.isawaitable(result) else _entry(result, "rewards")
+
+    async def _awaited(self, result: Awaitable[Any]) -> Any:
+        return _entry(await result, "rewards")
+
+
+def _entry(result: Any, key: str) -> Any:
+    return result[key] if isinstance(result, dict) else result

@@ -40,7 +40,8 @@ def load_reward(spec: str, trust_remote_code: bool = False) -> RewardFunction:
         return RewardModel.load(spec, trust_remote_code)
     # "module:" and ":function" have a colon too, but name nothing.
     module_name, colon, name = spec.partition(":")
-    if not (module_name and colon and name):
+    # So has "./module.py:function", a path, which is no name of a module either.
+    if not (module_name and colon and name) or module_name.startswith(".") or "/" in module_name:
         raise InputError(
             f"A reward is module:function or the directory of a reward model, not {spec!r}."
         )
@@ -126,7 +127,11 @@ def accepted(reward: RewardFunction, columns: dict[str, list]) -> dict[str, list
         InputError: The function needs another one.
     """
     # TRL passes every column to every reward; here a function need not name what it does not use.
-    parameters = inspect.signature(reward).parameters
+    try:
+        parameters = inspect.signature(reward).parameters
+    except (TypeError, ValueError):
+        # Some builtins have no signature.
+        raise InputError(f"Reward {name_of(reward)} does not tell the names it takes.") from None
     for name, parameter in parameters.items():
         is_named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if is_named and parameter.default is parameter.empty and name not in columns:

@@ -181,6 +181,7 @@ def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys)
         ([*OWN, "--dataset", "bad.jsonl"], "bad.jsonl, line 3: no 'prompt'"),
         ([*OWN, "--dataset", "my_rewards.py"], "my_rewards.py, line 2: not JSON"),
         ([*OWN, "--reward", "length"], "A reward is module:function or the directory of"),
+        ([*OWN, "--reward", "./my_rewards.py:length"], "A reward is module:function or the"),
         ([*OWN, "--reward", "nowhere:f"], "Cannot import the module of the reward 'nowhere:f'"),
         (
             [*OWN, "--reward", "my_rewards:lenght"],

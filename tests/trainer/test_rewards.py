@@ -134,3 +134,22 @@ def test_a_reward_of_openrlhf_is_called_as_openrlhf_does(tmp_path):
     assert metrics["eval/rewards/reward_func/mean"] == 0.5
     with pytest.raises(InputError, match="reward_func needs a dataset column 'label'"):
         make_trainer(tmp_path, reward_func)
+
+
+def test_rewards_of_verl_and_openrlhf_may_be_async():
+    async def compute(data_source, solution_str, ground_truth):
+        return compute_score(data_source, solution_str, ground_truth)
+
+    async def reward(queries, prompts, labels):
+        return reward_func(queries, prompts, labels)
+
+    rows = columns(data_source=["sums"] * 2, ground_truth=["x", "z"], label=[3, 4])
+    rows |= {"prompt_texts": ["a", "b"], "texts": ["ax", "by"]}
+    scores = score([adapted(compute), adapted(reward)], rows)
+    assert scores["compute"].tolist() == [1.0, 0.0]
+    assert scores["reward"].tolist() == [3.0, 4.0]
+
+
+def test_a_builtin_that_hides_its_arguments_is_refused():
+    with pytest.raises(InputError, match="Reward max does not tell the names it takes"):
+        score([max], columns())

@@ -264,7 +264,8 @@ class Patches:
         target = wanted.target
         try:
             place = find(target)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:
+            # As in `_replace`.
             return PatchRow(target, "missing", f"{type(error).__name__}: {error}")
         if place.holds():
             is_there = place.get() is wanted.value
@@ -278,7 +279,8 @@ class Patches:
         try:
             place = find(target)
             original = place.get()
-        except (ImportError, AttributeError, KeyError) as error:
+        except Exception as error:
+            # An import may fail in any way: lazy modules raise RuntimeError.
             return PatchRow(target, "missing", f"{type(error).__name__}: {error}")
         try:
             new = wanted.make(original)

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from importlib import import_module
 
+import torch
+
 from .verifying import Sizes
 
 # Each is a module here, whose `verify` takes the sizes and the device.
@@ -36,7 +38,7 @@ def verify(argv: Sequence[str]) -> int:
     for name, meaning in MEANINGS.items():
         default = Sizes._field_defaults[name]
         parser.add_argument(f"--{name}", type=positive, default=default, help=meaning)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=available, default="cpu", help="cpu or cuda")
     options = vars(parser.parse_args(argv))
     package, device = options.pop("package"), options.pop("device")
     report = import_module(f"fastpg.integrations.{package}").verify(Sizes(**options), device=device)
@@ -52,3 +54,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def available(text: str) -> str:
+    """A device from the command line, on which a tensor can be made."""
+    try:
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError) as error:
+        # torch asserts that it was built with CUDA. More lines are advice on debugging.
+        reason = str(error).strip().splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} is no device here: {reason}") from None
+    return text

@@ -24,6 +24,7 @@ FILES = {
     "REGISTRY = {'f': f}",
     "early": "from house.utils import f",
     "late": "from house.utils import f",
+    "damp": "raise RuntimeError('a wall is wet')",
 }
 
 
@@ -142,6 +143,8 @@ def test_what_is_missing_or_refused_is_in_the_report_and_raises_if_strict(house)
         Replacement("house.utils.f", ours),
         Replacement("house.utils.g", ours),
         Replacement("house.cellar.g", ours),
+        Replacement("house.damp.g", ours),
+        Addition("house.damp.REGISTRY[g]", ours),
         Replacement("house.utils.REGISTRY[g]", ours),
         Replacement("house.early.f", refuse),
         PatchRow("house.early.f", "refused", "the caller knows better"),
@@ -152,7 +155,8 @@ def test_what_is_missing_or_refused_is_in_the_report_and_raises_if_strict(house)
     assert house.f is stock and not patches.applied
     report = patches.apply(wanted, strict=False)
     states = [row.state for row in report.rows]
-    assert states == ["replaced", "missing", "missing", "missing", "refused", "refused"]
+    assert states == ["replaced", *["missing"] * 5, "refused", "refused"]
+    assert "RuntimeError: a wall is wet" in str(report)
     assert "No module named 'house.cellar'" in str(report) and not report.complete
     patches.undo()
 

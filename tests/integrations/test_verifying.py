@@ -73,6 +73,9 @@ def test_the_command_says_what_it_cannot_compare(capsys, monkeypatch):
     assert usage.value.code == 2 and "invalid choice" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["verify", "trl", "--vocab", "0"])
+    with pytest.raises(SystemExit) as usage:
+        main(["verify", "trl", "--device", "gpu"])
+    assert usage.value.code == 2 and "'gpu' is no device here" in capsys.readouterr().err
     monkeypatch.setattr("fastpg.integrations.trl._patches.version", lambda: None)
     assert main(["verify", "trl"]) == 2
     assert "trl is not installed" in capsys.readouterr().out

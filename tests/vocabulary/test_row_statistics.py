@@ -217,6 +217,17 @@ def test_from_hidden_states_the_first_of_equal_tokens_is_top1():
     assert found.is_top1.tolist() == [True, False, False]
 
 
+def test_from_hidden_states_tokens_that_softcap_leaves_equal_are_told_apart():
+    weight = torch.zeros(9000, 1)
+    weight[100], weight[5000] = 100.0, 101.0
+    labels, options = torch.tensor([100, 5000]), {"softcap": 1.0, "row_statistics": ALL}
+    found = linear_token_logprobs(torch.ones(2, 1), weight, labels, **options)
+    assert found.is_top1.tolist() == [False, True]
+    lowest = torch.full((9000,), -math.inf)  # of which softcap makes ordinary logits
+    found = linear_token_logprobs(torch.ones(2, 1), weight, labels - 100, bias=lowest, **options)
+    assert found.is_top1.tolist() == [True, False]
+
+
 def test_registration_from_hidden_states():
     hidden, weight, bias, labels = head_and_labels((5,), 40, 8)
     t = torch.tensor(1.0)

@@ -111,6 +111,23 @@ def test_compile():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("names", [(), STATISTICS])
+def test_compile_without_an_entropy(names):
+    torch._dynamo.reset()
+    logits, labels = several((4,), 30, 3)
+
+    def logprobs(x):
+        found = token_logprobs(x, labels, row_statistics=names)
+        return found.logp if names else found
+
+    grads = []
+    for function in (torch.compile(logprobs, backend="aot_eager", fullgraph=True), logprobs):
+        (x,) = leaves(logits)
+        function(x).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
 LOGITS = torch.zeros(2, 5)
 KEPT = (torch.tensor([0]), torch.tensor([0, 1, 1]))
 
@@ -245,6 +262,15 @@ def test_statistics_are_those_of_one_label(kernel):
     torch.testing.assert_close(found.mean_logit, one.mean_logit)
     assert torch.equal(found.is_top1, labels == logits.argmax(-1)[:, None])
     assert found.entropy is None
+
+
+def test_of_labels_with_equal_logits_the_first_of_the_row_is_top1(kernel):
+    logits, labels = torch.zeros(2, 9000), torch.tensor([[8999, 1, 0, 1], [5, 3, 5, 7]])
+    found = token_logprobs(logits, labels, row_statistics=STATISTICS)
+    assert torch.equal(found.is_top1, labels == 0)
+    weight, hidden = torch.zeros(9000, 1), torch.ones(2, 1)
+    found = linear_token_logprobs(hidden, weight, labels, row_statistics=STATISTICS)
+    assert torch.equal(found.is_top1, labels == 0)
 
 
 def test_the_gradient_may_overwrite_the_logits(kernel):

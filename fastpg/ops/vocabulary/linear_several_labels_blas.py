@@ -47,6 +47,7 @@ class LabelsOfTile(NamedTuple):
     here: Tensor  # bool: the label is in the tile
     logit: Tensor  # after softcap, if it is here
     leads: Tensor  # bool: it is here, and the highest of the tile
+    highest: Tensor  # [n]: the highest logit of the tile, before softcap
 
 
 class TileStatistics(NamedTuple):
@@ -84,17 +85,18 @@ def read_tile(
     here, column = in_tile(labels, tile)
     found = tile.logits.gather(1, column).to(temperature.dtype)
     # The highest label that is here is kept out of the sum; if none is, any token stands in.
-    lead = column.gather(1, leading(found, here))
+    lead = column.gather(1, leading(found, column, here))
     part = row_statistics_op(
         RowInputs(tile.logits, lead[:, 0], temperature, softcap, NEVER, with_entropy=True)
     )
     top, log_sum = part.stats
-    is_lead = here & (column == lead)
+    is_lead, highest = here & (column == lead), top
     if softcap:  # another tanh has another last bit: a label that leads has the maximum's
+        highest = tile.logits.amax(1).to(top.dtype)
         found = softcap * torch.tanh(found / softcap)
-        highest = is_lead & (part.logp == -log_sum)[:, None]
-        found = torch.where(highest, top[:, None], found)
-    of_labels = LabelsOfTile(here, found, is_lead & part.is_top1[:, None])
+        has_maximum = is_lead & (part.logp == -log_sum)[:, None]
+        found = torch.where(has_maximum, top[:, None], found)
+    of_labels = LabelsOfTile(here, found, is_lead & part.is_top1[:, None], highest)
     statistics = part.entropy, part.sum_p_squared, part.mean_logit
     return of_labels, TileStatistics(top, log_sum, *statistics)
 
@@ -105,11 +107,14 @@ def row_results(tiles: Iterable[Tile], rows: RowLabels, softcap: float) -> Resul
     label_logit = torch.zeros_like(labels, dtype=t.dtype)
     is_top1 = torch.zeros_like(labels, dtype=torch.bool)
     top = torch.full_like(label_logit[:, 0], -math.inf)
+    highest = torch.full_like(top, math.nan)  # before softcap, of the tiles so far
     each, sizes = [], []
     for tile in tiles:
         found, of_rows = read_tile(tile, labels, t, softcap)
         label_logit = torch.where(found.here, found.logit, label_logit)
-        is_top1 = torch.where((of_rows.top > top)[:, None], found.leads, is_top1)
+        # Softcap may leave different logits equal: those before it decide.
+        is_top1 = torch.where((found.highest <= highest)[:, None], is_top1, found.leads)
+        highest = torch.fmax(highest, found.highest)
         top = torch.maximum(top, of_rows.top)
         each.append(of_rows)
         sizes.append(length(tile.tokens))

@@ -74,10 +74,14 @@ def per_label(temperature: Tensor) -> Tensor:
     return temperature[..., None] if temperature.dim() else temperature
 
 
-def leading(score: Tensor, kept: Tensor) -> Tensor:
-    """The place [..., 1] of the kept label with the highest score [..., K]; 0 if none is kept."""
-    best, place = score.masked_fill(~kept, -math.inf).max(-1, keepdim=True)
-    return torch.where(best == -math.inf, kept.int().argmax(-1, keepdim=True), place)
+def leading(score: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
+    """The place [..., 1] of the kept label with the highest score [..., K], 0 if none is kept.
+
+    Of equal ones it is the lowest label, which is the first in the row.
+    """
+    best = score.masked_fill(~kept, -math.inf).amax(-1, keepdim=True)
+    highest = kept & ~(score < best)  # every kept one, if one is NaN
+    return labels.masked_fill(~highest, torch.iinfo(labels.dtype).max).argmin(-1, keepdim=True)
 
 
 def reference(x: Inputs) -> Outputs:
@@ -86,7 +90,7 @@ def reference(x: Inputs) -> Outputs:
     each = [row_statistics.reference(rows._replace(labels=label)) for label in labels.unbind(-1)]
     stacked = row_statistics.Outputs(*(torch.stack(field, -1) for field in zip(*each, strict=True)))
     # The label whose log sum keeps its digits; any that is kept gives the other results.
-    lead = leading(stacked.logp, labels != rows.ignore_index)
+    lead = leading(stacked.logp, labels, labels != rows.ignore_index)
 
     def of_lead(field: Tensor) -> Tensor:
         return field.gather(-1, lead.expand(*field.shape[:-1], 1))[..., 0]
@@ -116,7 +120,7 @@ def reference_gradient(x: BackwardInputs) -> Tensor:
         return reference_backward(upstream).grad_logits
 
     kept = labels != rows.ignore_index
-    any_kept = labels.gather(-1, leading(x.logp, kept))[..., 0]
+    any_kept = labels.gather(-1, leading(x.logp, labels, kept))[..., 0]
     total = gradient(any_kept, torch.zeros_like(x.stats[0]), x.grad_entropy)
     for label, grad_logp in zip(labels.unbind(-1), x.grad_logp.unbind(-1), strict=True):
         total = total + gradient(label, grad_logp, None)
@@ -138,7 +142,7 @@ def forward(x: Inputs) -> Outputs:
     # The kernel looks at no other label: if one is bad, it gets that, and raises or spoils the row.
     bad = kept & ~legal
     first_bad = bad.int().argmax(-1, keepdim=True)
-    place = torch.where(bad.any(-1, keepdim=True), first_bad, leading(found, legal))
+    place = torch.where(bad.any(-1, keepdim=True), first_bad, leading(found, labels, legal))
     lead = labels.gather(-1, place)
     op = row_statistics.row_statistics_op if x.with_statistics else page.token_logprobs_op
     part = op(rows._replace(labels=lead[..., 0]))
@@ -299,6 +303,8 @@ def _write_gradient(
 ) -> Gradient:
     if grad_logp is None:
         grad_logp = torch.zeros_like(x.logp)
+    if not x.inputs.with_entropy:
+        grad_entropy = None  # a compiled graph gives one to the entropy without elements
     entropy = None if grad_entropy is None else x.entropy
     upstream = BackwardInputs(x.inputs, grad_logp, grad_entropy, x.logp, entropy, x.stats)
     several_labels_backward_op(GradientInputs(upstream, out))

@@ -5,6 +5,7 @@ import torch
 from accuracy import leaves
 from gae_inputs import CU, POISON, flags, inputs, shorten_blocks
 
+from bench.inputs import DEVICE
 from fastpg import gae
 
 OP = "gae"
@@ -95,3 +96,16 @@ def test_a_bad_reading_of_masked_tokens_raises():
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to N = 7, got 7 at index 2"):
         bad = torch.tensor([0, 8, 7], dtype=torch.int32)
         gae(rewards[0], None, mask[0], masked="step", cu_seqlens=bad)
+
+
+@pytest.mark.parametrize("name", ["gamma", "lam"])
+@pytest.mark.parametrize("value", [5.0, float("nan")])
+def test_the_discount_of_a_masked_step_is_read_and_that_of_padding_is_not(name, value):
+    rewards, mask = torch.ones(1, 4), torch.tensor([[1, 0, 1, 0]])
+    discount = torch.tensor([[1.0, value, 1.0, 1.0]])
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\], holds"):
+            gae(rewards, None, mask, masked="step", **{name: discount})
+    padded = torch.tensor([[1.0, 1.0, 1.0, value]])
+    advantages, _ = gae(rewards, None, mask, masked="step", **{name: padded})
+    assert advantages.tolist() == [[2.0, 0.0, 1.0, 0.0]]

@@ -287,13 +287,10 @@ _gae = Differentiable(
 )
 
 
-def _with_steps(x: Inputs, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _with_steps(x: Inputs, mask: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """The results where the masked tokens between unmasked ones are time steps of no reward."""
-    if x.cu_seqlens is not None and not torch.compiler.is_compiling():
-        checks.check_cu_seqlens("gae", x.cu_seqlens, x.rewards)  # before they are read here
-    steps = x._replace(
-        # Padding after the last unmasked token is none: a bootstrap follows that token.
-        mask=checks.unmasked_from(mask, x.cu_seqlens) > 0,
+    inputs = x._replace(
+        mask=steps,
         rewards=torch.where(mask, x.rewards, 0.0),
         values=None if x.values is None else torch.where(mask, x.values, 0.0),
         rho=None if x.rho is None else torch.where(mask, x.rho, 1.0),
@@ -301,7 +298,7 @@ def _with_steps(x: Inputs, mask: Tensor) -> tuple[Tensor, Tensor]:
         terminated=None if x.terminated is None else x.terminated & mask,
         truncated=None if x.truncated is None else x.truncated & mask,
     )
-    advantages, returns = _gae(steps)
+    advantages, returns = _gae(inputs)
     return torch.where(mask, advantages, 0.0), torch.where(mask, returns, 0.0)
 
 
@@ -371,8 +368,10 @@ def gae(
     checks.check_shape("gae", "values", values, rewards, rewards.shape)
     checks.check_shape("gae", "mask", mask, rewards, rewards.shape)
     mask = checks.as_bool(mask)
-    gammas, gamma = gae_options.discount("gamma", gamma, rewards, mask, count, dtype)
-    lams, lam = gae_options.discount("lam", lam, rewards, mask, count, dtype)
+    # The tokens whose gamma and lam are read.
+    steps = mask if masked == "skip" else gae_options.steps(mask, rewards, cu_seqlens)
+    gammas, gamma = gae_options.discount("gamma", gamma, rewards, steps, count, dtype)
+    lams, lam = gae_options.discount("lam", lam, rewards, steps, count, dtype)
     if not (terminated is None and truncated is None and bootstrap is None):
         bootstrap, terminated, truncated = gae_options.endings(
             rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count
@@ -392,6 +391,6 @@ def gae(
         gamma=gamma,
         lam=lam,
     )
-    if masked == "step" and mask is not None:
-        return _with_steps(inputs, mask)
+    if masked == "step" and mask is not None and steps is not None:
+        return _with_steps(inputs, mask, steps)
     return _gae(inputs)

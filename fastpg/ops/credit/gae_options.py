@@ -8,6 +8,15 @@ from torch import Tensor
 from ..common import checks
 
 
+def steps(mask: Tensor | None, rewards: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    """Marks all but the padding after the last unmasked token, which a bootstrap follows."""
+    if mask is None:
+        return None
+    if cu_seqlens is not None and not torch.compiler.is_compiling():
+        checks.check_cu_seqlens("gae", cu_seqlens, rewards)  # before they are read here
+    return checks.unmasked_from(mask, cu_seqlens) > 0
+
+
 def discount(
     name: str,
     x: float | Tensor,

@@ -106,18 +106,17 @@ def train_reward_model(argv: Sequence[str]) -> None:
 
     from fastpg.trainer import RewardConfig, RewardTrainer
     from fastpg.trainer.config import from_mapping
-    from fastpg.trainer.data import load_jsonl
+    from fastpg.trainer.data import load_pairs
     from fastpg.trainer.options import read_options
 
     disable_progress_bar()
     args = from_mapping(RewardConfig, read_options(argv, "reward-model", RewardConfig))
     model, dataset = _needed(model=args.model, dataset=args.dataset)
-    pair = ("chosen", "rejected")
     RewardTrainer(
         model,
         args,
-        train_dataset=load_jsonl(dataset, pair),
-        eval_dataset=load_jsonl(args.eval_dataset, pair) if args.eval_dataset else None,
+        train_dataset=load_pairs(dataset),
+        eval_dataset=load_pairs(args.eval_dataset) if args.eval_dataset else None,
     ).train()
 
 
@@ -201,15 +200,17 @@ def _is_own(given: dict[str, Any]) -> bool:
 def _own_trainer(args: "RunConfig") -> "PPOTrainer":
     """Build the trainer of a user's own model, dataset and reward, all three of which it needs."""
     from fastpg.trainer import PPOTrainer
-    from fastpg.trainer.data import load_jsonl
+    from fastpg.trainer.data import load_prompts
 
     model, dataset, rewards = _needed(model=args.model, dataset=args.dataset, reward=args.reward)
     return PPOTrainer(
         model,
         rewards,
         args,
-        train_dataset=load_jsonl(dataset),
-        eval_dataset=load_jsonl(args.eval_dataset) if args.eval_dataset else None,
+        train_dataset=load_prompts(dataset, args.prompt_column),
+        eval_dataset=load_prompts(args.eval_dataset, args.prompt_column)
+        if args.eval_dataset
+        else None,
     )
 
 

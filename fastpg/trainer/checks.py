@@ -46,7 +46,8 @@ def check_dataset(name: str, dataset: Examples, reward_funcs: Sequence[RewardFun
     for i, example in enumerate(examples):
         if not isinstance(example, dict) or not _is_prompt(example.get("prompt")):
             raise InputError(
-                f"Every example of the {name} dataset must have a 'prompt'; example {i} has not."
+                f"Every example of the {name} dataset must have a 'prompt', text or messages with "
+                f"'role' and 'content'; example {i} has not."
             )
     columns = dataset_columns(examples) | {name: [] for name in SAMPLED}
     for reward in reward_funcs:
@@ -54,9 +55,11 @@ def check_dataset(name: str, dataset: Examples, reward_funcs: Sequence[RewardFun
 
 
 def _is_prompt(prompt: Any) -> bool:
-    """Whether this is text, or a chat of at least one message."""
+    """Whether this is text, or a chat of at least one message, each of which has a role."""
     if isinstance(prompt, list):
-        return bool(prompt) and all(isinstance(message, dict) for message in prompt)
+        return bool(prompt) and all(
+            isinstance(message, dict) and isinstance(message.get("role"), str) for message in prompt
+        )
     return isinstance(prompt, str)
 
 

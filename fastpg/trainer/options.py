@@ -24,7 +24,9 @@ class RunConfig(PPOConfig):
 
     Args:
         model: Directory or name of a causal language model.
-        dataset: JSONL file of prompts, one object with a "prompt" a line.
+        dataset: Prompts: a .jsonl, .json, .csv or .parquet file, a directory of the package
+            `datasets`, or a name on the Hub.
+        prompt_column: The column of the prompts. None: "prompt", "messages" or "conversations".
         eval_dataset: The same for evaluation. None: the first training prompts.
         reward: The rewards, each as "module:function" or the directory of a reward model.
         task: An embedded task instead of a model, dataset and reward: "reviews".
@@ -32,7 +34,12 @@ class RunConfig(PPOConfig):
     """
 
     model: str | None = option(None, "directory or name of a causal language model")
-    dataset: str | None = option(None, "JSONL file of prompts: one object with a 'prompt' a line")
+    dataset: str | None = option(
+        None, "prompts: a jsonl, json, csv or parquet file, a datasets directory or Hub name"
+    )
+    prompt_column: str | None = option(
+        None, "column of the prompts; by default prompt, messages or conversations"
+    )
     eval_dataset: str | None = option(None, "likewise; by default the first training prompts")
     reward: list[str] | None = field(
         default=None,

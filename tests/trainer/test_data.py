@@ -44,10 +44,12 @@ def write_datasets(path):
 def write_split(path):
     datasets = pytest.importorskip("datasets")
     train = datasets.Dataset.from_list(ROWS)
-    datasets.DatasetDict({"train": train, "test": train.select([0])}).save_to_disk(path)
+    datasets.DatasetDict(
+        {"train": train, "test": datasets.Dataset.from_list(ROWS[:1])}
+    ).save_to_disk(path)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::Warning")  # those of datasets and dill
 @pytest.mark.parametrize(
     ("name", "write"),
     [

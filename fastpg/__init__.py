@@ -3,12 +3,19 @@
 from ._flags import check
 from ._library import extension_status, kernels_of
 from .ops.common.merge_stats import merge_stats
-from .ops.common.stats import ImportanceStats, PolicyStats, PreferenceStats, ValueStats
+from .ops.common.stats import (
+    DistillationStats,
+    ImportanceStats,
+    PolicyStats,
+    PreferenceStats,
+    ValueStats,
+)
 from .ops.credit.gae import gae
 from .ops.credit.group_center import group_center
 from .ops.credit.token_rewards import token_rewards
 from .ops.credit.whiten import whiten
 from .ops.loss.adaptive_kl import AdaptiveKL
+from .ops.loss.distillation_loss import distillation_loss
 from .ops.loss.kl_estimate import kl_estimate
 from .ops.loss.policy_loss import policy_loss
 from .ops.loss.policy_loss_from_logits import policy_loss_from_logits
@@ -24,12 +31,14 @@ from .ops.weight.token_weights import token_weights
 __version__ = "0.1.0"
 __all__ = [
     "AdaptiveKL",
+    "DistillationStats",
     "ImportanceStats",
     "PolicyStats",
     "PreferenceStats",
     "TokenLogprobs",
     "ValueStats",
     "check",
+    "distillation_loss",
     "extension_status",
     "gae",
     "group_center",

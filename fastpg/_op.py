@@ -289,7 +289,8 @@ def are_plain(tensors: Sequence) -> bool:
 
 def is_dtensor(x: object) -> bool:
     """Whether this is a tensor of which other ranks may hold a part. It imports nothing."""
-    return type(x) not in PLAIN_TENSORS and hasattr(x, "full_tensor")
+    # torch.compile cannot ask a number for attributes: that it is a tensor comes first.
+    return isinstance(x, Tensor) and type(x) not in PLAIN_TENSORS and hasattr(x, "full_tensor")
 
 
 def refuse_dtensor(op: str, name: str, x: object) -> None:

@@ -64,6 +64,13 @@ def merge_stats(
             chosen_mean, rejected_mean: means of the scores
             count: the pairs of weight other than 0
 
+        From DistillationStats:
+
+            loss: as above
+            divergence: the mean of D per token
+            student_tail, teacher_tail: means of the probability that the kept tokens leave
+            count: the tokens of weight other than 0
+
     Raises:
         TypeError: stats holds something else, or different kinds.
         ValueError: stats is empty.

@@ -252,7 +252,43 @@ class PreferenceStats(Values):
         }
 
 
-Stats = PolicyStats | ValueStats | ImportanceStats | PreferenceStats
+class DistillationStats(Values):
+    """What `distillation_loss` counted over its tokens of weight other than 0.
+
+    Attributes:
+        values: fp64 [5], in the order of FIELDS, all of them sums:
+
+            count, loss: the tokens; Σ w·D
+            divergence: Σ D
+            student_tail, teacher_tail: Σ of the probability that the kept tokens leave
+
+    Example:
+        >>> logp = torch.tensor([[0.5, 0.25]]).log()
+        >>> loss, stats = fastpg.distillation_loss(logp, logp, torch.ones(1))
+        >>> dict(zip(stats.FIELDS, stats.values.tolist()))["divergence"]
+        0.0
+    """
+
+    __slots__ = ()
+
+    FIELDS: ClassVar[Names] = ("count", "loss", "divergence", "student_tail", "teacher_tail")
+
+    @staticmethod
+    def merge(rows: Tensor) -> Tensor:
+        """The statistics [5] of all tokens, from those [M, 5] of their parts."""
+        # All of them are sums.
+        return rows.sum(0)
+
+    @staticmethod
+    def summary(row: list[float]) -> dict[str, float]:
+        """The means that `merge_stats` returns, from the values as floats."""
+        s = dict(zip(DistillationStats.FIELDS, row, strict=True))
+        n = max(s["count"], 1.0)
+        means = {name: s[name] / n for name in ("divergence", "student_tail", "teacher_tail")}
+        return {"loss": s["loss"], **means, "count": s["count"]}
+
+
+Stats = PolicyStats | ValueStats | ImportanceStats | PreferenceStats | DistillationStats
 
 
 def merge_bounds(kind: type[PolicyStats | ImportanceStats], rows: Tensor) -> Tensor:

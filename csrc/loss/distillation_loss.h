@@ -1,0 +1,67 @@
+// The divergence of a student from its teacher at one token, and the arguments of
+// fastpg/ops/loss/distillation_loss.py.
+#pragma once
+
+#include "common/fields.h"
+#include "common/log_ratio.h"
+#include "common/statistics.h"
+#include "common/stream.h"
+
+namespace fpg {
+
+// The codes of fastpg/ops/loss/distillation_loss.py.
+enum class Divergence : int { kForwardKl, kReverseKl, kJsd };
+
+// Sums. The names and their order are those of DistillationStats.FIELDS in Python.
+struct DistillationStats {
+  FPG_STATISTICS(count, loss, divergence, student_tail, teacher_tail)
+};
+
+struct DistillationInputs {
+  int dtype;  // of every array
+  int64_t token_count, kept_count;
+  const void *logp, *teacher_logp;  // [tokens, kept]
+  const void* weight;               // [tokens]; 0 masks a token
+  Divergence divergence;
+  double beta;  // of the Jensen-Shannon divergence
+
+  FPG_FIELDS(dtype, token_count, kept_count, logp, teacher_logp, weight, divergence, beta)
+};
+
+struct DistillationArguments {
+  DistillationInputs inputs;
+  void* loss;         // one number
+  void* coefficient;  // [tokens, kept], dL/dlogp
+  DistillationStats* stats;
+  Stream stream;
+
+  FPG_FIELDS(inputs, loss, coefficient, stats, stream)
+};
+
+// A bucket: its probability under the student and under the teacher, and their logarithms.
+struct Bucket {
+  double p, q, log_p, log_q;
+};
+
+// log(p / q), within the bound of log-ratios where only one of them is 0.
+FPG_HD double finite_log_ratio(double log_p, double log_q) {
+  const double d = log_ratio(log_p, log_q);
+  return abs(d) == infinity<double>() ? bounded(d) : d;
+}
+
+// What a bucket adds to the divergence, and u of the page: the derivative by the log-prob of a
+// token is p times what u of the token has over that of the tail.
+FPG_HD Moving<double> divergence_of(const Bucket& x, Divergence kind, double beta) {
+  if (kind == Divergence::kForwardKl)
+    return {x.q * finite_log_ratio(x.log_q, x.log_p), x.p == 0 ? 0.0 : -x.q / x.p};
+  if (kind == Divergence::kReverseKl) {
+    const double d = finite_log_ratio(x.log_p, x.log_q);
+    return {x.p * d, d};
+  }
+  const double log_m = log((1 - beta) * x.p + beta * x.q);
+  const double d = finite_log_ratio(x.log_p, log_m);
+  const double of_teacher = x.q * finite_log_ratio(x.log_q, log_m);
+  return {beta * of_teacher + (1 - beta) * x.p * d, (1 - beta) * d};
+}
+
+}  // namespace fpg

@@ -15,6 +15,12 @@ def causal_lm(policy: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(policy, "get_base_model") else model
 
 
+def is_sharded(policy: PreTrainedModel) -> bool:
+    """Return whether the weights of a model are whole only within its own forward."""
+    weight: Any = causal_lm(policy).get_input_embeddings().weight
+    return hasattr(weight, "full_tensor") or weight.dim() != 2 or weight.numel() == 0
+
+
 def predicting_states(
     policy: PreTrainedModel,
     input_ids: Tensor,

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import fastpg
 from fastpg.integrations.peft import UnknownHead, head_products
-from fastpg.trainer.forward import causal_lm, plain_inputs, predicting_states
+from fastpg.trainer.forward import causal_lm, is_sharded, plain_inputs, predicting_states
 from fastpg.trainer.packing import Packing
 
 _SCALES = {
@@ -167,8 +167,7 @@ def find_head(
     model = causal_lm(policy)
     if model.get_decoder() is model:
         raise UnknownHead(f"{type(model).__name__} has no decoder apart from its head")
-    weight = model.get_input_embeddings().weight
-    if hasattr(weight, "full_tensor") or weight.dim() != 2 or weight.numel() == 0:
+    if is_sharded(policy):
         raise UnknownHead("the model's weights are sharded, and whole only within its own forward")
     config = model.config.get_text_config()
     head = HeadTransform(1.0, _positive(config, "final_logit_softcapping"))

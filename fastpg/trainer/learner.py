@@ -85,8 +85,6 @@ class Learner:
 
     def _find_packing(self) -> Packing | None:
         """Return how episodes are packed into rows; None, with a warning, if they cannot be."""
-        if self.head is None:
-            return None
         unwrapped: PolicyWithValue = self.accelerator.unwrap_model(self.model)
         try:
             return find_packing(unwrapped.policy)

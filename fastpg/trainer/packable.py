@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from fastpg.trainer.forward import causal_lm, plain_inputs, predicting_states, takes_positions
+from fastpg.trainer.forward import (
+    causal_lm,
+    is_sharded,
+    plain_inputs,
+    predicting_states,
+    takes_positions,
+)
 from fastpg.trainer.generation import Sampler
 from fastpg.trainer.packing import Packing
 from fastpg.trainer.rollout import sampling
@@ -41,6 +47,8 @@ def find_packing(policy: PreTrainedModel) -> Packing:
     """
     model = causal_lm(policy)
     name = type(model).__name__
+    if is_sharded(policy):
+        raise CannotPack("the model's weights are sharded, and whole only within its own forward")
     if not takes_positions(policy):
         raise CannotPack(f"{name} takes no position_ids")
     implementation = model.config.get_text_config()._attn_implementation

@@ -32,6 +32,7 @@ def setup(tmp_path):
         old_logp=old.logp,
         ref_logp=old.ref_logp,
         old_values=old.values,
+        new_logp=torch.zeros_like(old.logp),
     )
     return trainer.model, learner._batch(rollout), targets, learner.objective
 

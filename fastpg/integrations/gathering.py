@@ -1,4 +1,4 @@
-"""A weight of which each rank holds a part, gathered for a function that reads all of it."""
+"""Parameters of ZeRO-3, which takes their memory away between forward and backward."""
 
 from __future__ import annotations
 
@@ -8,28 +8,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.tensor import DTensor, Partial
-
-
-def gathered(x: Tensor) -> Tensor:
-    """The whole of a DTensor, differentiable; any other tensor as it is.
-
-    Backward averages the gradient over the ranks, as FSDP does: under data parallelism each rank
-    has one from its own rows. `full_tensor()` alone would take every rank's for the gradient of
-    all, and leave each shard with the part that its own rank made. Where all ranks have the same
-    rows, as under tensor parallelism, the average is what each of them has.
-    """
-    if not isinstance(x, DTensor):
-        return x
-    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
 def gathered_again(
     parameters: Sequence[Tensor | None], gather: Callable[[Tensor], AbstractContextManager[object]]
 ) -> saved_tensors_hooks:
-    """Within it, the graph keeps no memory of ZeRO-3's parameters; backward gathers them again.
-
-    ZeRO-3 takes a parameter's memory away between forward and backward.
+    """Within it, the graph keeps no memory of the parameters; backward gathers them again.
 
     Args:
         parameters: The parameters, gathered now. What else is saved is kept as ever.

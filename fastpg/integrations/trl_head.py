@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fastpg
 
-from .gathering import gathered, gathered_again
+from .gathering import gathered_again
 from .patching import Patches, Refused, Replacement
 from .trl_logits import UTILS
 from .trl_lora import RunningHead
@@ -99,13 +99,13 @@ class FusedLogProbs:
 
     def log_probs(self, x: Arguments) -> tuple[Tensor | None, ...]:
         """All five outputs; None for what is not asked for."""
-        head = self.running.products(x.hidden, gathered(x.weight), optional(gathered, x.bias))
+        head = self.running.products(x.hidden, x.weight, x.bias)
         dtype = head.hidden[0].dtype
         statistics = tuple(STATISTICS[name] for name in x.outputs if name in STATISTICS)
         with_entropy = "entropy" in x.outputs
         found = linear_token_logprobs(
             head.hidden,
-            [weight.to(dtype) for weight in head.head_weight],  # FSDP2 casts what it has hooked
+            [weight.to(dtype) for weight in head.head_weight],  # TRL takes another dtype too
             x.targets,
             bias=None if head.bias is None else head.bias.to(dtype),
             temperature=x.temperature,

@@ -114,7 +114,7 @@ def case(name: str, given: dict[str, Tensor], head: Head) -> Case:
 class Stub:
     """As much of a model as `add_fused_lm_head` looks at. Its backbone returns what it is given."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, head: Head) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, head: Head) -> None:
         text = SimpleNamespace(
             final_logit_softcapping=head.softcap, logit_scale=head.scale, model_type="stub"
         )

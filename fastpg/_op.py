@@ -288,9 +288,15 @@ def are_plain(tensors: Sequence) -> bool:
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether this is a tensor of which other ranks may hold a part. It imports nothing."""
+    """Whether this is a tensor of which other ranks may hold a part."""
     # torch.compile cannot ask a number for attributes: that it is a tensor comes first.
-    return isinstance(x, Tensor) and type(x) not in PLAIN_TENSORS and hasattr(x, "full_tensor")
+    if not isinstance(x, Tensor) or type(x) in PLAIN_TENSORS:
+        return False
+    if is_dynamo_compiling():  # which does not see this method of a DTensor
+        from torch.distributed.tensor import DTensor
+
+        return isinstance(x, DTensor)
+    return hasattr(x, "full_tensor")
 
 
 def refuse_dtensor(op: str, name: str, x: object) -> None:

@@ -111,7 +111,12 @@ def check_sets_and_losses(mesh):
     hidden, labels, _ = batch(mesh.get_rank())
     support = torch.arange(3).repeat(len(labels)), 3 * torch.arange(len(labels) + 1)
 
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(w):
+        return linear_token_logprobs(hidden, w, labels)
+
     def losses(w):
+        yield compiled(w).sum()
         yield linear_token_logprobs(hidden, w, labels, support=support).sum()
         yield linear_token_loss(hidden, w, labels, lambda logp, *_: (logp.sum(), []))[0]
 

@@ -38,8 +38,9 @@ def tail_of(logp: tl.tensor, p: tl.tensor, place: tl.tensor):
     top = tl.max(logp, 0)
     # This is the first of them, if there are several.
     likeliest = place == tl.min(tl.where(logp == top, place, place.shape[0]), 0)
-    _, excess = exp_excess(top)
-    less = tl.where(top == -INFINITY, 1.0, -(excess + top))  # 1 - p of the likeliest
+    finite_top = tl.where(top == -INFINITY, 0.0, top)  # infinities would meet in the sum
+    _, excess = exp_excess(finite_top)
+    less = tl.where(top == -INFINITY, 1.0, -(excess + finite_top))  # 1 - p of the likeliest
     tail = less - tl.sum(tl.where(likeliest, 0.0, p), 0)
     return tl.where(tail < 0, 0.0, tail)
 

@@ -82,7 +82,8 @@ def variants_of(kernel, few: bool, **choices: tuple) -> Iterator[Variant]:
         constants = dict(zip(choices, values, strict=True))
         dtype = constants.pop("dtype")
         constants = {name: value for name, value in constants.items() if value is not ...}
-        yield Variant(kernel, dtype, constants)
+        options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+        yield Variant(kernel, dtype, constants, {"enable_fp_fusion": False} | options)
 
 
 def features_of_rows(

@@ -164,10 +164,11 @@ def variants(few, capability):
     surrogates = ("sapo", "ppo", "cispo", "reinforce")
     absent = dict.fromkeys(("sequence_log_ratio", "ref_logp", "entropy", "traced_options"), (None,))
     forward, kls = page.forward_kernel, ("k3", "k3_naive", "k2")
-    yield from variants_of(forward, few, SURROGATE=surrogates, KL=kls)
+    warps = {"num_warps": (page.WARPS,)}
+    yield from variants_of(forward, few, SURROGATE=surrogates, KL=kls, **warps)
     if not few:
         yield from variants_of(
-            forward, few, old_logp=GIVEN_OR_NOT, SURROGATE=surrogates, KL=("k3",), **absent
+            forward, few, old_logp=GIVEN_OR_NOT, SURROGATE=surrogates, KL=("k3",), **absent, **warps
         )
     yield from variants_of(page.merge_kernel, few)
     yield from variants_of(page.sequence_log_ratio_kernel, few, cu_seqlens=GIVEN_OR_NOT)

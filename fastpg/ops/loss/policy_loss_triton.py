@@ -32,6 +32,7 @@ from .policy_loss import (
 )
 from .surrogates_triton import options_of, token_loss
 
+WARPS = 8  # of forward: with 4, the registers of a thread do not hold all terms of its tokens
 ROWS = tl.constexpr(64)  # partial results at a time: registers hold three times as many fields
 
 FIELDS = tl.constexpr(len(PolicyStats.FIELDS))  # a power of 2, as tl.arange demands
@@ -180,6 +181,7 @@ def policy_loss(x: Inputs) -> Outputs:
         **x.options._asdict(),
         SURROGATE=x.surrogate,
         KL=x.kl,
+        num_warps=WARPS,
         **OPTIONS,
     )
     merge_kernel[(1,)](parts, outputs.stats, outputs.loss, blocks, **OPTIONS)

@@ -46,7 +46,9 @@ def preferred_settings(algorithm: str) -> dict[str, Any]:
         "reward_weights": [1.0, 0.0, 0.0],
         # The bonus keeps the policy trying out words, so that it finds what the reward model
         # overrates; otherwise it soon repeats one review.
-        "entropy_coef": 0.03,
+        "entropy_coef": 0.05,
+        "kl_coef": 0.2,
+        "num_steps": 60,
     }
     return reviews.preferred_settings(algorithm) | own
 

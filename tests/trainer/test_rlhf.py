@@ -63,7 +63,7 @@ def test_the_embedded_task_is_not_mixed_with_ones_own_run(capsys, flags, sentenc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kl_coef", "is_good"), [(0.1, True), (0.0, False)])
+@pytest.mark.parametrize(("kl_coef", "is_good"), [(0.2, True), (0.0, False)])
 def test_without_a_kl_penalty_the_learned_reward_is_optimised_too_far(tmp_path, kl_coef, is_good):
     settings = {**rlhf.preferred_settings("ppo"), "output_dir": str(tmp_path)}
     threads = torch.get_num_threads()
@@ -71,4 +71,5 @@ def test_without_a_kl_penalty_the_learned_reward_is_optimised_too_far(tmp_path, 
     after = trainer.train()
     torch.set_num_threads(threads)
     assert after["eval/rewards/reward_model/mean"] > 2
-    assert (after["eval/rewards/true_reward/mean"] > 0.5) == is_good
+    # In three seeds it was 0.88 to 0.92 with the penalty, and -1 to -0.81 without.
+    assert (after["eval/rewards/true_reward/mean"] > 0) == is_good

@@ -286,6 +286,8 @@ class Patches:
             new = wanted.make(original)
         except Refused as refusal:
             return PatchRow(target, "refused", str(refusal))
+        if wanted.everywhere:
+            _check_that_nobody_holds(new, target)
         place.put(new)
         self.replaced.append(Replaced(target, place, original, new, wanted.everywhere))
         return PatchRow(target, "replaced", "")
@@ -354,6 +356,19 @@ def _exchange(pairs: Sequence[tuple[Any, Any]]) -> dict[int, list[str]]:
                 setattr(module, key, new[id(value)])
                 found[id(value)].append(f"{name}.{key}")
     return found
+
+
+def _check_that_nobody_holds(new: Any, target: str) -> None:
+    """Raises ValueError if a module has what is to stand for a target as a global of its own.
+
+    `undo` could not tell that global from those that the replacement made.
+    """
+    for name, module in list(sys.modules.items()):
+        for key, value in list(getattr(module, "__dict__", {}).items()):
+            if value is new:
+                raise ValueError(
+                    f"{target}: {name}.{key} is what would stand for it; make a copy of it"
+                )
 
 
 def _modules() -> Sequence[tuple[str, Any]]:

@@ -70,12 +70,13 @@ def test_where_its_target_says_alone(house):
     assert sys.modules["house.early"].f is house.f and house.theirs() == "ours"
 
 
-def test_a_function_of_fastpg_that_stands_for_another_stays_where_it_is_defined(house):
-    patches, stock = Patches("house"), fastpg.token_logprobs
-    patches.apply([Replacement("house.utils.f", lambda _: stock)], strict=True)
-    assert sys.modules["house.early"].f is stock
+def test_a_function_that_modules_hold_already_must_be_copied(house):
+    """`undo` would put the original in their place."""
+    patches, held, stock = Patches("house"), fastpg.token_logprobs, house.f
+    with pytest.raises(ValueError, match=r"token_logprobs is what would stand for it; make a copy"):
+        patches.apply([Replacement("house.utils.f", lambda _: held)], strict=True)
     patches.undo()
-    assert fastpg.token_logprobs is stock and house.f() == "stock"
+    assert fastpg.token_logprobs is held and house.f is stock
 
 
 def test_methods_and_entries_of_a_registry(house):

@@ -127,7 +127,7 @@ REGISTERS = {
     ("kl_estimate", "forward_kernel"): 80,
     ("kl_estimate", "backward_kernel"): 104,
     ("distillation_loss", "forward_kernel"): 64,
-    ("policy_loss", "forward_kernel"): 168,
+    ("policy_loss", "forward_kernel"): 172,
     ("policy_loss", "merge_kernel"): 80,
     ("policy_loss", "sequence_log_ratio_kernel"): 96,
     ("value_loss", "forward_kernel"): 116,
@@ -143,7 +143,11 @@ REGISTERS = {
 # registers, or spill so many bytes of them, at most.
 RARE: dict[str, object] = {"SOFTCAP": True, "ALIGNED": False}
 REGISTERS_IF_RARE = {(LOGP, "forward_kernel"): 104}
-SPILLED = {(ROWS, "rows_kernel"): 240, (LOGP, "forward_kernel"): 24}
+SPILLED = {
+    (ROWS, "rows_kernel"): 240,
+    (LOGP, "forward_kernel"): 24,
+    (LOGP, "statistics_kernel"): 8,
+}
 
 
 def is_rare(variant: Variant) -> bool:

@@ -181,6 +181,7 @@ def linear_token_logprobs(
         arXiv:2411.09009.
     """
     several = has_several(labels, hidden)
+    gathers_whole = several or bool(row_statistics) or support is not None
     inputs = head_inputs(
         OP,
         hidden,
@@ -193,7 +194,7 @@ def linear_token_logprobs(
         ignore_index=ignore_index,
         logits_dtype=logits_dtype,
         group=process_group,
-        keep_shards=not (several or row_statistics or support or torch.compiler.is_compiling()),
+        keep_shards=not (gathers_whole or torch.compiler.is_compiling()),
     )
     if several or row_statistics:
         names = checked_statistics(OP, row_statistics, support, process_group)

@@ -7,12 +7,14 @@ layers: the head is the same, the rest is less. With the linear head, and with t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from fastpg.trainer import PPOConfig
+from fastpg.trainer.fast_paths import find_fast_paths
 from fastpg.trainer.head import HeadTransform
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.models import PolicyWithValue, frozen_copy
@@ -37,11 +39,12 @@ def make_learner() -> Learner:
     policy = Qwen2ForCausalLM(config).eval()
     args = PPOConfig(num_ppo_epochs=1, num_mini_batches=1, micro_batch_size=EPISODES)
     accelerator = Accelerator()
+    paths = find_fast_paths(policy, accelerator)
     model = PolicyWithValue(policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     model, optimizer = accelerator.prepare(model, optimizer)
     reference = frozen_copy(policy).to(accelerator.device)
-    return Learner(accelerator, model, reference, optimizer, args)
+    return Learner(accelerator, model, reference, optimizer, args, paths)
 
 
 def rollout(device: torch.device) -> Rollout:
@@ -55,14 +58,14 @@ def cases(device: str) -> Iterator[Case]:
     learner = make_learner()
     batch = rollout(learner.accelerator.device)
     scores = torch.randn(EPISODES)
-    assert learner.head == HeadTransform(), "the head was not recognised"
+    assert learner.paths.head == HeadTransform(), "the head was not recognised"
 
     def step(head):
         old = experience(head)
         return old, learner.update(old)
 
     def experience(head):
-        learner.head = head
+        learner.paths = replace(learner.paths, head=head)
         return learner.experience(batch, scores)[0]
 
     def gradient(head):

@@ -1,27 +1,172 @@
-"""The accelerator of a run."""
+"""The engine of a run: one process, or several that share its episodes, and maybe its weights."""
 
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
 
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fastpg.trainer.checkpoint import LATEST
+from fastpg.trainer.parsing import InputError
 from fastpg.trainer.ranges import MixedPrecision
 
 
-def make_accelerator(mixed_precision: MixedPrecision, output_dir: str) -> Accelerator:
+class EngineSettings(Protocol):
+    """The settings of a run that its accelerator depends on."""
+
+    mixed_precision: MixedPrecision
+    output_dir: str
+    max_grad_norm: float
+
+
+def make_accelerator(args: EngineSettings) -> Accelerator:
     """Make the accelerator of a run, whose results depend on the settings alone.
 
     Which devices and processes there are, and how they share the model, is left to `accelerate`
     and its environment variables.
 
     Args:
-        mixed_precision: The autocast dtype of the forward: "no", "bf16" or "fp16".
-        output_dir: The directory of the run, for TensorBoard.
+        args: The settings of the run.
+
+    Raises:
+        InputError: The processes would share the model in a way that does not work here.
     """
     # What is not given here, `accelerate launch` may set: a number of accumulation steps, for one,
     # that every loss would be divided by.
-    return Accelerator(
-        mixed_precision=mixed_precision,
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
         log_with="tensorboard",
-        project_dir=output_dir,
+        project_dir=args.output_dir,
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise InputError("FSDP of version 1 is not supported; fsdp_version: 2 is.")
+        # Every process has read the weights; a broadcast of them would untie the tied ones.
+        plugin.cpu_ram_efficient_loading = False
+    if is_deepspeed(accelerator):
+        # DeepSpeed clips inside its own step, and leaves the kind of optimiser to the config.
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["gradient_clipping"] = args.max_grad_norm
+        config["zero_allow_untested_optimizer"] = True
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
+        raise InputError("Megatron-LM is not supported; DDP, FSDP2 and DeepSpeed are.")
+    return accelerator
+
+
+def shares_weights(accelerator: Accelerator) -> bool:
+    """Return whether each process holds a part of every weight.
+
+    The weights are then whole only inside the forward of the prepared module, and all processes
+    have to make the same forwards.
+    """
+    return accelerator.distributed_type == DistributedType.FSDP or is_zero3(accelerator)
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Return whether DeepSpeed is the engine."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
+    """Return whether DeepSpeed shares the weights out: its ZeRO of stage 3."""
+    return is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the parameters of a prepared module be those that the optimiser changes.
+
+    After a forward without a backward FSDP2 keeps some whole, in memory that the next one replaces.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights and buffers of a prepared module; every process has to call this.
+
+    Where processes share the weights, only the main process gets them.
+    """
+    reshard(model)
+    return accelerator.get_state_dict(model)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU, whole; every process that has a part of it has to call this."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def shared_like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Return this process's part of a whole tensor, if it has a part only of `weight`."""
+    if isinstance(weight, DTensor) and tensor.dim() == weight.dim():
+        mesh = weight.device_mesh
+        return distribute_tensor(tensor.to(mesh.device_type), mesh, weight.placements)
+    return tensor
+
+
+class ProcessLost(InputError):
+    """Another process of the run has ended, so this one cannot go on."""
+
+
+@contextmanager
+def naming_lost_processes(directory: Path) -> Iterator[None]:
+    """Raise `ProcessLost` for the errors of a process whose neighbour has ended.
+
+    Args:
+        directory: The output directory of the run.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL's errors have a type of their own; gloo's are told by their text alone.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        latest = directory / LATEST
+        newest = latest.read_text(encoding="utf-8") if latest.exists() else "not there yet"
+        raise ProcessLost(
+            "Another process of this run has ended; its own message says why. The newest "
+            f"checkpoint in {directory} is {newest}."
+        ) from error
+
+
+Result = TypeVar("Result")
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], Result]) -> Result | None:
+    """Call a function on the main process; every process has to call this.
+
+    No process goes on before the function has returned. What it raises, every process raises:
+    otherwise the others would wait for the main process forever.
+
+    Args:
+        accelerator: The accelerator of the run.
+        action: The function.
+
+    Returns:
+        What the function returns, on the main process.
+    """
+    if accelerator.num_processes == 1:
+        return action()
+    if not accelerator.is_main_process:
+        (failure,) = broadcast_object_list([None])
+        if failure is not None:
+            raise failure
+        return None
+    try:
+        result = action()
+    except Exception as error:
+        # Exceptions of other packages may not survive the journey.
+        is_ours = isinstance(error, InputError)
+        broadcast_object_list([error if is_ours else RuntimeError(f"{error!r} in process 0")])
+        raise
+    broadcast_object_list([None])
+    return result

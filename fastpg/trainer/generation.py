@@ -21,6 +21,7 @@ def generate(
     attention_mask: Tensor,
     config: GenerationConfig,
     packing: Packing | None,
+    together: bool = False,
 ) -> Tensor:
     """Sample a completion of each prompt.
 
@@ -31,6 +32,7 @@ def generate(
         attention_mask: int64 [B, P], 1 at real tokens.
         config: Temperature, most new tokens, ends and padding.
         packing: How rows are packed for the model. None: the model's own `generate` samples.
+        together: Whether `generate` goes on until those of all processes have ended.
 
     Returns:
         Prompts and completions, int64 [B, P + T]. What follows the end of a completion is padding.
@@ -38,7 +40,9 @@ def generate(
     if packing is None or not packing.holds(input_ids.shape[1] + config.max_new_tokens):
         # Every causal language model has `generate`, but the type PreTrainedModel does not say so.
         model: Any = policy
-        return model.generate(input_ids=input_ids, attention_mask=attention_mask)
+        return model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, synced_gpus=together
+        )
     completions = Sampler(policy, config, packing).completions(input_ids, attention_mask)
     return torch.cat([input_ids, completions], dim=1)
 

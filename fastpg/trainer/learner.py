@@ -10,31 +10,25 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import fastpg
-from fastpg.integrations.peft import UnknownHead
 from fastpg.trainer.adapters import WithoutAdapter
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.experience import Experience
-from fastpg.trainer.head import HeadTransform, completion_logprobs, find_head
+from fastpg.trainer.fast_paths import FastPaths
+from fastpg.trainer.head import completion_logprobs
 from fastpg.trainer.models import (
     CompletionBatch,
     CompletionLoss,
-    PolicyWithValue,
     logprobs_through,
     loss_through,
     reference_logprobs_through,
 )
 from fastpg.trainer.objective import Objective, Targets
-from fastpg.trainer.packable import CannotPack, find_packing
-from fastpg.trainer.packing import Packing
 from fastpg.trainer.rollout import Rollout
 from fastpg.trainer.steps import Step, step_metrics
-
-logger = get_logger(__name__)
 
 
 @dataclass
@@ -47,6 +41,7 @@ class Learner:
         reference: The frozen policy of the KL penalty, if there is a penalty.
         optimizer: The optimiser of the model's parameters.
         args: The settings of the run.
+        paths: How completions go through policy and reference.
     """
 
     accelerator: Accelerator
@@ -54,6 +49,7 @@ class Learner:
     reference: PreTrainedModel | WithoutAdapter | None
     optimizer: torch.optim.Optimizer
     args: PPOConfig
+    paths: FastPaths
 
     def __post_init__(self) -> None:
         self.resolved = self.args.resolved()
@@ -64,8 +60,6 @@ class Learner:
             vf_coef=self.args.vf_coef,
             cliprange_value=self.args.cliprange_value,
         )
-        self.head = self._find_head()
-        self.packing = self._find_packing()
         self.kl_controller: fastpg.AdaptiveKL | None = None
         if self.args.adaptive_kl_target is not None:
             self.kl_controller = fastpg.AdaptiveKL(
@@ -73,26 +67,6 @@ class Learner:
                 self.args.adaptive_kl_target,
                 self.args.adaptive_kl_horizon,
             )
-
-    def _find_head(self) -> HeadTransform | None:
-        """Return how the model makes logits; None, with a warning, if that is not understood."""
-        unwrapped: PolicyWithValue = self.accelerator.unwrap_model(self.model)
-        try:
-            return find_head(unwrapped.policy, self.accelerator.autocast)
-        except UnknownHead as reason:
-            logger.warning(f"Log-probs come from the model's logits, for {reason}.")
-            return None
-
-    def _find_packing(self) -> Packing | None:
-        """Return how episodes are packed into rows; None, with a warning, if they cannot be."""
-        unwrapped: PolicyWithValue = self.accelerator.unwrap_model(self.model)
-        try:
-            return find_packing(unwrapped.policy)
-        except CannotPack as reason:
-            logger.warning(
-                f"Every completion goes through the model with its prompt, for {reason}."
-            )
-            return None
 
     @torch.no_grad()
     def experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, dict[str, float]]:
@@ -259,6 +233,8 @@ class Learner:
         # Statistics stay on the device until the rollout is done: reading them here would wait for
         # it at every step.
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        # DeepSpeed gives a number.
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=denom.device)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return Step(policy_stats, value_stats, kl, norm)
@@ -304,6 +280,7 @@ class Learner:
             )
         return logp
 
+    @torch.no_grad()
     def logprobs_of(self, ids: Sequence[int]) -> Tensor:
         """Return the log-probs of the tokens after the first, as in training: float32 [1, T]."""
         tokens = torch.tensor([list(ids)], device=self.accelerator.device)
@@ -313,7 +290,7 @@ class Learner:
             mask=torch.ones_like(tokens[:, 1:], dtype=torch.bool),
             finished=torch.ones(1, dtype=torch.bool, device=tokens.device),
         )
-        return logprobs_through(self.model, self._batch(rollout)).logp.detach()
+        return logprobs_through(self.model, self._batch(rollout)).logp
 
     def _batch(self, rollout: Rollout) -> CompletionBatch:
         # The head and the temperature go along, so that old, new and reference log-probs cannot be
@@ -323,12 +300,14 @@ class Learner:
             attention_mask=rollout.attention_mask,
             labels=rollout.labels,
             temperature=self.args.temperature,
-            head=self.head,
-            packing=self.packing,
+            head=self.paths.head,
+            packing=self.paths.packing,
         )
 
     def _synchronized_if(self, last: bool) -> contextlib.AbstractContextManager:
         """Let processes exchange gradients in the last micro-batch of a step only."""
+        # DeepSpeed makes its step in the backward after which this says so.
+        self.accelerator.gradient_state._set_sync_gradients(last)
         # Gradients of the micro-batches before add up on each process; one exchange is enough.
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 

@@ -200,21 +200,41 @@ def as_input_error(sentence: str) -> Iterator[None]:
         raise InputError(f"{sentence}: {reason}") from error
 
 
-def save_policy(policy: PreTrainedModel, directory: Path, dtype: torch.dtype | None) -> None:
+def part_of(state: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a submodule, by its own names for them."""
+    prefix = f"{module}."
+    return {
+        name.removeprefix(prefix): weight
+        for name, weight in state.items()
+        if name.startswith(prefix)
+    }
+
+
+def save_policy(
+    policy: PreTrainedModel,
+    directory: Path,
+    dtype: torch.dtype | None,
+    state: dict[str, torch.Tensor],
+) -> None:
     """Write a model for `from_pretrained`.
 
     Args:
         policy: The model.
         directory: Where its files go.
         dtype: The dtype of the weights in the files. None: the one that they have.
+        state: Its weights by name, whole.
     """
+    # Tied weights are written once, also where they were gathered one by one.
+    names: dict[int, str] = {}
+    for name, parameter in policy.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if name in state and first in state:
+            state[name] = state[first]
     if dtype is None or dtype == policy.dtype:
-        policy.save_pretrained(directory)
+        policy.save_pretrained(directory, state_dict=state)
         return
-    # Tied weights stay one tensor, which is written once.
     copies: dict[int, torch.Tensor] = {}
-    state = {}
-    for name, weight in policy.state_dict().items():
+    for name, weight in state.items():
         copy = copies.setdefault(weight.data_ptr(), weight)
         if copy is weight and weight.is_floating_point():
             copy = copies[weight.data_ptr()] = weight.to(dtype)

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from fastpg.trainer.checkpoint import LATEST
 from fastpg.trainer.config import PPOConfig, save_config
+from fastpg.trainer.engine import on_main_process
 from fastpg.trainer.episodes import Episodes
 from fastpg.trainer.files import only_writer, write_text
 from fastpg.trainer.parsing import InputError
@@ -163,10 +164,8 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         with ExitStack() as opened:
-            if self.accelerator.is_main_process:
-                self._open_files(opened)
             # Other processes must not find the directory half made.
-            self.accelerator.wait_for_everyone()
+            on_main_process(self.accelerator, lambda: self._open_files(opened))
             # What TensorBoard has of later steps would be shown beside what comes now.
             purge = {} if self.resumed_at is None else {"purge_step": self.resumed_at + 1}
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})

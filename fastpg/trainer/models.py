@@ -1,9 +1,10 @@
 """The policy with its value head in one module, and the frozen reference."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -60,6 +61,16 @@ class ReferenceRequest:
         self.batch = batch
 
 
+Result = TypeVar("Result")
+
+
+class PolicyRequest:
+    """Asks `PolicyWithValue.forward` to call a function of the policy."""
+
+    def __init__(self, function: Callable[[PreTrainedModel], Any]) -> None:
+        self.function = function
+
+
 class CompletionLogprobs(NamedTuple):
     """Log-probs, entropy and values of B completions, each float32 [B, T]."""
 
@@ -91,6 +102,9 @@ class PolicyWithValue(nn.Module):
     def __init__(self, policy: PreTrainedModel, critic: bool = True) -> None:
         super().__init__()
         self.policy = policy
+        # accelerate reads here which layers FSDP shares out one by one.
+        classes = {type(module).__name__ for module in policy.modules()}
+        self._no_split_modules = sorted(classes.intersection(policy._no_split_modules or ()))
         self.value_head: nn.Linear | None = None
         if critic:
             self.value_head = _value_head(policy)
@@ -150,9 +164,11 @@ class PolicyWithValue(nn.Module):
     # the unwrapped module would skip them all, so both methods are reached through here. The
     # functions `logprobs_through` and `loss_through` give the results their types back.
     def forward(
-        self, request: CompletionBatch | LossRequest | ReferenceRequest
-    ) -> CompletionLogprobs | CompletionLoss:
+        self, request: CompletionBatch | LossRequest | ReferenceRequest | PolicyRequest
+    ) -> Any:
         """Answer a request: `logprobs` of a batch alone, `loss` of a `LossRequest`."""
+        if isinstance(request, PolicyRequest):
+            return request.function(self.policy)
         if isinstance(request, LossRequest):
             return self.loss(request.batch, request.targets, request.objective)
         if isinstance(request, ReferenceRequest):
@@ -212,6 +228,19 @@ def loss_through(
         The result of `PolicyWithValue.loss`.
     """
     return wrapped(LossRequest(batch, targets, objective))
+
+
+def policy_through(wrapped: nn.Module, function: Callable[[PreTrainedModel], Result]) -> Result:
+    """Call a function of the policy while all of its weights are here.
+
+    Args:
+        wrapped: The FSDP or DeepSpeed module around a `PolicyWithValue`.
+        function: It gets the policy.
+
+    Returns:
+        What the function returns.
+    """
+    return wrapped(PolicyRequest(function))
 
 
 def _value_head(policy: PreTrainedModel) -> nn.Linear:

@@ -21,7 +21,7 @@ from transformers import (
 
 import fastpg
 from fastpg.trainer.config import save_config
-from fastpg.trainer.engine import make_accelerator
+from fastpg.trainer.engine import make_accelerator, shares_weights
 from fastpg.trainer.files import only_writer, write_model, write_text
 from fastpg.trainer.loading import load_scorer, load_tokenizer
 from fastpg.trainer.models import disable_dropout
@@ -134,7 +134,9 @@ class RewardTrainer:
         self.reward = RewardModel(model, tokenizer, batch_size=2 * args.micro_batch_size)
         self.train_pairs, self.eval_pairs = self._encoded(train_pairs), self._encoded(eval_pairs)
         disable_dropout(model)
-        self.accelerator = make_accelerator(args.mixed_precision, args.output_dir)
+        self.accelerator = make_accelerator(args)
+        if shares_weights(self.accelerator):
+            raise InputError("A reward model is trained by DDP or ZeRO-2, not by FSDP or ZeRO-3.")
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )

@@ -254,6 +254,7 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     packing: Packing | None,
+    together: bool = False,
 ) -> Rollout:
     """Sample one completion for each prompt, from the whole distribution.
 
@@ -266,6 +267,8 @@ def sample(
         max_new_tokens: Most tokens of a completion.
         temperature: Logits are divided by it.
         packing: How rows are packed for the model. None: its own `generate` samples.
+        together: Whether all processes go on until the last of them has ended its completions, as
+            they must where they share the weights.
 
     Returns:
         B episodes in the order of the prompts, on the device of the model.
@@ -290,6 +293,6 @@ def sample(
         pad_token_id=pad,
     )
     with sampling(policy, config):
-        sequences = generate(policy, ids, attention, config, packing)
+        sequences = generate(policy, ids, attention, config, packing, together)
     mask, finished = completion_mask(sequences[:, ids.shape[1] :], ends)
     return Rollout(sequences, torch.cat([attention, mask.long()], dim=1), mask, finished)

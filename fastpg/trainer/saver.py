@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastpg.trainer.checkpoint import LATEST, Checkpoint, save_checkpoint
+from fastpg.trainer.engine import on_main_process
 from fastpg.trainer.episodes import Episodes
 from fastpg.trainer.files import StorageError, require_space, size_of, write_model
 from fastpg.trainer.logging import RunLog
@@ -26,7 +27,8 @@ class Saver:
         state: What checkpoints hold.
         log: The record of the run, which tells what was saved.
         save_model: Writes the model into the directory of the run.
-        write_model: Writes the files of the model into a directory that it makes.
+        model_writer: Gathers the weights, and returns what writes the files of the model into a
+            directory that it makes.
         resumed: The checkpoint at which the run was taken up, if it was.
     """
 
@@ -35,13 +37,13 @@ class Saver:
         state: TrainingState,
         log: RunLog,
         save_model: Callable[[], None],
-        write_model: Callable[[Path], None],
+        model_writer: Callable[[], Callable[[Path], None]],
         resumed: Checkpoint | None,
     ) -> None:
         self.state = state
         self.log = log
         self.save_model = save_model
-        self.write_model = write_model
+        self.model_writer = model_writer
         self.accelerator = state.accelerator
         self.args = state.args
         self.saved_step = -1 if resumed is None else resumed.step
@@ -74,8 +76,10 @@ class Saver:
             # What peft or transformers raise here, they would raise after the training too.
             reason = " ".join(str(error).split())
             raise InputError(f"The model cannot be saved: {reason}") from error
-        if not self.accelerator.is_main_process:
-            return
+        on_main_process(self.accelerator, self._require_space_for_the_run)
+
+    def _require_space_for_the_run(self) -> None:
+        """Refuse a run for whose files there is no room, and take checkpoint 0 away again."""
         checkpoint = self.log.directory / "checkpoint-0"
         self._size = size_of(checkpoint) + 2 * self.state.trainable_bytes()
         steps, limit = self.args.num_steps, self.args.save_total_limit
@@ -112,11 +116,11 @@ class Saver:
         if not self.args.save_best_model or (best is not None and reward <= best):
             return
         self.more["best_reward"] = reward
-        if self.accelerator.is_main_process:
-            try:
-                write_model(self.log.directory / "best_model", self.write_model)
-            except StorageError as error:
-                self.log.say(f"The best model so far is not saved: {error}")
+        directory, write = self.log.directory / "best_model", self.model_writer()
+        try:
+            on_main_process(self.accelerator, lambda: write_model(directory, write))
+        except StorageError as error:
+            self.log.say(f"The best model so far is not saved: {error}")
 
     def after(self, step: int, stop: StopSignals) -> None:
         """Save what is due after a step, and end the run if a signal has asked for it.
@@ -194,10 +198,13 @@ class Saver:
     def _write(self, step: int, drawn: dict[str, Any]) -> None:
         """Write a checkpoint; every process has to call this."""
         checkpoint = self.state.checkpoint(step, drawn, self.more)
-        if self.accelerator.is_main_process:
+        write = self.model_writer()
+
+        def write_checkpoint() -> None:
             self.log.flush()
             require_space(self.log.directory, self._size, "a checkpoint")
             keep = self.args.save_total_limit
-            save_checkpoint(self.log.directory, checkpoint, self.write_model, keep)
-        self.accelerator.wait_for_everyone()
+            save_checkpoint(self.log.directory, checkpoint, write, keep)
+
+        on_main_process(self.accelerator, write_checkpoint)
         self.saved_step = step

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastpg import AdaptiveKL
 from fastpg.trainer.checkpoint import Checkpoint
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.engine import is_deepspeed, reshard, shared_like, whole
 from fastpg.trainer.parsing import InputError
+from fastpg.trainer.prompts import Example
 
 CHANGEABLE = (
     "output_dir",
@@ -89,6 +91,26 @@ def fingerprint_of_prompts(prompts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
+def origin_of_run(
+    rewards: Iterable[str], dataset: Sequence[Example], policy: nn.Module, has_copy: bool
+) -> dict[str, str]:
+    """Describe what a run starts from, which has to be the same where it is taken up.
+
+    Args:
+        rewards: The names of the reward functions.
+        dataset: The training examples.
+        policy: The model, before processes share its weights out.
+        has_copy: Whether a copy of the starting model is kept for the KL penalty. Otherwise
+            weights that are trained do not matter: they come from the checkpoint.
+    """
+    prompts = (dataset[i]["prompt"] for i in range(len(dataset)))
+    return {
+        "list of reward functions": " ".join(rewards),
+        "dataset": fingerprint_of_prompts(prompts),
+        "starting model": fingerprint_of_model(policy, all_weights=has_copy),
+    }
+
+
 @dataclass
 class TrainingState:
     """Everything that training changes, to be written to a checkpoint and read from one.
@@ -122,8 +144,12 @@ class TrainingState:
         Returns:
             The checkpoint, on the CPU.
         """
-        optimizer = self.optimizer.state_dict()
-        tensors = {f"weights.{name}": tensor for name, tensor in self._weights().items()}
+        optimizer: dict[str, Any] = {"state": {}, "param_groups": []}
+        tensors: dict[str, Tensor] = {}
+        # DeepSpeed's optimiser has a state of its own form: such a checkpoint is the model alone.
+        if not is_deepspeed(self.accelerator):
+            optimizer = self.optimizer.state_dict()
+            tensors = {f"weights.{name}": tensor for name, tensor in self._weights().items()}
         for index, values in optimizer["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
         scaler = self.accelerator.scaler
@@ -137,14 +163,19 @@ class TrainingState:
             "kl_controller": self.kl_controller and self.kl_controller.state_dict(),
             **more,
         }
-        return Checkpoint(step, {name: x.detach().cpu() for name, x in tensors.items()}, state)
+        return Checkpoint(step, {name: whole(x) for name, x in tensors.items()}, state)
 
     def trainable_bytes(self) -> int:
         """Return the size of what training changes in the model."""
-        return sum(tensor.nbytes for tensor in self._weights().values())
+        # ZeRO-3 leaves an empty tensor, and the number that it stands for.
+        return sum(
+            getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+            for tensor in self._weights().values()
+        )
 
     def _weights(self) -> dict[str, Tensor]:
         """Return what training changes in the model, each tensor once."""
+        reshard(self.model)
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         kept = model.state_dict()
         weights: dict[str, Tensor] = {
@@ -163,6 +194,11 @@ class TrainingState:
                 not those of this run. The sentence says which.
         """
         state = checkpoint.state
+        if is_deepspeed(self.accelerator):
+            raise InputError(
+                "A run under DeepSpeed cannot be resumed: its checkpoints hold the model without "
+                f"the optimiser. A new run can begin from model in checkpoint-{checkpoint.step}."
+            )
         for name, value in state["settings"].items():
             own = getattr(self.args, name, None)
             if name not in CHANGEABLE and own != value:
@@ -193,13 +229,14 @@ class TrainingState:
         """
         state, tensors = checkpoint.state, checkpoint.tensors
         for name, weight in self._weights().items():
-            weight.copy_(tensors[f"weights.{name}"])
+            weight.copy_(shared_like(tensors[f"weights.{name}"], weight))
         moments: dict[int, dict[str, Tensor]] = {}
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         for key, value in tensors.items():
             kind, _, rest = key.partition(".")
             if kind == "optimizer":
                 index, _, name = rest.partition(".")
-                moments.setdefault(int(index), {})[name] = value
+                moments.setdefault(int(index), {})[name] = shared_like(value, trained[int(index)])
         # The schedule is a function of the step, so a longer run has the rates of a longer run.
         rates = [
             base * factor(checkpoint.step)

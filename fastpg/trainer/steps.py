@@ -1,6 +1,6 @@
 """The optimiser steps on a rollout, and the metrics of them all."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastpg
+from fastpg.trainer.episodes import Episodes
 
 
 class Step(NamedTuple):
@@ -47,3 +48,18 @@ def step_metrics(steps: Sequence[Step], group: dist.ProcessGroup | None) -> dict
         metrics["value/loss"] = value["loss"] / len(steps)
         metrics["value/clip_frac"] = value["clip_frac"]
     return metrics
+
+
+def pace_metrics(seconds: Mapping[str, float], episodes: Episodes) -> dict[str, float]:
+    """Say how fast a step was.
+
+    Args:
+        seconds: The seconds of each of its phases.
+        episodes: The episodes of all processes.
+
+    Returns:
+        Metrics by name: tokens per second, and seconds.
+    """
+    total = sum(seconds.values())
+    metrics = {"tokens_per_second": episodes.lengths.sum().item() / total, "time/step": total}
+    return metrics | {f"time/{phase}": value for phase, value in seconds.items()}

@@ -1,12 +1,14 @@
 """`PPOTrainer` samples, scores and learns, over and over."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import skip_first_batches
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.adapters import WithoutAdapter, with_adapter
@@ -19,11 +21,18 @@ from fastpg.trainer.checks import (
     checked_rewards,
 )
 from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.engine import make_accelerator
+from fastpg.trainer.engine import (
+    make_accelerator,
+    naming_lost_processes,
+    on_main_process,
+    shares_weights,
+    whole_state,
+)
 from fastpg.trainer.episodes import Episodes, score_rollout
+from fastpg.trainer.fast_paths import find_fast_paths
 from fastpg.trainer.files import write_model
 from fastpg.trainer.learner import Learner
-from fastpg.trainer.loading import load_policy, load_tokenizer, save_policy
+from fastpg.trainer.loading import load_policy, load_tokenizer, part_of, save_policy
 from fastpg.trainer.logging import RunLog, Stopwatch
 from fastpg.trainer.models import (
     VALUE_HEAD,
@@ -31,6 +40,7 @@ from fastpg.trainer.models import (
     disable_dropout,
     enable_checkpointing,
     frozen_copy,
+    policy_through,
 )
 from fastpg.trainer.optimizer import make_optimizer, make_schedule
 from fastpg.trainer.parsing import InputError
@@ -40,12 +50,8 @@ from fastpg.trainer.rewards import RewardFunction, name_of
 from fastpg.trainer.rollout import Rollout, sample
 from fastpg.trainer.saver import Saver
 from fastpg.trainer.signals import StopSignals
-from fastpg.trainer.state import (
-    TrainingState,
-    fingerprint_of_model,
-    fingerprint_of_prompts,
-    restore_random_state,
-)
+from fastpg.trainer.state import TrainingState, origin_of_run, restore_random_state
+from fastpg.trainer.steps import pace_metrics
 
 Dataset = Sequence[Example]
 """Dicts with a "prompt", text or chat messages, and any other columns."""
@@ -114,7 +120,7 @@ class PPOTrainer:
         self.tokenizer = processing_class or load_tokenizer(policy, self.args.trust_remote_code)
         for name, dataset in datasets.items():
             check_prompts(name, dataset, policy, self.tokenizer, self.args)
-        self.accelerator = make_accelerator(self.args.mixed_precision, self.args.output_dir)
+        self.accelerator = make_accelerator(self.args)
         self.stopwatch = Stopwatch(self.accelerator.device)
         for reward in self.reward_funcs:
             if isinstance(reward, RewardModel):
@@ -146,24 +152,24 @@ class PPOTrainer:
         # The scheduler is left unprepared: a prepared one moves on by the number of processes.
         self.scheduler = make_schedule(optimizer, args)
         loader = prompt_loader(self.train_dataset, args, self.accelerator.num_processes)
+        # What has to read whole weights comes before processes share them out.
+        self.paths = find_fast_paths(model.policy, self.accelerator)
+        origin = origin_of_run(
+            map(name_of, self.reward_funcs),
+            self.train_dataset,
+            model.policy,
+            has_copy=isinstance(reference, PreTrainedModel),
+        )
         self.model, optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
-        self.learner = Learner(self.accelerator, self.model, reference, optimizer, args)
-        prompts = (self.train_dataset[i]["prompt"] for i in range(len(self.train_dataset)))
+        self.learner = Learner(self.accelerator, self.model, reference, optimizer, args, self.paths)
         self.state = TrainingState(
             self.accelerator,
             self.model,
             optimizer,
             self.scheduler,
             args,
-            origin={
-                "list of reward functions": " ".join(map(name_of, self.reward_funcs)),
-                "dataset": fingerprint_of_prompts(prompts),
-                # Weights that are trained come from a checkpoint; the reference has to be the same.
-                "starting model": fingerprint_of_model(
-                    model.policy, all_weights=isinstance(reference, PreTrainedModel)
-                ),
-            },
-            kl_controller=self.learner.kl_controller,
+            origin,
+            self.learner.kl_controller,
         )
 
     @property
@@ -197,8 +203,9 @@ class PPOTrainer:
         # Each process draws its own numbers: the same ones would sample the same completions.
         set_seed(self.args.seed, device_specific=True)
         log = RunLog(self.accelerator, self.args, None if saved is None else saved.step)
-        with log, StopSignals(immediate=self.accelerator.num_processes == 1) as stop:
-            saver = Saver(self.state, log, self.save_model, self._write_model, saved)
+        lost = naming_lost_processes(Path(self.args.output_dir))
+        with lost, log, StopSignals(immediate=self.accelerator.num_processes == 1) as stop:
+            saver = Saver(self.state, log, self.save_model, self._model_writer, saved)
             saver.begin(self.stopwatch.seconds)
             with stop.at_once():
                 before = saver.first_evaluation(self._play_evaluation)
@@ -261,7 +268,8 @@ class PPOTrainer:
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write a directory that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
-        The value head, if any, goes beside the model as `value_head.safetensors`.
+        The value head, if any, goes beside the model as `value_head.safetensors`. Every process
+        has to call this; the main process writes.
 
         Args:
             output_dir: The directory. None: `model` in the `output_dir` of the settings.
@@ -269,15 +277,22 @@ class PPOTrainer:
         Raises:
             StorageError: It cannot be written; a model that was there before is whole.
         """
-        if self.accelerator.is_main_process:
-            write_model(Path(output_dir or Path(self.args.output_dir, "model")), self._write_model)
+        directory, write = (
+            Path(output_dir or Path(self.args.output_dir, "model")),
+            self._model_writer(),
+        )
+        on_main_process(self.accelerator, lambda: write_model(directory, write))
 
-    def _write_model(self, directory: Path) -> None:
+    def _model_writer(self) -> Callable[[Path], None]:
+        """Gather the weights; every process has to. Returns what writes them into a directory."""
+        return functools.partial(self._write_model, whole_state(self.accelerator, self.model))
+
+    def _write_model(self, state: dict[str, Tensor], directory: Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        save_policy(model.policy, directory, self.saved_dtype)
+        save_policy(model.policy, directory, self.saved_dtype, part_of(state, "policy"))
         self.tokenizer.save_pretrained(directory)
         if model.value_head is not None:
-            save_file(model.value_head.state_dict(), directory / VALUE_HEAD)
+            save_file(part_of(state, "value_head"), directory / VALUE_HEAD)
 
     def _play_evaluation(self) -> Episodes:
         """Return the evaluation episodes of all processes."""
@@ -288,8 +303,10 @@ class PPOTrainer:
             # Processes have different prompts, and must not draw the same numbers for them.
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
             with self.accelerator.split_between_processes(examples) as own:
-                # Some processes have no prompt if there are fewer prompts than processes.
-                episodes = [self._score(own, self._sample(own))] if own else []
+                # Some processes have no prompt if there are fewer prompts than processes. Where
+                # weights are shared they sample all the same, for the others could not without.
+                rollout = self._sample(own or examples[:1])
+                episodes = [self._score(own, rollout)] if own else []
         return Episodes.concatenate(gather_object(episodes))
 
     def _roll_out(self, examples: list[Example]) -> tuple[Rollout, Episodes]:
@@ -307,34 +324,25 @@ class PPOTrainer:
             update = self.learner.update(experience)
         # Metrics and samples are those of all processes; learning needed only its own episodes.
         everyone = Episodes.concatenate(gather_object([episodes]))
-        return everyone, everyone.metrics() | credit | update | self._pace(everyone)
-
-    def _pace(self, episodes: Episodes) -> dict[str, float]:
-        """End a step. Returns its learning rate and how long it took, in seconds."""
         # The rate is read before the schedule moves on: it is that of the step that ends.
-        learning_rate = float(self.scheduler.get_last_lr()[0])
+        rate = {"learning_rate": float(self.scheduler.get_last_lr()[0])}
         self.scheduler.step()
-        lap = self.stopwatch.lap()
-        seconds = sum(lap.values())
-        metrics = {
-            "learning_rate": learning_rate,
-            "tokens_per_second": episodes.lengths.sum().item() / seconds,
-            "time/step": seconds,
-        }
-        for phase, phase_seconds in lap.items():
-            metrics[f"time/{phase}"] = phase_seconds
-        return metrics
+        pace = pace_metrics(self.stopwatch.lap(), everyone)
+        return everyone, everyone.metrics() | credit | update | rate | pace
 
     def _sample(self, examples: Dataset) -> Rollout:
-        return sample(
-            self.policy,
-            self.tokenizer,
-            [example["prompt"] for example in examples],
+        is_shared = shares_weights(self.accelerator)
+        sample_from = functools.partial(
+            sample,
+            tokenizer=self.tokenizer,
+            prompts=[example["prompt"] for example in examples],
             max_prompt_length=self.args.max_prompt_length,
             max_new_tokens=self.args.max_new_tokens,
             temperature=self.args.temperature,
-            packing=self.learner.packing,
+            packing=None if is_shared else self.paths.packing,
+            together=is_shared,
         )
+        return policy_through(self.model, sample_from) if is_shared else sample_from(self.policy)
 
     def _score(self, examples: Dataset, rollout: Rollout) -> Episodes:
         return score_rollout(rollout, examples, self.reward_funcs, self.tokenizer, self.args)

@@ -9,8 +9,9 @@ from tiny_trainer import make_trainer, share_of_praise, tiny_model
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fastpg.trainer.engine import reshard, shared_like, whole
 from fastpg.trainer.generation import generate
-from fastpg.trainer.models import LossRequest
+from fastpg.trainer.models import LossRequest, PolicyRequest
 
 ENDS = {1, 5, 9, 20, 21, 22}
 """The tokenizer's EOS and more of the model, so that most completions end, after few tokens."""
@@ -64,16 +65,18 @@ def moved_trainer(folder, algorithm, **changes):
     model = tiny_model()
     model.generation_config.eos_token_id = sorted(ENDS - {1})
     trainer = make_trainer(folder, REWARDS, model=model, **settings)
+    reshard(trainer.model)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainer.accelerator.unwrap_model(trainer.model).parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=g)
+            parameter += shared_like(0.1 * torch.randn(parameter.shape, generator=g), parameter)
     return trainer, settings
 
 
 def trained_parameters(trainer):
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    reshard(trainer.model)
+    return torch.cat([whole(parameter).flatten() for parameter in model.parameters()])
 
 
 @dataclass
@@ -140,6 +143,8 @@ def recording(trainer):
 
     def before_forward(_, args):
         (request,) = args
+        if isinstance(request, PolicyRequest):
+            return  # It samples.
         batch = request.batch if isinstance(request, LossRequest) else request
         ids = batch.input_ids.clone()
         (rounds[-1].parts[-1] if torch.is_grad_enabled() else rounds[-1].looks).append(ids)

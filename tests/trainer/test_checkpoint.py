@@ -238,9 +238,9 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(tmp_path, monkeypatch,
     trainer = make_trainer(tmp_path, noisy_praise, **RUN)
     write, calls = trainer._write_model, []
 
-    def full_at_second_step(directory):
+    def full_at_second_step(*given):
         calls.append(1)
-        write(directory)
+        write(*given)
         if len(calls) == 3:
             raise error
 
@@ -258,8 +258,8 @@ def test_a_model_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeyp
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     write = trainer._write_model
 
-    def full(directory):
-        write(directory)
+    def full(*given):
+        write(*given)
         raise OSError(28, "No space left on device")
 
     trainer._write_model = full

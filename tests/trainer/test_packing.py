@@ -168,7 +168,7 @@ def test_a_model_that_ignores_the_mask_is_not_packed(tmp_path, caplog):
 
     model.model.forward = without_own_mask
     trainer = make_trainer(tmp_path, model=model)
-    assert trainer.learner.packing is None
+    assert trainer.learner.paths.packing is None
     (record,) = caplog.records
     assert "Every completion goes through the model with its prompt" in record.message
     assert "off by" in record.message

@@ -116,7 +116,7 @@ def test_lora_on_the_head_learns(tmp_path):
     policy = get_peft_model(tiny_model(), config)
     before = copy.deepcopy(policy.state_dict())
     trainer = make_trainer(tmp_path, model=policy)
-    assert trainer.learner.head == HeadTransform()
+    assert trainer.learner.paths.head == HeadTransform()
     trainer.train()
     first, second = metrics_of(tmp_path)
     assert first["objective/kl"] == 0.0 != second["objective/kl"]

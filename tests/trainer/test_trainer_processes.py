@@ -1,19 +1,18 @@
-"""Two processes that share a rollout make the step that one makes of the whole of it."""
+"""Two processes that share a rollout, and maybe the weights, make the step of one on all of it."""
 
 import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from accelerate.state import AcceleratorState
-from tiny_trainer import make_trainer
+from recorded_runs import trained_parameters
+from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
+from transformers import AutoModelForCausalLM
+from two_processes import ENGINES, in_two_processes
 
+from fastpg.trainer import InputError
+from fastpg.trainer.engine import is_deepspeed, is_zero3, whole_state
 from fastpg.trainer.rollout import Rollout
 
-pytestmark = pytest.mark.slow
-
-ALGORITHMS = ["ppo", "grpo", "dr_grpo"]
 EPISODES, PROMPT, LENGTH, GROUP = 20, 3, 6, 5
 
 
@@ -25,41 +24,149 @@ def fixed_rollout():
     lengths[EPISODES // 2 :].clamp_(max=2)
     mask = torch.arange(LENGTH) < lengths[:, None]
     seen = torch.cat([torch.ones(EPISODES, PROMPT, dtype=torch.bool), mask], 1).long()
-    finished = torch.ones(EPISODES, dtype=torch.bool)
+    finished = torch.arange(EPISODES) < EPISODES // 2
     return Rollout(ids, seen, mask, finished), torch.randn(EPISODES, generator=g)
 
 
-def step(folder, algorithm, rows):
+def step(folder, algorithm, rows, **changes):
     """Parameters and metrics after one optimiser step on the episodes `rows` of the rollout."""
     trainer = make_trainer(
         folder, algorithm=algorithm, rollout_batch_size=len(rows), kl_coef=0.1,
         num_generations=1 if algorithm == "ppo" else GROUP, num_mini_batches=1, num_ppo_epochs=1,
-        learning_rate=1e-2, max_grad_norm=1e3, adam_epsilon=0.1,  # so that its size shows
+        learning_rate=1e-2, max_grad_norm=1e3,
+        adam_epsilon=0.1,  # so that the size of a gradient shows
+        **changes,
     )  # fmt: skip
+    assert trainer.paths.packing is not None
+    assert (trainer.paths.head is None) == is_zero3(trainer.accelerator)
     rollout, scores = fixed_rollout()
     experience, metrics = trainer.learner.experience(rollout[rows], scores[rows])
     metrics |= trainer.learner.update(experience)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return torch.nn.utils.parameters_to_vector(model.parameters()).detach(), metrics
+    if not is_deepspeed(trainer.accelerator):
+        return trained_parameters(trainer), metrics
+    state = whole_state(trainer.accelerator, trainer.model)
+    return torch.cat([x.flatten() for x in state.values()]) if state else None, metrics
 
 
-def _rank(rank, folder):
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this is a copy of
-    torch.set_num_threads(1)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(x) for name, x in places.items()}, ACCELERATE_USE_CPU="true")
-    os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate warns that it sets it
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    rows = torch.arange(EPISODES).chunk(2)[rank]
-    torch.save({name: step(folder, name, rows) for name in ALGORITHMS}, f"{folder}/rank{rank}")
-    dist.destroy_process_group()
+CASES = {
+    "ppo": {"algorithm": "ppo"},
+    "grpo": {"algorithm": "grpo"},
+    "dr_grpo": {"algorithm": "dr_grpo"},
+    # None of the episodes of the second process has ended, so nothing of it counts.
+    "masked": {"algorithm": "ppo", "mask_truncated_completions": True},
+}
 
 
-def test_two_processes_make_the_step_of_one(tmp_path):
-    mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
-    ranks = [torch.load(f"{tmp_path}/rank{rank}") for rank in (0, 1)]
-    for name in ALGORITHMS:
-        parameters, metrics = step(tmp_path, name, torch.arange(EPISODES))
+def own_half(folder, cases):
+    rows = torch.arange(EPISODES).chunk(2)[torch.distributed.get_rank()]
+    return {name: step(folder, rows=rows, **CASES[name]) for name in cases}
+
+
+@pytest.mark.parametrize(
+    ("engine", "cases"),
+    [
+        ("fsdp", ["masked"]),
+        pytest.param("fsdp", list(CASES), marks=pytest.mark.slow),
+        pytest.param("ddp", list(CASES), marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_make_the_step_of_one(tmp_path, engine, cases):
+    """Parameters and every metric, also where nothing of a process counts."""
+    ranks = in_two_processes(own_half, tmp_path, cases, engine=engine)
+    for name in cases:
+        parameters, metrics = step(tmp_path, rows=torch.arange(EPISODES), **CASES[name])
         for theirs, their_metrics in (rank[name] for rank in ranks):
             torch.testing.assert_close(theirs, parameters, rtol=0, atol=1e-6)
             assert their_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_two_processes_of_deepspeed_make_the_step_of_one(tmp_path, engine):
+    """In two micro-batches a process, of which DeepSpeed must make one step."""
+    pytest.importorskip("deepspeed")
+    ranks = in_two_processes(own_half, tmp_path, ["masked", "grpo"], engine=engine)
+    for name in ("masked", "grpo"):
+        parameters, metrics = step(tmp_path, rows=torch.arange(EPISODES), **CASES[name])
+        for theirs, their_metrics in (rank[name] for rank in ranks):
+            assert their_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+            # Under ZeRO-3 the main process alone has the whole weights.
+            if theirs is not None:
+                torch.testing.assert_close(theirs, parameters, rtol=0, atol=1e-6)
+    assert ranks[0]["grpo"][0] is not None
+
+
+RUN = {"num_steps": 3, "save_steps": 1, "save_total_limit": None}
+
+
+def trained_and_resumed(folder):
+    """Parameters of a run, and of one that takes up its checkpoint of step 1."""
+    whole_run = make_trainer(f"{folder}/run", **RUN)
+    whole_run.train()
+    resumed = make_trainer(f"{folder}/resumed", **RUN)
+    resumed.train(resume_from_checkpoint=f"{folder}/run/checkpoint-1")
+    return trained_parameters(whole_run), trained_parameters(resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_go_on_from_a_checkpoint_as_if_never_stopped(tmp_path, engine):
+    (first, resumed), (others, _) = in_two_processes(trained_and_resumed, tmp_path, engine=engine)
+    assert torch.equal(first, others)
+    torch.testing.assert_close(resumed, first, rtol=0, atol=1e-6)
+    run, again = metrics_of(tmp_path / "run"), metrics_of(tmp_path / "resumed")
+    rewards = [[row["reward/mean"] for row in rows] for rows in (run, again)]
+    assert rewards[0][1:] == rewards[1][-2:]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    weights = torch.cat([p.detach().flatten() for p in saved.parameters()])
+    torch.testing.assert_close(weights, first[: len(weights)], rtol=0, atol=0)
+    before = torch.nn.utils.parameters_to_vector(tiny_model().parameters())
+    assert not torch.equal(weights, before)
+
+
+def full_disk_at_step_1(folder):
+    """A run whose main process cannot write one checkpoint."""
+    trainer, calls = make_trainer(f"{folder}/full", num_steps=2, save_steps=1), []
+    write = trainer._write_model
+
+    def write_or_fail(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        write(*given)
+
+    trainer._write_model = write_or_fail
+    return trainer.train()
+
+
+def dying(folder):
+    """The message of a process whose neighbour dies while it scores."""
+    calls = []
+
+    def deadly(prompts, completions):
+        calls.append(1)
+        if len(calls) == 2 and torch.distributed.get_rank() == 1:
+            os._exit(0)
+        return share_of_praise(prompts, completions)
+
+    try:
+        make_trainer(f"{folder}/dying", deadly).train()
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+def test_a_full_disk_does_not_leave_the_other_process_waiting(tmp_path):
+    first, second = in_two_processes(full_disk_at_step_1, tmp_path)
+    assert first == second
+    assert sorted(path.name for path in (tmp_path / "full").glob("checkpoint-*")) == [
+        "checkpoint-0", "checkpoint-2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path, engine):
+    left, dead = in_two_processes(dying, tmp_path, engine=engine)
+    assert dead is None
+    assert left.startswith("Another process of this run has ended; its own message says why.")
+    assert "checkpoint-0" in left

@@ -1,15 +1,11 @@
 """Two processes that sample, score and learn for real, as a plain loop on all their episodes."""
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from accelerate.state import AcceleratorState
 from plain_loop import learn_plainly, plain_loop
 from recorded_runs import moved_trainer, recording, trained_parameters
 from tiny_trainer import make_trainer, metrics_of
+from two_processes import ENGINES, in_two_processes
 
 from fastpg.tasks import reviews
 
@@ -48,27 +44,18 @@ def evaluated(folder, count):
     return trainer.evaluate(), numbers
 
 
-def _rank(rank, folder):
-    # The state is that of the process of which this one is a copy.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(1)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(x) for name, x in places.items()}, ACCELERATE_USE_CPU="true")
-    os.environ["OMP_NUM_THREADS"] = "1"  # Otherwise accelerate warns that it sets it.
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def all_runs(folder):
     results = {name: played(folder, name) for name in ALGORITHMS}
     results["one prompt"] = sampled(folder)
     results["evaluations"] = [evaluated(folder, count) for count in (7, 1)]
-    torch.save(results, f"{folder}/rank{rank}")
-    dist.destroy_process_group()
+    return results
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+@pytest.fixture(scope="module", params=ENGINES)
+def ranks(tmp_path_factory, request):
     """The folder of the runs, and the results of both processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(_rank, (str(folder),), nprocs=2, start_method="fork")
-    return folder, [torch.load(f"{folder}/rank{i}", weights_only=False) for i in (0, 1)]
+    return folder, in_two_processes(all_runs, folder, engine=request.param)
 
 
 class Together:

@@ -11,14 +11,21 @@ TRITON_OLDEST := triton==3.6.0 numpy==2.3.5
 
 RELEASES := $(basename $(notdir $(wildcard tests/integrations/releases/*.txt)))
 
-.PHONY: demo test test-newest test-oldest test-integrations aot mutants lint format bench bench-compare gpu clean
+.PHONY: demo test test-slow test-newest test-oldest test-integrations aot mutants lint format bench bench-compare gpu clean
 
 demo: .stamp
 	$(RUN) -m fastpg train
 
 # On every core, where pytest-xdist is there to share the tests out.
-test: .stamp $(if $(HAVE),,.triton-oldest)
-	$(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo "-n auto")
+PYTEST = $(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo "-n auto")
+
+# All tests but those marked slow.
+test: .stamp
+	$(PYTEST) -m "not slow"
+
+# The others: whole trainings, processes that are killed, and kernels compiled ahead of time.
+test-slow: .stamp $(if $(HAVE),,.triton-oldest)
+	$(PYTEST) -m slow
 
 # The contract of every op on the newest torch there is: a second environment, without the trainer.
 # The extension does not link torch: it is the one that `make test` built.

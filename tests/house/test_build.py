@@ -128,6 +128,7 @@ def test_without_the_cuda_extension_no_op_needs_it():
     assert out.startswith("True\n") and "CUDA C++: not loaded (" in out
 
 
+@pytest.mark.slow
 def test_without_triton_the_references_serve_a_gpu():
     code = "import fastpg; print(fastpg.kernels_of()['token_logprobs']['CUDA'])"
     assert python(f"import sys; sys.modules['triton'] = None; {code}") == "reference\n"

@@ -252,6 +252,7 @@ def test_an_op_whose_inputs_do_not_fit_hides_no_other(tmp_path, monkeypatch):
     assert {row["op"] for row in rows[1:]} == {"kl_estimate"}
 
 
+@pytest.mark.slow
 def test_a_peer_passes_the_gate_of_values_and_gradients(monkeypatch):
     def right(logits, labels):
         return bench_peers.reference(logits, labels)

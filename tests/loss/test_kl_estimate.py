@@ -34,7 +34,9 @@ def test_gradients(kernel, kind):
     logp, ref = sample((3, 4), torch.float64)
     for wanted in ((True, False), (False, True), (True, True)):
         inputs = [t.clone().requires_grad_(w) for t, w in zip((logp, ref), wanted, strict=True)]
-        assert torch.autograd.gradcheck(lambda a, b: kl_estimate(a, b, kind=kind), inputs)
+        assert torch.autograd.gradcheck(
+            lambda a, b: kl_estimate(a, b, kind=kind), inputs, fast_mode=kernel == "triton"
+        )
     logp, ref = leaves(logp, ref)
     kl = kl_estimate(logp, ref, kind=kind)
     strided = torch.randn(4, 3, dtype=torch.float64).t()

@@ -21,7 +21,12 @@ from fastpg.trainer.signals import Interrupted
 
 
 @pytest.mark.parametrize(
-    ("step", "settings"), [(2, {}), (0, {}), (3, {"algorithm": "grpo", "num_generations": 2})]
+    ("step", "settings"),
+    [
+        (2, {}),
+        pytest.param(0, {}, marks=pytest.mark.slow),
+        pytest.param(3, {"algorithm": "grpo", "num_generations": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path, step, settings):
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -55,6 +60,7 @@ def test_old_checkpoints_go(tmp_path):
     assert (tmp_path / "LATEST").read_text() == "checkpoint-4"
 
 
+@pytest.mark.slow
 def test_a_longer_run_begins_where_a_finished_one_ended(tmp_path):
     trained(tmp_path)
     trained(tmp_path, resume=True, num_steps=5)
@@ -158,7 +164,9 @@ def usual_handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_saves_checkpoint_and_model(tmp_path, capsys, usual_handlers, number):
     whole, part = tmp_path / "whole", tmp_path / "part"
     trained(whole, save_steps=None)
@@ -183,6 +191,7 @@ def test_a_signal_that_the_process_ignores_stays_ignored(tmp_path, usual_handler
     assert (tmp_path / "LATEST").read_text() == "checkpoint-4"
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_update_waits_for_its_end(tmp_path, monkeypatch, usual_handlers):
     whole, part = tmp_path / "whole", tmp_path / "part"
     trained(whole)
@@ -281,6 +290,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_the_training(tmp_path, m
     assert not calls
 
 
+@pytest.mark.slow
 def test_one_run_writes_to_a_directory_at_a_time(tmp_path):
     first = make_trainer(tmp_path, noisy_praise, **RUN)
 
@@ -305,6 +315,7 @@ def test_the_value_head_is_where_the_critic_of_another_run_begins(tmp_path):
     assert torch.equal(again.accelerator.unwrap_model(again.model).value_head.weight, head.weight)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     trained(whole)

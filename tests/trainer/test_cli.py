@@ -58,6 +58,7 @@ def run(*argv: str, cwd: Path = REPOSITORY, **more: str) -> subprocess.Completed
 OWN = ["--model", "model", "--dataset", "prompts.jsonl", "--reward", "my_rewards:length"]
 
 
+@pytest.mark.slow
 def test_training_ones_own_model(workspace):
     command = ["-m", "fastpg", "train", *OWN, "--config", "run.yaml", "--num_steps", "2"]
     finished = run(*command, cwd=workspace)
@@ -127,6 +128,7 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out == f"fastpg {fastpg.__version__}\n"
 
 
+@pytest.mark.slow
 def test_an_ascii_locale_costs_nothing(workspace):
     chat = '{"prompt": [{"role": "user", "content": "東京 😀"}]}'
     Path("prompts.jsonl").write_text(chat, encoding="utf-8")
@@ -211,6 +213,7 @@ def test_a_tokenizer_without_eos_is_refused(workspace, capsys):
     assert "The tokenizer has no EOS token" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bad_input_has_no_traceback_and_exit_code_2(workspace):
     finished = run("-m", "fastpg", "train", "--seeed", "1", cwd=workspace)
     assert finished.returncode == 2

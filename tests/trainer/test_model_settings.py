@@ -125,6 +125,7 @@ def test_a_bf16_model_is_saved_as_bf16(tmp_path, setting, in_training, saved, ti
     assert loaded.config.tie_word_embeddings == tied
 
 
+@pytest.mark.slow
 def test_a_run_in_bf16_files_resumes_with_its_float32_weights(tmp_path):
     tiny_model().bfloat16().save_pretrained(tmp_path / "start")
     reviews.build_tokenizer().save_pretrained(tmp_path / "start")

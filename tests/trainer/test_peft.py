@@ -138,6 +138,7 @@ def test_an_adapter_that_was_loaded_for_inference_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to:UserWarning")
+@pytest.mark.slow
 def test_an_adapter_is_resumed_without_a_copy_of_its_base(tmp_path):
     def trained(folder, resume=False, **settings):
         torch.manual_seed(3)  # An adapter begins with random weights.

@@ -36,6 +36,7 @@ def short_task(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
 
 
+@pytest.mark.slow
 def test_the_command_goes_through_all_stages_and_resumes(short_task, capsys):
     assert main(["train", "--task", "reviews", "--rlhf", "--num_steps", "1"]) == 0
     out = Path("out/reviews_rlhf")

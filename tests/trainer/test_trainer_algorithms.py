@@ -19,7 +19,14 @@ from fastpg.trainer.rollout import Rollout
 
 
 # RLOO takes one step on a rollout, the others eight.
-@pytest.mark.parametrize("algorithm, rate", [("grpo", 1e-2), ("rloo", 2e-2), ("gspo", 1e-2)])
+@pytest.mark.parametrize(
+    "algorithm, rate",
+    [
+        ("grpo", 1e-2),
+        pytest.param("rloo", 2e-2, marks=pytest.mark.slow),
+        pytest.param("gspo", 1e-2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_group_algorithm_learns_without_a_critic(tmp_path, algorithm, rate):
     trainer = make_trainer(
         tmp_path,

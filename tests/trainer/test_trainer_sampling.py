@@ -134,6 +134,7 @@ def put_noise_after_the_end(monkeypatch, ends):
     monkeypatch.setattr("fastpg.trainer.rollout.generate", noisy)
 
 
+@pytest.mark.slow
 def test_what_follows_the_end_of_a_completion_changes_nothing(tmp_path, monkeypatch):
     """Neither the texts that are rewarded nor the training hang on the padding of `generate`."""
     results = []

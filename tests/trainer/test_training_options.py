@@ -71,6 +71,7 @@ def test_the_penalty_follows_the_kl(tmp_path, algorithm):
     assert trainer.learner.objective.algorithm is trainer.learner.algorithm
 
 
+@pytest.mark.slow
 def test_schedule_and_controller_resume_to_the_last_bit(tmp_path):
     settings = {
         **ADAPTIVE, "lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.1,

@@ -96,7 +96,7 @@ def test_gradients(kernel, options):
     def loss(hidden, weight, bias):
         return linear_token_loss(hidden, weight, labels, smooth, bias=bias, **options)[0]
 
-    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias), fast_mode=True)
 
 
 def test_compile():

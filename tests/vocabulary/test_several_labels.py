@@ -64,9 +64,8 @@ def test_gradients(kernel, softcap):
         return token_logprobs(x, labels, return_entropy=True, **options)
 
     (x,) = leaves(logits)
-    assert torch.autograd.gradcheck(both, x)
-    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, labels, **options), x)
-    assert torch.autograd.gradcheck(lambda x: both(x)[1], x)
+    for outputs in (both, lambda x: both(x)[0], lambda x: both(x)[1]):
+        assert torch.autograd.gradcheck(outputs, x, fast_mode=True)
 
 
 def test_registration():

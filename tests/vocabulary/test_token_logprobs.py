@@ -34,6 +34,8 @@ def by_torch(logits, labels, temperature=1.0, softcap=None):
 @pytest.mark.parametrize(("shape", "vocab"), SHAPES)
 @pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, 30.0)])
 def test_matches_reference(kernel, shape, vocab, dtype, temperature, softcap):
+    if kernel == "triton":
+        shape = *shape[:-1], min(shape[-1], 7)  # The interpreter is slow.
     logits, labels = logits_and_labels(shape, vocab, dtype)
     options = {"temperature": temperature, "softcap": softcap}
     (x,), (x64,), (native,) = leaves(logits), leaves(logits.double()), leaves(logits)

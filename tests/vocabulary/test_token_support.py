@@ -67,7 +67,7 @@ def test_gradients(kernel):
     def both(logits):
         return token_logprobs(logits, labels, support=support, return_entropy=True, **TUNED)
 
-    assert torch.autograd.gradcheck(both, leaves(logits))
+    assert torch.autograd.gradcheck(both, leaves(logits), fast_mode=True)
 
 
 def test_a_label_outside_has_no_gradient(kernel):

@@ -1,9 +1,12 @@
 """Two processes that share a rollout, and maybe the weights, make the step of one on all of it."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
 from recorded_runs import trained_parameters
 from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
 from transformers import AutoModelForCausalLM
@@ -13,6 +16,7 @@ from fastpg.trainer import InputError
 from fastpg.trainer.engine import is_deepspeed, is_zero3, whole_state
 from fastpg.trainer.rollout import Rollout
 
+CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
 EPISODES, PROMPT, LENGTH, GROUP = 20, 3, 6, 5
 
 
@@ -94,6 +98,17 @@ def test_two_processes_of_deepspeed_make_the_step_of_one(tmp_path, engine):
             if theirs is not None:
                 torch.testing.assert_close(theirs, parameters, rtol=0, atol=1e-6)
     assert ranks[0]["grpo"][0] is not None
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_the_configurations_that_are_shipped(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8 * config.num_machines and config.mixed_precision == "no"
+    if config.distributed_type == DistributedType.FSDP:
+        assert config.fsdp_config["fsdp_version"] == 2
+    else:
+        assert not config.fsdp_config
+    assert (config.distributed_type == DistributedType.DEEPSPEED) == path.stem.startswith("zero")
 
 
 RUN = {"num_steps": 3, "save_steps": 1, "save_total_limit": None}

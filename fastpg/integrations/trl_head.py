@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +20,6 @@ from torch import Tensor
 
 import fastpg
 
-from .gathering import gathered_again
 from .patching import Patches, Refused, Replacement
 from .trl_logits import UTILS
 from .trl_lora import RunningHead
@@ -53,7 +50,7 @@ class Arguments(NamedTuple):
     """What `apply` is given, by its name."""
 
     hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]; a DTensor too
+    weight: Tensor  # [V, H]; a DTensor too, or a parameter of ZeRO-3
     targets: Tensor  # int64 [N]
     temperature: float
     chunk_size: int  # TRL's own tiles
@@ -93,8 +90,7 @@ class FusedLogProbs:
         for name in x.outputs:
             if name not in OUTPUTS:
                 raise ValueError(f"{TARGET}: outputs must be of {OUTPUTS}, got {name!r}")
-        with gathering_in_backward(x.weight, x.bias):
-            results = self.log_probs(x)
+        results = self.log_probs(x)
         return results if "outputs" in self.names else results[:2]
 
     def log_probs(self, x: Arguments) -> tuple[Tensor | None, ...]:
@@ -145,13 +141,6 @@ def names_of_arguments(original: Any) -> tuple[str, ...]:
     if not set(outputs) <= set(OUTPUTS):
         raise Refused(f"it returns {', '.join(outputs)}")
     return names
-
-
-def gathering_in_backward(weight: Tensor, bias: Tensor | None) -> AbstractContextManager:
-    """What a forward pass is to be in: under ZeRO-3, what `gathered_again` says."""
-    if not hasattr(weight, "ds_id"):
-        return nullcontext()
-    return gathered_again([weight, bias], import_module(UTILS).maybe_gather_lm_head_ctx)
 
 
 def replacement(

@@ -153,11 +153,11 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([1, 
 
 
 class Gathered(torch.Tensor):
-    """As far as the check can tell, a DTensor, or a parameter that ZeRO-3 took away."""
+    """As far as the check can tell, a DTensor."""
 
 
-SHARDED, TAKEN = WEIGHT.as_subclass(Gathered), torch.zeros(0).as_subclass(Gathered)
-SHARDED.full_tensor, TAKEN.ds_id = lambda: WEIGHT, 7
+SHARDED = WEIGHT.as_subclass(Gathered)
+SHARDED.full_tensor = lambda: WEIGHT
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,6 @@ SHARDED.full_tensor, TAKEN.ds_id = lambda: WEIGHT, 7
         (ValueError, r"bias \(4,\) must be \(5,\)", {"bias": torch.zeros(4)}),
         (ValueError, "weight on meta, expected", {"weight": WEIGHT.to("meta")}),
         (TypeError, "hidden is a DTensor: pass hidden.to_local", {"hidden": SHARDED}),
-        (ValueError, "ZeRO-3 placeholder: .*GatheredParameters", {"weight": TAKEN}),
         (TypeError, "hidden must be floating point", {"hidden": HIDDEN.long(),
                                                       "weight": WEIGHT.long()}),
         (TypeError, "weight must be a tensor, got int", {"weight": [1]}),
@@ -366,17 +365,6 @@ def test_autocast_leaves_fp64_alone():
     with torch.autocast("cpu", torch.bfloat16):
         got = linear_token_logprobs(hidden, weight, labels, bias=bias)
     assert got.dtype is torch.float64 and torch.equal(got, want)
-
-
-def test_a_placeholder_is_told_under_autocast():
-    """Whose cast is a tensor of no rows, as any other."""
-    placeholder = torch.nn.Parameter(torch.zeros(0))
-    placeholder.ds_id = 7
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(ValueError, match="weight is a ZeRO-3 placeholder"),
-    ):
-        linear_token_logprobs(HIDDEN.cpu(), placeholder, LABELS.cpu())
 
 
 def test_no_log_prob_is_above_0(kernel):

@@ -16,6 +16,7 @@ from fastpg import linear_token_logprobs, linear_token_loss
 from fastpg.ops.vocabulary import head as head_module
 from fastpg.ops.vocabulary import linear_token_loss as loss_page
 from fastpg.ops.vocabulary.sharded_head import owners, shard_sizes
+from tests.zero3 import parameter_of_zero3, stand_for_deepspeed
 
 pytestmark = pytest.mark.slow
 
@@ -150,6 +151,67 @@ def check_fsdp(mesh):
         torch.testing.assert_close(ours.grad.full_tensor(), expected.grad, rtol=1e-5, atol=1e-6)
 
 
+def check_zero3(vocab, dtype):
+    """Of the parameters of ZeRO-3 each rank has the gradient of its own rows, whole."""
+    _, weight, bias, _ = head_and_labels((1,), vocab, WIDTH, dtype)
+    hidden, labels, upstream = batch(dist.get_rank(), dtype)
+    leaves = [hidden, weight, bias]
+    for x in leaves:
+        x.requires_grad_()
+    expected = linear_token_logprobs(hidden, weight, labels, bias=bias, return_entropy=True)
+    gradients = torch.autograd.grad(expected, leaves, tuple(upstream))
+    parameters = [parameter_of_zero3(x.detach()) for x in (weight, bias)]
+    found = linear_token_logprobs(
+        hidden, parameters[0], labels, bias=parameters[1], return_entropy=True
+    )
+    torch.autograd.backward(found, tuple(upstream))
+    for ours, want in zip(
+        (*found, hidden.grad, parameters[0].grad), (*expected, *gradients[:2]), strict=True
+    ):
+        assert torch.equal(ours, want)
+    closeness = {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {}
+    torch.testing.assert_close(parameters[1].grad, gradients[2], **closeness)
+    assert all(x.shape == (0,) for x in parameters)
+
+
+def check_a_bad_label_on_one_rank(mesh):
+    """It raises there, and tells the others, who would wait for it for ever."""
+    _, weight, _, _ = head_and_labels((1,), 37, WIDTH)
+    heads = [parameter_of_zero3(weight)]
+    for axes in (mesh, init_device_mesh("cpu", (2, 2))):
+        placements = [Replicate()] * (axes.ndim - 1) + [Shard(0)]
+        heads.append(distribute_tensor(weight, axes, placements))
+    for own in heads:
+        for call in (call_one_label, call_several, call_sets, call_loss):
+            hidden, labels, _ = batch(2)
+            if dist.get_rank() == 1:
+                labels[3] = 37
+            expected = (
+                pytest.raises(IndexError, match="holds 37")
+                if dist.get_rank() == 1
+                else pytest.raises(RuntimeError, match="another rank that has a part of weight")
+            )
+            with expected:
+                call(hidden, own, labels)
+
+
+def call_one_label(hidden, weight, labels):
+    return linear_token_logprobs(hidden, weight, labels)
+
+
+def call_several(hidden, weight, labels):
+    return linear_token_logprobs(hidden, weight, torch.stack([labels, labels], 1))
+
+
+def call_sets(hidden, weight, labels):
+    support = torch.arange(3).repeat(len(labels)), 3 * torch.arange(len(labels) + 1)
+    return linear_token_logprobs(hidden, weight, labels, support=support)
+
+
+def call_loss(hidden, weight, labels):
+    return linear_token_loss(hidden, weight, labels, lambda logp, *_: (logp.sum(), []))
+
+
 def check_bad_input(mesh):
     _, weight, _, _ = head_and_labels((1,), 37, WIDTH)
     own = distribute_tensor(weight, mesh, [Shard(0)])
@@ -160,6 +222,15 @@ def check_bad_input(mesh):
         linear_token_logprobs(distribute_tensor(hidden, mesh, [Shard(0)]), own, labels)
     with pytest.raises(IndexError, match="linear_token_logprobs: labels holds 137"):
         linear_token_logprobs(hidden, own, labels.abs() + 37)
+    rows = (5, 5, 3, 5)[mesh.get_rank()]
+    uneven = DTensor.from_local(
+        weight[:rows], mesh, [Shard(0)], shape=(18, WIDTH), stride=(WIDTH, 1)
+    )
+    error = pytest.raises(
+        ValueError, match="in even shards, rank 2 must have 40 values of it, got 24"
+    )
+    with error if mesh.get_rank() == 2 else pytest.raises((ValueError, RuntimeError)):
+        linear_token_logprobs(hidden, uneven, labels)
     with pytest.raises(ValueError, match=r"weight \[V, H\], got \(21, 7\) and \(37, 8\)"):
         linear_token_logprobs(hidden[:, 1:], own, labels)
 
@@ -172,6 +243,17 @@ def peak_of_tensors(call):
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in events))
+
+
+def check_memory_of_zero3():
+    """Beside its gradient, which DeepSpeed wants whole, not a third of the head."""
+    vocab, width = 2**16, 32
+    head_module.WIDTH = {"cpu": 1024}
+    weight = torch.zeros(vocab, width)
+    own = parameter_of_zero3(weight)
+    hidden, labels = torch.zeros(16, width), torch.zeros(16, dtype=torch.int64)
+    peak = peak_of_tensors(lambda: linear_token_logprobs(hidden, own, labels).sum().backward())
+    assert weight.nbytes < peak < weight.nbytes * 4 / 3
 
 
 def check_memory(mesh):
@@ -199,6 +281,13 @@ def rank_main(rank, folder):
     check_sets_and_losses(mesh)
     check_fsdp(mesh)
     check_bad_input(mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        stand_for_deepspeed(patch)
+        for vocab in (37, 5, 3):  # 40 values are 10 each: a rank's part begins within a row
+            check_zero3(vocab, torch.float32)
+        check_zero3(37, torch.bfloat16)
+        check_a_bad_label_on_one_rank(mesh)
+        check_memory_of_zero3()
     check_memory(mesh)
     Path(folder, f"passed{rank}").touch()
     dist.barrier()
@@ -217,5 +306,5 @@ def test_every_token_of_a_slice_has_an_owner(vocab):
     assert [len(x) for x in torch.arange(vocab).chunk(RANKS)] == [x for x in sizes if x]
     for begin in range(0, vocab, 5):
         tokens = slice(begin, min(begin + 5, vocab))
-        found = [parts[part.rank][part.in_shard] for part in owners(tokens, sizes)]
+        found = [parts[part.rank][part.in_part] for part in owners(tokens, sizes)]
         assert torch.cat(found).tolist() == list(range(tokens.start, tokens.stop))

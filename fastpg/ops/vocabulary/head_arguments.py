@@ -24,6 +24,7 @@ from ..common.checks import (
     positive,
 )
 from .head import Head
+from .placeholders import can_be_read_in_parts, is_empty, is_of_zero3, is_outline, outline, whole
 from .shards import LocalLabels, Shard, local_labels
 
 
@@ -47,9 +48,17 @@ class HeadInputs(NamedTuple):
 
 
 def in_shards(weights: list[Tensor]) -> bool:
-    """Whether these are DTensors whose vocabulary lies in shards, on the same ranks in a row."""
-    if not all(is_dtensor(weight) for weight in weights):
-        return False
+    """Whether the vocabulary of all weights lies in shards on the same ranks in a row.
+
+    That is so of DTensors in Shard(0), and of the outlines of parameters of ZeRO-3.
+    """
+    if all(is_dtensor(x) for x in weights):
+        return _in_rows(weights)
+    return all(is_outline(x) for x in weights)
+
+
+def _in_rows(weights: list[Tensor]) -> bool:
+    """Whether DTensors are in Shard(0) on one mesh of one axis."""
     from torch.distributed.tensor import Shard
 
     first = weights[0].device_mesh  # type: ignore[attr-defined]
@@ -62,23 +71,19 @@ def in_shards(weights: list[Tensor]) -> bool:
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The whole of a DTensor; any other tensor as it is.
+    """The whole of a DTensor or of a parameter of ZeRO-3; any other tensor as it is.
 
-    Each rank has the gradient of its own rows. Backward keeps their mean, as FSDP2 does.
+    Each rank has the gradient of its own rows. Backward keeps their mean, as FSDP2 does; that of
+    ZeRO-3 is left to DeepSpeed.
     """
+    if is_of_zero3(x) and not torch.compiler.is_compiling():
+        return whole(x)
     if not is_dtensor(x):
         return x
     from torch.distributed.tensor import Partial
 
     mean = [Partial("avg")] * x.device_mesh.ndim  # type: ignore[attr-defined]
     return x.full_tensor(grad_placements=mean)  # type: ignore[attr-defined]
-
-
-def check_gathered(op: str, name: str, x: Tensor) -> None:
-    """Raises for a parameter whose memory ZeRO-3 has taken away."""
-    if hasattr(x, "ds_id") and x.numel() == 0:
-        needs = "call within deepspeed.zero.GatheredParameters"
-        raise ValueError(f"{op}: {name} is a ZeRO-3 placeholder: {needs}")
 
 
 def of_head(
@@ -88,8 +93,21 @@ def of_head(
     if group is None and is_dtensor(x):
         return x.to(dtype)
     check_tensor(op, name, x)
-    check_gathered(op, name, x)
+    if is_of_zero3(x) and is_empty(x) and torch.compiler.is_compiling():
+        needs = "under torch.compile, call within deepspeed.zero.GatheredParameters"
+        raise ValueError(f"{op}: {name} is a ZeRO-3 placeholder: {needs}")
     return x
+
+
+def gathered_weights(
+    weights: list[Tensor], dtype: torch.dtype, *, keep_shards: bool
+) -> list[Tensor]:
+    """The weights, whole; with keep_shards in shards, if they are."""
+    if keep_shards and can_be_read_in_parts(weights, dtype):
+        return [outline(x) for x in weights]
+    if keep_shards and in_shards(weights):
+        return weights
+    return [gathered(x) for x in weights]
 
 
 def as_list(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -120,7 +138,6 @@ def as_head(
     hiddens, weights = as_list(hidden), as_list(weight)
     for x in hiddens:
         check_tensor(op, "hidden", x)
-        check_gathered(op, "hidden", x)
     if len(hiddens) != len(weights) or not weights:
         counts = f"got {len(hiddens)} and {len(weights)}"
         raise ValueError(f"{op}: hidden and weight must be a tensor each, or as many, {counts}")
@@ -128,15 +145,21 @@ def as_head(
     weights = [of_head(op, "weight", x, dtype, group) for x in weights]
     if bias is not None:
         bias = gathered(of_head(op, "bias", bias, dtype, group))
-    if not (keep_shards and in_shards(weights)):
-        weights = [gathered(x) for x in weights]
+    # Autocast would make memory of what takes none.
+    keep_shards = keep_shards and group is None and not casts(hiddens[0].device.type)
+    weights = gathered_weights(weights, dtype, keep_shards=keep_shards)
     return autocast(Head(hiddens, weights, bias))
+
+
+def casts(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(head: Head) -> Head:
     """What autocast would make of the operands of a linear layer."""
     device = head.hidden[0].device.type
-    if not is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not casts(device):
         return head
     dtype = torch.get_autocast_dtype(device)
 
@@ -220,7 +243,7 @@ def head_inputs(
     """Checks what the user passes, and brings the rows into one axis.
 
     The logit scale becomes a part of temperature and softcap: that costs and rounds nothing.
-    A DTensor is gathered; with keep_shards it stays, if the vocabulary is in shards.
+    A DTensor or a parameter of ZeRO-3 is gathered, unless keep_shards leaves it in shards.
     """
     check_tensor(op, "labels", labels)
     head = as_head(op, hidden, weight, bias, group, keep_shards=keep_shards)

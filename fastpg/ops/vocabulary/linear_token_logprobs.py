@@ -3,7 +3,8 @@
 `linear_rows.py` has the formulas and the kernels; `frozen_head.py` those of a head that needs no
 gradient, which takes that of hidden with it in the same pass; `linear_support.py` those of sets of
 tokens that a sampler kept; `linear_several_labels.py` those of several labels a row, which make row
-statistics too; `sharded_head.py` those of a head in the shards of data-parallel ranks.
+statistics too; `sharded_head.py` those of a head in parts on data-parallel ranks, DTensors and
+parameters of ZeRO-3 (`placeholders.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from ..common.checks import first_labels
 from . import frozen_head, linear_several_labels, linear_support, sharded_head
-from .head_arguments import as_list, has_several, head_inputs, in_shards
+from .head_arguments import HeadInputs, as_list, has_several, head_inputs, in_shards
+from .head_ranks import of_all_ranks
 from .linear_rows import OP, logprobs
 from .row_softmax import RowStatistic, TokenLogprobs
 from .row_statistics import as_asked, checked_statistics
@@ -108,11 +110,12 @@ def linear_token_logprobs(
             many as weight has: the logits are the sum of the products. A head W with a LoRA adapter
             is (h, s h @ A.T) with (W, B).
         weight: [V, H] of the dtype of hidden, the LM head's; or a sequence of [V, H_i].
-            Differentiable. Under autocast all three are cast as for a linear layer. A DTensor is
-            that of data-parallel ranks, each with hidden of its own: its gradient is their mean, as
-            under FSDP2. In shards of the vocabulary it is gathered slice by slice, twice, and all
-            ranks must call alike. Otherwise, and with support, row_statistics or K labels, it is
-            gathered whole.
+            Differentiable. Under autocast all three are cast as for a linear layer. It may lie on
+            data-parallel ranks, each with hidden of its own, which must all call, and go backward,
+            alike: as a DTensor, whose gradient is the mean of the ranks', as under FSDP2; or as a
+            parameter of ZeRO-3, whose gradient DeepSpeed reduces. In shards of the vocabulary it is
+            gathered slice by slice, and again in backward. Otherwise, and with support,
+            row_statistics or K labels, it is gathered whole; of ZeRO-3, again in backward.
         labels: [...], integers in [0, V), or ignore_index. Or [..., K]: K labels of each row, from
             the same pass; they go with neither process_group nor support.
         bias: [V] of the dtype of hidden; differentiable. None: 0.
@@ -151,6 +154,7 @@ def linear_token_logprobs(
         IndexError: A token of support is outside [0, V), or a label is, and is not ignore_index. Of
             labels only the CPU raises at once; elsewhere the row of such a label is NaN, and
             `fastpg.check()` raises.
+        RuntimeError: On a CPU, another of the ranks that weight lies on raised one of these.
 
     Note:
         A GPU is waited for: forward for the number of rows that are not ignored, backward for the
@@ -196,14 +200,36 @@ def linear_token_logprobs(
         group=process_group,
         keep_shards=not (gathers_whole or torch.compiler.is_compiling()),
     )
+    if in_shards(inputs.head_weight):
+        logp, entropy = (x.view(labels.shape) for x in sharded_head.logprobs(inputs))
+        return (logp, entropy) if return_entropy else logp
+    with of_all_ranks(OP, [*as_list(weight), bias], inputs.head):
+        return _of_whole_head(
+            inputs,
+            labels,
+            several=several,
+            return_entropy=return_entropy,
+            support=support,
+            row_statistics=row_statistics,
+        )
+
+
+def _of_whole_head(
+    inputs: HeadInputs,
+    labels: Tensor,
+    *,
+    several: bool,
+    return_entropy: bool,
+    support: tuple[Tensor, Tensor] | None,
+    row_statistics: Collection[RowStatistic],
+) -> Tensor | tuple[Tensor, Tensor] | TokenLogprobs:
+    """What the public function returns."""
     if several or row_statistics:
-        names = checked_statistics(OP, row_statistics, support, process_group)
+        names = checked_statistics(OP, row_statistics, support, inputs.group)
         found = linear_several_labels.logprobs(inputs, labels, several=several)
         return as_asked(found, names, return_entropy=return_entropy)
-    if in_shards(inputs.head_weight):
-        logp, entropy = sharded_head.logprobs(inputs)
-    elif support is not None:
-        sets = checked_support(OP, support, labels, process_group)
+    if support is not None:
+        sets = checked_support(OP, support, labels, inputs.group)
         logp, entropy = linear_support.logprobs(inputs, sets)
     elif not return_entropy and frozen_head.serves(inputs):
         return frozen_head.logprobs(inputs).view(labels.shape)

@@ -44,10 +44,11 @@ from .head import (
     tiles,
     write_products,
 )
-from .head_arguments import HeadInputs, head_inputs, labels_of_shard
+from .head_arguments import HeadInputs, as_list, head_inputs, labels_of_shard
+from .head_ranks import of_all_ranks
 from .linear_rows import logprobs
 from .support import Support, checked_support
-from .token_loss import OP, TokenLoss, checked, differentiated
+from .token_loss import OP, MadeLoss, TokenLoss, checked, differentiated, made_loss
 
 # The rows of a chunk, by the bytes of a logit. With fewer, head_weight would be read, and its
 # gradient added to, more often than is cheap: above all in bf16, for which a CPU's BLAS does not
@@ -230,42 +231,6 @@ _linear_token_loss = Differentiable(
 )
 
 
-class MadeLoss(NamedTuple):
-    """A loss whose derivatives are made already. It looks at nothing else that has a gradient."""
-
-    loss: Tensor
-    logp: Tensor
-    entropy: Tensor
-    grad_logp: Tensor
-    grad_entropy: Tensor | None
-
-
-class MadeGradients(NamedTuple):
-    """The derivatives of the loss."""
-
-    grad_logp: Tensor
-    grad_entropy: Tensor | None
-
-
-def _forward_made(x: MadeLoss) -> tuple[tuple[Tensor], MadeGradients]:
-    return (x.loss.clone(),), MadeGradients(x.grad_logp, x.grad_entropy)
-
-
-def _backward_made(x: MadeGradients, grad_loss: Tensor) -> MadeGradients:
-    grad_entropy = None if x.grad_entropy is None else x.grad_entropy * grad_loss
-    return MadeGradients(x.grad_logp * grad_loss, grad_entropy)
-
-
-_made_loss = Differentiable(
-    OP,
-    inputs=MadeLoss,
-    saved=MadeGradients,
-    differentiable=("logp", "entropy"),
-    forward=_forward_made,
-    backward=_backward_made,
-)
-
-
 def loss_of_all_rows(
     inputs: HeadInputs, support: Support | None, token_loss: TokenLoss, *, wanted: bool
 ) -> tuple[Tensor, list]:
@@ -279,7 +244,7 @@ def loss_of_all_rows(
         loss, stats = checked(token_loss(logp, entropy, rows))
         return loss if wanted else loss.detach(), [stats]
     loss, stats, grad_logp, grad_entropy = differentiated(token_loss, logp, entropy, rows)
-    (loss,) = _made_loss(MadeLoss(loss, logp, entropy, grad_logp, grad_entropy))
+    (loss,) = made_loss(MadeLoss(loss, logp, entropy, grad_logp, grad_entropy))
     return loss, [stats]
 
 
@@ -378,12 +343,24 @@ def linear_token_loss(
         logits_dtype=logits_dtype,
         group=process_group,
     )
+    with of_all_ranks(OP, [*as_list(weight), bias], inputs.head):
+        return _of_whole_head(inputs, labels, token_loss, level, support)
+
+
+def _of_whole_head(
+    inputs: HeadInputs,
+    labels: Tensor,
+    token_loss: TokenLoss,
+    level: str,
+    support: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, list]:
+    """What the public function returns."""
     wanted = torch.is_grad_enabled() and not needs_no_gradient(*inputs.head.tensors())
     early = inputs.hidden[0].dtype is not torch.float16 and not torch.compiler.is_compiling()
     early = early and labels.device.type in CHUNK_ROWS  # elsewhere the reference serves
     sets = None
     if support is not None:
-        sets = checked_support(OP, support, labels, process_group)
+        sets = checked_support(OP, support, labels, inputs.group)
     if level == "token" and wanted and early and sets is None:
         loss, stats = _linear_token_loss(LossInputs(*inputs, token_loss))
         return loss, stats

@@ -1,19 +1,21 @@
-"""linear_token_logprobs of a head that data-parallel ranks hold in shards, as FSDP2 does.
+"""linear_token_logprobs of a head that data-parallel ranks hold in shards: FSDP2's, and ZeRO-3's.
 
 Every rank has rows of its own, and needs the whole head for them. A slice of the vocabulary is
 gathered at a time, the next one while the products of this one run, and let go of again: the whole
-head is never on one rank. Backward gathers the slices again, and sends the gradient of each to the
-ranks that own it, who keep the mean over the ranks: that of FSDP2.
+head is never on one rank. Backward gathers the slices again. Under FSDP2 it sends the gradient of
+each to the ranks that own it, who keep the mean over the ranks; under ZeRO-3 each rank keeps the
+gradient of all, which DeepSpeed wants to add up itself.
 
-All ranks walk through the same slices, those of a head that is whole, and the products are the
-same: so are the bits of the log-probs.
+A rank's part is a range of the flat values: it may begin within a row. All ranks walk through the
+same slices, those of a head that is whole, and the products are the same: so are the bits of the
+log-probs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,8 +40,10 @@ from .head import (
     token_slices,
 )
 from .head_arguments import HeadInputs, legal_labels
+from .head_ranks import all_or_none
 from .linear_rows import OP, Inputs, linear_token_logprobs_part_op
 from .linear_rows_blas import write_slice
+from .placeholders import is_outline
 from .shards import NEVER, Statistics, merge
 
 
@@ -47,7 +51,8 @@ class ShardedInputs(NamedTuple):
     """HeadInputs whose head is in shards."""
 
     hidden: list[Tensor]  # [N_rank, H_i] each, this rank's rows
-    shards: list[Tensor]  # [V_rank, H_i] each, this rank's part of each weight
+    weights: list[Tensor]  # what has the gradient: shards [V_rank, H_i], or outlines [V, H_i]
+    parts: list[Tensor]  # flat, this rank's part of the values of each
     bias: Tensor | None  # [V]
     labels: Tensor  # int64 [N_rank]
     legal: Tensor  # bool [N_rank]: the label is a token of the vocabulary
@@ -55,8 +60,15 @@ class ShardedInputs(NamedTuple):
     softcap: float
     ignore_index: int
     logits_dtype: torch.dtype
-    sizes: list[int]  # V_rank of each rank
+    sizes: list[list[int]]  # for each weight how many of its values each rank has
+    keeps_all: bool  # of the gradient of the weights each rank keeps all, not its part of the mean
+    vocab: int
     group: dist.ProcessGroup
+
+    @property
+    def slices(self) -> list[slice]:
+        """The tokens of each slice."""
+        return token_slices(self.vocab, self.labels.device)
 
 
 class Saved(NamedTuple):
@@ -71,7 +83,7 @@ class Gradients(NamedTuple):
     """What the public function gives back to autograd; None where no gradient is wanted."""
 
     hidden: list[Tensor | None]
-    shards: list[Tensor | None]
+    weights: list[Tensor | None]
     bias: Tensor | None
 
 
@@ -84,21 +96,21 @@ class HeadSlice(NamedTuple):
 
 
 class Owned(NamedTuple):
-    """A part of a slice, and the rank whose shard it lies in."""
+    """A part of a slice, and the rank that has it."""
 
     rank: int  # in the group
     in_slice: slice
-    in_shard: slice
+    in_part: slice
 
 
-def owners(tokens: slice, sizes: list[int]) -> list[Owned]:
-    """The parts of a slice, in order."""
+def owners(values: slice, sizes: list[int]) -> list[Owned]:
+    """The parts of a slice of flat values, in order."""
     parts = []
     for rank, (size, end) in enumerate(zip(sizes, accumulate(sizes), strict=True)):
         begin = end - size
-        first, last = max(tokens.start, begin), min(tokens.stop, end)
+        first, last = max(values.start, begin), min(values.stop, end)
         if first < last:
-            in_slice = slice(first - tokens.start, last - tokens.start)
+            in_slice = slice(first - values.start, last - values.start)
             parts.append(Owned(rank, in_slice, slice(first - begin, last - begin)))
     return parts
 
@@ -108,7 +120,7 @@ def gathered_slices(x: ShardedInputs) -> Iterator[HeadSlice]:
 
     A slice lies in memory that the one after the next overwrites.
     """
-    all_tokens = token_slices(sum(x.sizes), x.shards[0].device)
+    all_tokens = x.slices
     places = slice_memory(x, count=2)
     coming = _begin(x, all_tokens[0], places[0])
     for following, tokens in enumerate(all_tokens, start=1):
@@ -128,9 +140,12 @@ def slice_memory(
     It is held from the first slice to the last: blocks of this size, freed and taken again in turn,
     would leave a CPU's heap in pieces, half as large again.
     """
-    longest = max(map(length, token_slices(sum(x.sizes), x.shards[0].device)))
+    longest = max(map(length, x.slices))
     return [
-        [shard.new_empty(longest, shard.shape[1], dtype=dtype) for shard in x.shards]
+        [
+            part.new_empty(longest, h.shape[1], dtype=dtype)
+            for part, h in zip(x.parts, x.hidden, strict=True)
+        ]
         for _ in range(count)
     ]
 
@@ -141,13 +156,19 @@ def _begin(
     """A slice of each weight, in this place, and the broadcasts that fill it."""
     weights = [memory[: length(tokens)] for memory in place]
     works = []
-    for weight, shard in zip(weights, x.shards, strict=True):
-        for part in owners(tokens, x.sizes):
-            target = weight[part.in_slice]
-            if part.rank == dist.get_rank(x.group):
-                target.copy_(shard[part.in_shard])
-            works.append(dist.broadcast(target, group=x.group, group_src=part.rank, async_op=True))
+    for weight, part, sizes in zip(weights, x.parts, x.sizes, strict=True):
+        for owned in owners(values_of(tokens, weight), sizes):
+            target = weight.view(-1)[owned.in_slice]
+            if owned.rank == dist.get_rank(x.group):
+                target.copy_(part[owned.in_part])
+            works.append(dist.broadcast(target, group=x.group, group_src=owned.rank, async_op=True))
     return weights, works
+
+
+def values_of(tokens: slice, weight: Tensor) -> slice:
+    """Where the rows of these tokens are among the flat values of a weight."""
+    width = weight.shape[1]
+    return slice(tokens.start * width, tokens.stop * width)
 
 
 def _forward(x: ShardedInputs) -> tuple[tuple[Tensor, Tensor], Saved]:
@@ -186,7 +207,7 @@ def _backward(
     hidden = [h[rows] for h in x.hidden]
     dtype, sum_dtype = x.hidden[0].dtype, x.temperature.dtype
     own = empty_gradients(
-        Head(x.hidden, x.shards, x.bias), wanted, hidden_dtype=dtype, weight_dtype=dtype
+        Head(x.hidden, x.weights, x.bias), wanted, hidden_dtype=dtype, weight_dtype=dtype
     )
     sums = [
         h.new_zeros(h.shape, dtype=sum_dtype) if want else None
@@ -201,9 +222,13 @@ def _backward(
         bias = None if own.bias is None else own.bias[piece.tokens]
         of_slice = upstream._replace(labels=upstream.labels - piece.tokens.start)
         _write_slice(piece, x, hidden, of_slice, HeadGradients(sums, weights, bias))
-        for grad, shard in zip(weights, own.head_weight, strict=True):
-            if grad is not None and shard is not None:
-                _send_to_owners(grad, shard, piece.tokens, x)
+        for grad, mine, sizes in zip(weights, own.head_weight, x.sizes, strict=True):
+            if grad is None or mine is None:
+                continue
+            if x.keeps_all:
+                mine[piece.tokens] = grad
+            else:
+                _send_to_owners(grad, mine, values_of(piece.tokens, grad), sizes, x.group)
     return Gradients(
         [None if grad is None else filled(rows, len(x.labels), grad.to(dtype)) for grad in sums],
         own.head_weight,
@@ -234,20 +259,22 @@ def _write_slice(
     )
 
 
-def _send_to_owners(grad: Tensor, shard: Tensor, tokens: slice, x: ShardedInputs) -> None:
+def _send_to_owners(
+    grad: Tensor, own: Tensor, values: slice, sizes: list[int], group: dist.ProcessGroup
+) -> None:
     """Writes the mean over the ranks of a slice's gradient to the shards; a collective call."""
-    for part in owners(tokens, x.sizes):
-        mine = grad[part.in_slice]
-        dist.reduce(mine, group=x.group, group_dst=part.rank)
-        if part.rank == dist.get_rank(x.group):
-            shard[part.in_shard] = mine.div_(dist.get_world_size(x.group))
+    for owned in owners(values, sizes):
+        part = grad.view(-1)[owned.in_slice]
+        dist.reduce(part, group=group, group_dst=owned.rank)
+        if owned.rank == dist.get_rank(group):
+            own.view(-1)[owned.in_part] = part.div_(dist.get_world_size(group))
 
 
 _sharded = Differentiable(
     OP,
     inputs=ShardedInputs,
     saved=Saved,
-    differentiable=("hidden", "shards", "bias"),
+    differentiable=("hidden", "weights", "bias"),
     forward=_forward,
     backward=_backward,
     selective=True,
@@ -256,12 +283,15 @@ _sharded = Differentiable(
 
 def logprobs(x: HeadInputs) -> tuple[Tensor, Tensor]:
     """The log-prob and the entropy [N] of each row; all data-parallel ranks must call."""
-    weight = x.head_weight[0]
-    vocab, group = len(weight), weight.device_mesh.get_group()  # type: ignore[attr-defined]
-    _, legal, _ = legal_labels(OP, x.labels, vocab, x.temperature, x.ignore_index)
+    weights, vocab = x.head_weight, len(x.head_weight[0])
+    spread = parts_of_zero3(weights) if is_outline(weights[0]) else parts_of_dtensors(weights)
+    with all_or_none(OP, [spread.group], x.labels.device):
+        check_parts(spread)
+        _, legal, _ = legal_labels(OP, x.labels, vocab, x.temperature, x.ignore_index)
     inputs = ShardedInputs(
         hidden=x.hidden,
-        shards=[shard.to_local() for shard in x.head_weight],  # type: ignore[attr-defined]
+        weights=spread.weights,
+        parts=spread.parts,
         bias=x.bias,
         labels=x.labels,
         legal=legal,
@@ -269,11 +299,51 @@ def logprobs(x: HeadInputs) -> tuple[Tensor, Tensor]:
         softcap=x.softcap,
         ignore_index=x.ignore_index,
         logits_dtype=x.logits_dtype,
-        sizes=shard_sizes(vocab, dist.get_world_size(group)),
-        group=group,
+        sizes=spread.sizes,
+        keeps_all=spread.keeps_all,
+        vocab=vocab,
+        group=spread.group,
     )
     logp, entropy = _sharded(inputs)
     return logp, entropy
+
+
+class Spread(NamedTuple):
+    """How weights lie on the ranks of a group; the fields of ShardedInputs."""
+
+    weights: list[Tensor]
+    parts: list[Tensor]
+    sizes: list[list[int]]
+    keeps_all: bool
+    group: dist.ProcessGroup
+
+
+def parts_of_dtensors(weights: list[Tensor]) -> Spread:
+    """Weights in Shard(0)."""
+    group = weights[0].device_mesh.get_group()  # type: ignore[attr-defined]
+    tokens = shard_sizes(len(weights[0]), dist.get_world_size(group))
+    shards = [weight.to_local() for weight in weights]  # type: ignore[attr-defined]
+    sizes = [[count * weight.shape[1] for count in tokens] for weight in weights]
+    parts = [shard.detach().reshape(-1) for shard in shards]
+    return Spread(shards, parts, sizes, keeps_all=False, group=group)
+
+
+def parts_of_zero3(weights: list[Tensor]) -> Spread:
+    """Outlines of parameters; the last rank's part may end in values that are not of them."""
+    parameters: list[Any] = [weight.outline_of for weight in weights]  # type: ignore[attr-defined]
+    group = parameters[0].ds_process_group
+    parts = [parameter.ds_tensor for parameter in parameters]
+    sizes = [[part.numel()] * dist.get_world_size(group) for part in parts]
+    return Spread(weights, parts, sizes, keeps_all=True, group=group)
+
+
+def check_parts(x: Spread) -> None:
+    """Raises unless this rank has as much of each weight as the others take it to have."""
+    rank = dist.get_rank(x.group)
+    for part, sizes in zip(x.parts, x.sizes, strict=True):
+        if part.numel() != sizes[rank]:
+            counts = f"{sizes[rank]} values of it, got {part.numel()}"
+            raise ValueError(f"{OP}: weight must be in even shards, rank {rank} must have {counts}")
 
 
 def shard_sizes(vocab: int, ranks: int) -> list[int]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._autograd import Differentiable
+
 OP = "linear_token_loss"
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, object]]
@@ -46,3 +48,39 @@ def differentiated(
     if grad_logp is None:
         grad_logp = torch.zeros_like(logp)
     return LossAndGradients(loss.detach(), stats, grad_logp, grad_entropy)
+
+
+class MadeLoss(NamedTuple):
+    """A loss whose derivatives are made already. It looks at nothing else that has a gradient."""
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    grad_logp: Tensor
+    grad_entropy: Tensor | None
+
+
+class MadeGradients(NamedTuple):
+    """The derivatives of the loss."""
+
+    grad_logp: Tensor
+    grad_entropy: Tensor | None
+
+
+def _forward_made(x: MadeLoss) -> tuple[tuple[Tensor], MadeGradients]:
+    return (x.loss.clone(),), MadeGradients(x.grad_logp, x.grad_entropy)
+
+
+def _backward_made(x: MadeGradients, grad_loss: Tensor) -> MadeGradients:
+    grad_entropy = None if x.grad_entropy is None else x.grad_entropy * grad_loss
+    return MadeGradients(x.grad_logp * grad_loss, grad_entropy)
+
+
+made_loss = Differentiable(
+    OP,
+    inputs=MadeLoss,
+    saved=MadeGradients,
+    differentiable=("logp", "entropy"),
+    forward=_forward_made,
+    backward=_backward_made,
+)

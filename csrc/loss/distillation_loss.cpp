@@ -50,9 +50,10 @@ struct Batch {
     double value = tail.value;
     for (int64_t k = 0; k < kept; ++k) {
       const double log_p = student[k], log_q = teacher[k], p = exp(log_p);
-      const Moving<double> term = divergence_of({p, exp(log_q), log_p, log_q}, divergence, beta);
+      const Bucket bucket = {p, exp(log_q), log_p, log_q};
+      const Moving<double> term = divergence_of(bucket, divergence, beta);
       value += term.value;
-      const double slope = w * (p * (term.slope - tail.slope));
+      const double slope = w * (pull_of(bucket, term.slope, divergence) - p * tail.slope);
       slopes[k] = T(log_p == -infinity<double>() ? 0.0 : slope);
     }
     stats.x[DistillationStats::count] += 1;

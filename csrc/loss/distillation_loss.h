@@ -50,7 +50,7 @@ FPG_HD double finite_log_ratio(double log_p, double log_q) {
 }
 
 // What a bucket adds to the divergence, and u of the page: the derivative by the log-prob of a
-// token is p times what u of the token has over that of the tail.
+// token is p u of the token, `pull_of`, less p times u of the tail.
 FPG_HD Moving<double> divergence_of(const Bucket& x, Divergence kind, double beta) {
   if (kind == Divergence::kForwardKl)
     return {x.q * finite_log_ratio(x.log_q, x.log_p), x.p == 0 ? 0.0 : -x.q / x.p};
@@ -62,6 +62,11 @@ FPG_HD Moving<double> divergence_of(const Bucket& x, Divergence kind, double bet
   const double d = finite_log_ratio(x.log_p, log_m);
   const double of_teacher = x.q * finite_log_ratio(x.log_q, log_m);
   return {beta * of_teacher + (1 - beta) * x.p * d, (1 - beta) * d};
+}
+
+// p u of a token; of the forward KL, -q, also where p underflows to 0.
+FPG_HD double pull_of(const Bucket& x, double u, Divergence kind) {
+  return kind == Divergence::kForwardKl ? -x.q : x.p * u;
 }
 
 }  // namespace fpg

@@ -212,3 +212,14 @@ def test_a_nan_shows(kernel, divergence):
         loss, _ = distillation_loss(leaf, teacher_logp, weight, divergence=divergence)
         (grad,) = torch.autograd.grad(loss, leaf)
         assert loss.isnan() and grad[1].isnan().all() and grad[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("given_up", [-720.0, -800.0])
+def test_forward_kl_pulls_on_a_token_whose_probability_underflows(kernel, given_up):
+    """By q, however small p is: -720 is subnormal in fp64, and q / p infinite."""
+    logp = torch.tensor([[math.log(0.5), given_up]], requires_grad=True)
+    teacher_logp = torch.tensor([[0.25, 0.5]]).log()
+    loss, _ = distillation_loss(logp, teacher_logp, torch.ones(1), divergence="forward_kl")
+    loss.backward()
+    # The tail is 0.5 of the student, 0.25 of the teacher.
+    torch.testing.assert_close(logp.grad, torch.tensor([[-0.25 + 0.5 * 0.5, -0.5]]))

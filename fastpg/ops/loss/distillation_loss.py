@@ -13,7 +13,7 @@ more than 1 leave a tail of 0.
 
 A bucket of probability 0 in both counts 0. Of one alone its log-ratio, which is infinite, is ±20,
 so that a token which only one of them has kept costs a finite number. A log-prob of −inf of the
-student has no gradient.
+student has no gradient. p_k u_k of forward_kl is −q_k, also where p_k underflows to 0.
 
 Forward writes one coefficient per log-prob, dL/dlogp; backward multiplies it by the incoming
 scalar.
@@ -89,7 +89,7 @@ def divergence_of(student: Buckets, teacher: Buckets, x: Inputs) -> tuple[Tensor
     p, q = student.p, teacher.p
     if x.divergence == "forward_kl":
         terms = q * finite_log_ratio(teacher.log_p, student.log_p)
-        # No gradient comes through a bucket that is empty: p times q / p would be NaN.
+        # No gradient comes through a tail that is empty: p times q / p would be NaN.
         return terms.sum(-1), torch.where(p == 0, 0.0, -q / p)
     if x.divergence == "reverse_kl":
         d = finite_log_ratio(student.log_p, teacher.log_p)
@@ -109,8 +109,9 @@ def reference(x: Inputs) -> Outputs:
         for logp in (x.logp, x.teacher_logp)
     )
     value, u = divergence_of(student, teacher, x)
-    slope = student.p[..., :-1] * (u[..., :-1] - u[..., -1:])
-    slope = torch.where(x.logp == -math.inf, 0.0, slope)  # p u may be 0 times infinity there
+    pull = -teacher.p if x.divergence == "forward_kl" else student.p * u
+    slope = pull[..., :-1] - student.p[..., :-1] * u[..., -1:]
+    slope = torch.where(x.logp == -math.inf, 0.0, slope)
     loss = (weight * value).sum()
     fields = {
         "count": kept,

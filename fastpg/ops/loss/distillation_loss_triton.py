@@ -101,7 +101,8 @@ def forward_kernel(
     tail, u_tail = divergence_of(p_tail, q_tail, tl.log(p_tail), tl.log(q_tail), share, KIND)
     terms, u = divergence_of(p, q, log_p, log_q, share, KIND)
     value = tl.sum(terms, 0) + tail
-    slope = tl.where(log_p == -INFINITY, 0.0, w * (p * (u - u_tail)))
+    pull = -q if KIND == "forward_kl" else p * u
+    slope = tl.where(log_p == -INFINITY, 0.0, w * (pull - p * u_tail))
     tl.store(coefficient + offset, slope, mask=place < kept)
     part, counts = parts + token * FIELDS, w != 0
     tl.store(part + COUNT, counts.to(tl.float64))

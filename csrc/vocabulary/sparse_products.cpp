@@ -16,7 +16,9 @@ namespace {
 // tend to be neighbours, and no thread should have them all.
 constexpr int64_t kStrips = 64;
 constexpr int64_t kGrain = 32768;         // products a thread should have at least
-constexpr int64_t kBlockBytes = 1 << 18;  // of the matrix: they stay in a second-level cache
+constexpr int64_t kBlockBytes = 1 << 18;  // of the matrix: they stay in a second-level cache,
+constexpr int64_t kFarBytes = 1 << 22;    // and these in a third-level one.
+constexpr int64_t kPiece = 8;             // entries of a row that a block should have at least
 
 // The rows of a thread, through the matrix block by block: what several of them need of a block is
 // read from memory once. The entries of a row are met in their order, whatever the blocks.
@@ -49,7 +51,18 @@ struct Walk {
   }
 };
 
-int64_t rows_in_a_block(int64_t row_bytes) { return std::max<int64_t>(1, kBlockBytes / row_bytes); }
+// The smaller the block, the nearer it stays; but with few entries of a row in it, what is read and
+// written beside the matrix would cost as much.
+int64_t rows_in_a_block(int64_t row_bytes, int64_t matrix_rows, int64_t entries_of_row) {
+  const int64_t enough = kPiece * matrix_rows / std::max<int64_t>(entries_of_row, 1);
+  const int64_t near = kBlockBytes / row_bytes, far = kFarBytes / row_bytes;
+  return std::max<int64_t>(1, std::min(std::max(near, enough), far));
+}
+
+template <typename Arguments>
+int64_t entries_of_row(const Arguments& in) {
+  return in.offsets[in.count] / std::max<int64_t>(in.count, 1);
+}
 
 template <typename Body>
 void over_strips(int64_t work, const Body& body) {
@@ -64,7 +77,7 @@ void sampled_product(const SampledProductArguments& in) {
     const X* head_weight = static_cast<const X*>(in.head_weight);
     auto* products = static_cast<compute_t<X>*>(in.products);
     const Walk walk{in.token_ids, in.offsets, in.count, in.matrix_rows,
-                    rows_in_a_block(in.width * sizeof(X))};
+                    rows_in_a_block(in.width * sizeof(X), in.matrix_rows, entries_of_row(in))};
     over_strips(in.offsets[in.count] * in.width, [&](int64_t begin, int64_t end) {
       walk.each_piece(begin, end, [&](int64_t, int64_t row, int64_t first, int64_t n) {
         kernel.sampled_row(hidden + row * in.width, head_weight, in.token_ids + first, n, in.width,
@@ -85,7 +98,7 @@ void sparse_product(const SparseProductArguments& in) {
     const T* coefficients = static_cast<const T*>(in.coefficients);
     X* sums = static_cast<X*>(in.sums);
     const Walk walk{in.indices, in.offsets, in.count, in.matrix_rows,
-                    rows_in_a_block(in.width * sizeof(X))};
+                    rows_in_a_block(in.width * sizeof(X), in.matrix_rows, entries_of_row(in))};
     const auto add = [&](int64_t first, int64_t n, T* sum) {
       kernel.add_rows(coefficients + first, matrix, in.indices + first, n, in.width, sum);
     };

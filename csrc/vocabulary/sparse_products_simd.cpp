@@ -40,21 +40,38 @@ void sampled_row(const X* row, const X* matrix, const int64_t* indices, int64_t 
   }
 }
 
+// sum[h] += coefficients[0] row_0[h], then the next of kRows rows: the sum is read and written once
+// for them. `left` tells how many rows there are from here on.
+template <int kRows, typename X>
+FPG_HD void add_some(const compute_t<X>* coefficients, const X* matrix, const int64_t* indices,
+                     int64_t left, int64_t width, compute_t<X>* __restrict__ sum) {
+  using T = compute_t<X>;
+  const X *rows[kRows], *next[kRows];
+  for (int j = 0; j < kRows; ++j) {
+    rows[j] = matrix + indices[j] * width;
+    next[j] = matrix + indices[j + kRows < left ? j + kRows : left - 1] * width;
+  }
+  int64_t done = 0;
+  for (; done + kLanes <= width; done += kLanes) {
+    for (int j = 0; j < kRows; ++j) prefetch_lanes(next[j] + done);
+    for (int64_t k = done; k < done + kLanes; ++k) {
+      T total = sum[k];
+      for (int j = 0; j < kRows; ++j) total += coefficients[j] * load(rows[j][k]);
+      sum[k] = total;
+    }
+  }
+  for (; done < width; ++done)
+    for (int j = 0; j < kRows; ++j) sum[done] += coefficients[j] * load(rows[j][done]);
+}
+
 template <typename X>
 void add_rows(const compute_t<X>* coefficients, const X* matrix, const int64_t* indices, int64_t n,
               int64_t width, compute_t<X>* __restrict__ sum) {
-  using T = compute_t<X>;
-  for (int64_t i = 0; i < n; ++i) {
-    const T coefficient = coefficients[i];
-    const X* row = matrix + indices[i] * width;
-    const X* next = next_row(matrix, indices, i, n, width);
-    int64_t done = 0;
-    for (; done + kLanes <= width; done += kLanes) {
-      prefetch_lanes(next + done);
-      for (int64_t k = 0; k < kLanes; ++k) sum[done + k] += coefficient * load(row[done + k]);
-    }
-    for (; done < width; ++done) sum[done] += coefficient * load(row[done]);
-  }
+  constexpr int kAtOnce = 4;
+  int64_t i = 0;
+  for (; i + kAtOnce <= n; i += kAtOnce)
+    add_some<kAtOnce>(coefficients + i, matrix, indices + i, n - i, width, sum);
+  for (; i < n; ++i) add_some<1>(coefficients + i, matrix, indices + i, n - i, width, sum);
 }
 
 template <typename X>

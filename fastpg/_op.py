@@ -174,8 +174,8 @@ class Op(Generic[InputsT, OutputsT]):
         A call costs microseconds, and so do the lookups in it: they are made here, once.
         """
         function = getattr(module, self.name)
-        flatten, allocate, sizes = self.inputs.flatten, self.allocate, self.sizes
-        codes, statistics = self.codes, self.statistics
+        flatten = self.inputs.flatten_coded(self.codes)
+        allocate, sizes, statistics = self.allocate, self.sizes, self.statistics
         assert sizes is not None  # an op without sizes has no kernel in C++
         scratch_of = self.scratch
         no_scratch = NO_SCRATCH if statistics else self._scratch_type()()
@@ -184,10 +184,6 @@ class Op(Generic[InputsT, OutputsT]):
             outputs = allocate(x)
             values = flatten(x)
             first = values[0]
-            if codes:
-                values = list(values)
-                for place, table in codes.items():
-                    values[place] = table[values[place]]
             scratch: tuple = no_scratch  # it lives until the launch is made
             if on_gpu and statistics:
                 scratch = reduction_scratch(first, statistics)

@@ -7,7 +7,7 @@ flat list of values. A `Layout` goes from one to the other.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
@@ -73,6 +73,15 @@ class Layout(Generic[RecordT]):
         self.join = eval(f"lambda tensors, others: {joined}", names)
         if not self.nested:
             self.flatten = lambda record: record
+
+    def flatten_coded(self, tables: Mapping[int, Mapping]) -> Callable[[RecordT], Sequence]:
+        """`flatten`, but of the flat fields that have a table, by their places, what it has for
+        their values."""
+        names = {f"table_{i}": table for i, table in tables.items()}
+        members = [
+            f"table_{i}[{place}]" if i in tables else place for i, place in enumerate(_places(self))
+        ]
+        return eval(f"lambda record: {_tuple(members)}", names) if tables else self.flatten
 
 
 def _holds_tensors(kind: Any) -> bool:

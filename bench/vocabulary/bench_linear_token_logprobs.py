@@ -12,7 +12,7 @@ from fastpg import linear_token_logprobs, token_logprobs
 from .._example import Example
 from .._timing import Case
 from ..inputs import head_and_labels
-from .bench_token_logprobs import STATISTICS
+from .bench_token_logprobs import LABELS_A_ROW, STATISTICS, eager_of_labels
 
 CPU_SHAPES = [
     (rows, 896, 151936, dtype) for rows in (1024, 4096) for dtype in (torch.bfloat16, torch.float32)
@@ -121,6 +121,7 @@ def cases(device):
         if shape[-1] is torch.float32:
             yield kept_sets(inputs, name, gradients, 32, device)
             yield kept_sets(inputs, name, gradients, 512, device)
+            yield several_labels(inputs, name, gradients)
 
 
 def frozen_head(inputs, name, device):
@@ -169,6 +170,36 @@ def kept_sets(inputs, name, gradients, size, device):
         steps,
         targets={"all logits with a mask": ">= 20" if size == 32 else ">= 8"},
         device=device,
+        results_mib=gradients,
+        least=3,
+    )
+
+
+def several_labels(inputs, name, gradients):
+    hidden, weight, label = inputs
+    more = torch.randint(len(weight), (len(hidden), LABELS_A_ROW - 1), device=hidden.device)
+    labels = torch.cat([label[:, None], more], 1)
+
+    def eager_of_all(hidden, weight, labels):
+        return eager_of_labels(linear(hidden, weight), labels)
+
+    def check():
+        few = hidden[:16], weight, labels[:16]
+        ours, others = (training(f, *few)() for f in (linear_token_logprobs, eager_of_all))
+        for got, want in zip(ours, others, strict=True):
+            error = (got - want).norm() / want.norm()
+            assert error < 1e-5, f"gradient: {error}"
+
+    return Case(
+        "linear_token_logprobs",
+        f"forward + backward, {LABELS_A_ROW} labels a row, {name}",
+        check,
+        {
+            "fastpg": training(linear_token_logprobs, hidden, weight, labels),
+            "one label a row": training(linear_token_logprobs, hidden, weight, label),
+            "eager": training(eager_of_all, hidden, weight, labels),
+        },
+        targets={"one label a row": ">= 0.8"},
         results_mib=gradients,
         least=3,
     )

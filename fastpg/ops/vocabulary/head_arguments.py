@@ -99,17 +99,6 @@ def of_head(
     return x
 
 
-def gathered_weights(
-    weights: list[Tensor], dtype: torch.dtype, *, keep_shards: bool
-) -> list[Tensor]:
-    """The weights, whole; with keep_shards in shards, if they are."""
-    if keep_shards and can_be_read_in_parts(weights, dtype):
-        return [outline(x) for x in weights]
-    if keep_shards and in_shards(weights):
-        return weights
-    return [gathered(x) for x in weights]
-
-
 def as_list(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """A list of one tensor, or of as many as the user passes."""
     if isinstance(x, (list, tuple)):
@@ -145,9 +134,12 @@ def as_head(
     weights = [of_head(op, "weight", x, dtype, group) for x in weights]
     if bias is not None:
         bias = gathered(of_head(op, "bias", bias, dtype, group))
-    # Autocast would make memory of what takes none.
-    keep_shards = keep_shards and group is None and not casts(hiddens[0].device.type)
-    weights = gathered_weights(weights, dtype, keep_shards=keep_shards)
+    # Autocast would make memory of outlines, which take none.
+    keep_outlines = keep_shards and group is None and not casts(hiddens[0].device.type)
+    if keep_outlines and can_be_read_in_parts(weights, dtype):
+        weights = [outline(x) for x in weights]
+    elif not (keep_shards and in_shards(weights)):
+        weights = [gathered(x) for x in weights]
     return autocast(Head(hiddens, weights, bias))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_device, check_tensor
-from .head import Part, kept_rows
+from .head import ALL, Part, kept_rows
 from .shards import finite_max
 from .sparse_products import lengths, row_of_entry, segment_sum
 
@@ -110,6 +110,8 @@ def entries_of(support: Support, rows: Tensor) -> Entries:
     """The entries of the rows that a mask marks. A GPU is waited for."""
     token_ids, offsets = support
     row = row_of_entry(offsets, len(token_ids))
+    if isinstance(kept_rows(rows), slice):  # all of them: no entry needs to be looked at
+        return Entries(ALL, token_ids, row, offsets)
     places = kept_rows(rows[row])
     ends = torch.where(rows, lengths(offsets), 0).cumsum(0)
     part = torch.nn.functional.pad(ends, (1, 0))

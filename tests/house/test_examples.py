@@ -30,3 +30,47 @@ def test_gridworld_prints_its_table_and_plots(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert list(curves) == ["REINFORCE", "vanilla policy gradient", "PPO"]
     assert all(f"\n{name} " in printed for name in curves)
+
+
+def said(*texts):
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def test_a_shorter_answer_of_smollm2_earns_more_and_the_sum_alone_earns_most():
+    pytest.importorskip("transformers")
+    smollm2 = load("smollm2")
+    texts = "12", " 12\n", "It is 12.", "It is 12, I think.", "13", "112", "Twelve", ""
+    rewards = smollm2.graded(said(*texts), [12] * len(texts))
+    assert rewards == [1.0, 1.0, 0.2 * 2 / 9, 0.2 * 2 / 18, 0.2, 0.2, 0.0, 0.0]
+    assert smollm2.exact(said(*texts), [12] * len(texts)) == [1.0, 1.0, 0, 0, 0, 0, 0, 0]
+
+
+def test_no_sum_is_trained_on_and_evaluated_with():
+    pytest.importorskip("transformers")
+    train, held_out = load("smollm2").sums()
+    asked = [{row["prompt"][-1]["content"] for row in rows} for rows in (train, held_out)]
+    assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == 81
+
+
+def test_the_page_of_a_real_model_has_its_curve_and_its_answers(tmp_path):
+    pytest.importorskip("matplotlib")
+    smollm2 = load("smollm2")
+    steps = smollm2.SETTINGS["num_steps"]
+    seen = {"eval/reward/mean": 0.5, "eval/rewards/exact/mean": 0.25}
+    run = {
+        "train": {1: 0.1, steps: 0.9}, "evaluations": {0: seen, steps: seen},
+        "before": ["a|b"] * 8, "after": ["12"] * 8, "seconds": 90.0,
+    }  # fmt: skip
+    runs = {name: run for name in smollm2.ALGORITHMS}
+    smollm2.draw(runs, tmp_path / "real_model.svg")
+    smollm2.write_rows(runs, tmp_path / "real_model.csv")
+    smollm2.write_page(runs, tmp_path / "real_model.md")
+    page = (tmp_path / "real_model.md").read_text()
+    assert "| GRPO | 25% | 25% | 0.50 | 0.50 | 1.5 min |" in page
+    assert page.count('"12" | "12" |') == 8 and "a\\|b" in page
+    assert (tmp_path / "real_model.csv").read_text().splitlines()[:3] == [
+        "algorithm,step,train_reward,eval_reward,eval_exact",
+        "GRPO,0,,0.5000,0.2500",
+        "GRPO,1,0.1000,,",
+    ]
+    assert "<svg" in (tmp_path / "real_model.svg").read_text()

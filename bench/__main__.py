@@ -10,59 +10,23 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
-import re
-import subprocess
 import sys
-import time
 import traceback
 from pathlib import Path
 
 import torch
 
-import fastpg
+from fastpg.bench.provenance import machine, provenance
+from fastpg.bench.running import run
+from fastpg.bench.timing import Case, keep_freed_memory
 
 from . import readme
 from ._example import benchmarks
-from ._timing import Case, Timing, keep_freed_memory, measure, under_graph
 
 HERE = Path(__file__).parent
 BENCHMARKS = benchmarks()
 COLUMNS = "{:40} {:>10} {:>10} {:>10} {:>8} {:>9} {:>9}"
-
-
-def machine(device: str) -> str:
-    """The processor's name, as a file name."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        lines = (
-            Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-        )
-        models = [line.split(":")[1] for line in lines if line.startswith("model name")]
-        name = f"{models[0] if models else platform.machine()} {torch.get_num_threads()} threads"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
-
-
-def provenance() -> dict[str, str]:
-    """What a figure depends on besides the code of the case."""
-    return {
-        "fastpg": fastpg.__version__,
-        "commit": revision(),
-        "torch": torch.__version__,
-        "extension": fastpg.extension_status(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def revision() -> str:
-    """The commit of this tree; "unknown" in a copy of the files alone, or without git."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        git = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    except OSError:
-        return "unknown"
-    return git.stdout.strip() or "unknown"
+HEADER = COLUMNS.format("", "median ms", "p10", "p90", "x ours", "target", "extra MiB")
 
 
 class Results:
@@ -91,46 +55,16 @@ class Results:
         return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
 
 
-def run(case: Case, seconds: float, keep_memory: bool) -> list[dict]:
-    """The rows of one case; a candidate that does not match the reference is not timed."""
-    case.name += ", freed memory kept" if keep_memory else ""
-    print(f"\n{case.op}: {case.name}")
-    try:
-        case.gate()
-    except Exception as error:  # Whatever it is, the other cases are worth their time.
-        return [_wrong(case, error)]
-    rows = prepare(case)
-    if case.ours not in case.candidates:
-        return rows
-    print("  " + COLUMNS.format("", "median ms", "p10", "p90", "x ours", "target", "extra MiB"))
-    try:
-        timings = measure(case, rounds=200, seconds=seconds)
-    except Exception as error:
-        return [*rows, _wrong(case, error)]
-    return rows + [_row(case, name, timing) for name, timing in timings.items()]
-
-
-def prepare(case: Case) -> list[dict]:
-    """Drops the candidates that raise or are wrong; returns a row for each of them."""
-    rows = []
-    for name, call in list(case.candidates.items()):
-        try:
-            if name in case.gates:
-                case.gates[name]()
-            if name in case.graphs:
-                case.candidates[name] = under_graph(call)
-            case.candidates[name]()
-        except Exception as error:
-            del case.candidates[name]
-            rows.append(_wrong(case, error) | {"candidate": name})
-    return rows
-
-
-def _wrong(case: Case, error: Exception) -> dict:
-    """The row of what is not timed, with the reason."""
-    reason = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-    print(f"  WRONG: {reason}")
-    return {"op": case.op, "case": case.name, "wrong": reason[:500]}
+def shown(row: dict) -> list[str]:
+    """A row as lines of the terminal."""
+    if "wrong" in row:
+        return [f"  WRONG: {row.get('candidate', '')} {row['wrong']}"]
+    cells = [f"{row[key]:.4g}" for key in ("median_ms", "p10_ms", "p90_ms")]
+    cells += [f"{row['ratio']:.2f}", row["target"]]
+    cells += ["" if row["extra_mib"] is None else f"{row['extra_mib']:.1f}"]
+    target = f"  (target {row['memory_target']})" if row["memory_target"] else ""
+    rate = [f"  {'':40} {row['rate']:.4g} {row['unit']}"] if "rate" in row else []
+    return ["  " + COLUMNS.format(row["candidate"], *cells) + target, *rate]
 
 
 def select(case: Case, compiled: str) -> Case:
@@ -144,26 +78,6 @@ def select(case: Case, compiled: str) -> Case:
     return case
 
 
-def _row(case: Case, name: str, timing: Timing) -> dict:
-    target = case.targets.get(name, "")
-    cells = [f"{v:.4g}" for v in (timing.median, timing.p10, timing.p90)]
-    cells += [f"{timing.ratio:.2f}", target]
-    cells += ["" if timing.extra_mib is None else f"{timing.extra_mib:.1f}"]
-    memory_target = case.memory_target if name == case.ours else ""
-    print("  " + COLUMNS.format(name, *cells) + (memory_target and f"  (target {memory_target})"))
-    row = {
-        "op": case.op, "case": case.name, "candidate": name, "median_ms": timing.median,
-        "p10_ms": timing.p10, "p90_ms": timing.p90, "ratio": timing.ratio, "target": target,
-        "extra_mib": timing.extra_mib, "memory_target": memory_target,
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    if name in case.rates:
-        amount, unit = case.rates[name]
-        row |= {"rate": amount / timing.median, "unit": unit}
-        print(f"  {'':40} {row['rate']:.4g} {unit}")
-    return row
-
-
 def run_op(op: str, args: argparse.Namespace, results: Results) -> None:
     """Runs every case of a benchmark, and appends its rows."""
     cases = importlib.import_module(BENCHMARKS[op]).cases(args.device)
@@ -171,7 +85,11 @@ def run_op(op: str, args: argparse.Namespace, results: Results) -> None:
         if args.compiled == "only" and len(case.candidates) == 1:
             continue
         torch.compiler.reset()  # or a recompilation too many would run the eager code instead
-        results.append(run(case, args.seconds, args.keep_memory))
+        case.name += ", freed memory kept" if args.keep_memory else ""
+        print(f"\n{case.op}: {case.name}\n  {HEADER}")
+        rows = run(case, args.seconds)
+        print(*(line for row in rows for line in shown(row)), sep="\n")
+        results.append(rows)
 
 
 def main() -> None:

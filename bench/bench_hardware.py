@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ._timing import Case
+from fastpg.bench.timing import Case
 
 BYTES = 2**30  # of a tensor: many times what a cache holds
 CYCLES = 10_000_000

@@ -2,8 +2,9 @@
 
 import torch
 
+from fastpg.bench.timing import Case
+
 from . import _example
-from ._timing import Case
 
 
 def _training(example):

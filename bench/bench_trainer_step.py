@@ -13,14 +13,13 @@ import torch
 from accelerate import Accelerator
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from fastpg.bench.timing import Case
 from fastpg.trainer import PPOConfig
 from fastpg.trainer.fast_paths import find_fast_paths
 from fastpg.trainer.head import HeadTransform
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.models import PolicyWithValue, frozen_copy
 from fastpg.trainer.rollout import Rollout
-
-from ._timing import Case
 
 LAYERS, EPISODES, PROMPT, COMPLETION = 2, 16, 32, 128
 

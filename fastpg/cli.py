@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import fastpg
+from fastpg.bench.command import bench
 from fastpg.integrations.verify_command import verify
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # These read their own flags, whose names are those of the settings.
     if argv[:1] == ["verify"]:
         return verify(argv[1:])
+    if argv[:1] == ["bench"]:
+        return bench(argv[1:])
     if argv and argv[0] in COMMANDS:
         return run(argv[0], argv[1:])
     parser = argparse.ArgumentParser("fastpg", description=DESCRIPTION)
@@ -51,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands")
     commands.add_parser("train", help="train a policy; `fastpg train --help` lists the settings")
     commands.add_parser("reward-model", help="train a reward model on preference pairs")
+    commands.add_parser("bench", help="time fastpg against PyTorch and other packages, here")
     commands.add_parser("verify", help="compare a trainer's own functions with fastpg's")
     parser.parse_args(argv)
     print_kernels()

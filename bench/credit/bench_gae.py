@@ -3,64 +3,25 @@
 On a GPU at T=4096 against scans in PyTorch and Triton, a copy of as many bytes and one launch.
 """
 
-from importlib.util import find_spec
+from functools import partial
 
 import torch
-from torch.nn.functional import pad
 
 import fastpg
 from fastpg import gae
+from fastpg.bench.baselines import gae_by_doubling, gae_by_filter, gae_by_loop
+from fastpg.bench.peers import ask, torchrl_gae
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 from .._variant import BOTH, GIVEN_OR_NOT, variants_of
 
 BATCH, LENGTH, GAMMA = 8, 8192, 1.0
 
 
-def by_filter(rewards, values, lam):
-    """delta in numpy, then scipy's C loop over the reversed sequence."""
-    from scipy.signal import lfilter
-
-    delta = rewards.numpy() + GAMMA * pad(values[:, 1:], (0, 1)).numpy() - values.numpy()
-    return lfilter([1.0], [1.0, -GAMMA * lam], delta[:, ::-1])[:, ::-1]
-
-
-def by_torchrl(rewards, values, lam):
-    from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
-
-    done = torch.zeros(BATCH, LENGTH, 1, dtype=torch.bool)
-    done[:, -1] = True
-    following = pad(values[:, 1:], (0, 1))[..., None]
-    args = values[..., None], following, rewards[..., None], done, done
-    return lambda: vec_generalized_advantage_estimate(GAMMA, lam, *args)
-
-
-def by_loop(rewards, values, lam):
-    """As most trainers write it."""
-    delta = rewards + GAMMA * pad(values[:, 1:], (0, 1)) - values
-    last, advantages = 0.0, []
-    for t in reversed(range(LENGTH)):
-        last = delta[:, t] + GAMMA * lam * last
-        advantages.append(last)
-    return torch.stack(advantages[::-1], dim=1)
-
-
-def by_doubling(rewards, values, lam):
-    """x_t = δ_t + (γλ)^k x_{t+k} for k = 1, 2, 4, ...: log2 T steps, as vectorised code has it."""
-    delta = rewards + GAMMA * pad(values[:, 1:], (0, 1)) - values
-    step = 1
-    while step < delta.shape[1]:
-        delta = delta + (GAMMA * lam) ** step * pad(delta[:, step:], (0, step))
-        step *= 2
-    return delta, delta + values
-
-
 def gate(ours, rewards, values, lam):
     def check():
-        want = torch.from_numpy(
-            by_filter(rewards.cpu().double(), values.cpu().double(), lam).copy()
-        )
+        want = gae_by_filter(rewards.cpu().double(), values.cpu().double(), GAMMA, lam)
         error = (ours()[0].cpu() - want).abs().max().item()
         assert error < 1e-5 * (1 + want.abs().max()), f"advantages off by {error}"
 
@@ -73,7 +34,10 @@ def case(name, lam, peers, device, **settings):
     def ours():
         return gae(rewards, values, gamma=GAMMA, lam=lam)
 
-    candidates = {"fastpg": ours} | {k: peer(rewards, values, lam) for k, peer in peers.items()}
+    candidates = {"fastpg": ours}
+    torchrl, _ = ask({"torchrl, vectorised": torchrl_gae(GAMMA, lam)}, device)
+    for name, function in {**peers, **torchrl}.items():
+        candidates[name] = partial(function, rewards, values)
     right = gate(ours, rewards, values, lam)
     return Case("gae", name, right, candidates, device=device, **settings)
 
@@ -83,7 +47,7 @@ def on_cuda(batch, length, targets):
 
     lam = 0.95
     rewards, values, *copies = torch.randn(4, batch, length, device="cuda")
-    one, compiled = torch.zeros(1, device="cuda"), torch.compile(by_doubling)
+    one, compiled = torch.zeros(1, device="cuda"), torch.compile(gae_by_doubling)
 
     def ours():
         return gae(rewards, values, gamma=GAMMA, lam=lam)
@@ -96,8 +60,8 @@ def on_cuda(batch, length, targets):
             "fastpg": ours,
             "fastpg, under a CUDA graph": ours,
             "Triton, a row per program": lambda: by_triton(rewards, values, GAMMA, lam),
-            "PyTorch, doubling": lambda: by_doubling(rewards, values, lam),
-            "torch.compile, doubling": lambda: compiled(rewards, values, lam),
+            "PyTorch, doubling": lambda: gae_by_doubling(rewards, values, GAMMA, lam),
+            "torch.compile, doubling": lambda: compiled(rewards, values, GAMMA, lam),
             "copying two such tensors": lambda: [
                 a.copy_(b) for a, b in zip(copies, (rewards, values), strict=True)
             ],
@@ -116,11 +80,10 @@ def cases(device):
         yield on_cuda(8192, 4096, {"copying two such tensors": ">= 0.85"})
         return
     size = f"{BATCH} x {LENGTH} float32"
-    torchrl = {"torchrl, vectorised": by_torchrl} if find_spec("torchrl") else {}
-    fast = {"scipy.signal.lfilter": lambda *args: lambda: by_filter(*args)} | torchrl
     targets = {"scipy.signal.lfilter": ">= 3", "torchrl, vectorised": ">= 50"}
+    fast = {"scipy.signal.lfilter": partial(gae_by_filter, gamma=GAMMA, lam=0.95)}
     yield case(f"lam=0.95, {size}", 0.95, fast, device, targets=targets, calls=10)
-    slow = {"PyTorch, a loop over T": lambda *args: lambda: by_loop(*args)} | torchrl
+    slow = {"PyTorch, a loop over T": partial(gae_by_loop, gamma=GAMMA, lam=1.0)}
     yield case(f"lam=1, {size}", 1.0, slow, device)
 
 

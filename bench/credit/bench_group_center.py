@@ -4,9 +4,9 @@ import torch
 
 import fastpg
 from fastpg import group_center
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 
 GROUPS, SIZE = 4096, 16
 

@@ -4,9 +4,9 @@ import torch
 
 import fastpg
 from fastpg import token_rewards
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 from .._variant import GIVEN_OR_NOT, variants_of
 
 BATCH, LENGTH, COEF = 128, 8192, 0.05

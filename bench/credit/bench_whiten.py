@@ -4,19 +4,13 @@ import torch
 
 import fastpg
 from fastpg import whiten
+from fastpg.bench.baselines import whiten as eager
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 from .._variant import BOTH, variants_of
 
-BATCH, LENGTH, EPS = 128, 8192, 1e-8
-
-
-def eager(x, mask):
-    count = mask.sum()
-    mean = (x * mask).sum() / count
-    variance = ((x - mean) ** 2 * mask).sum() / (count - 1)
-    return (x - mean) * torch.rsqrt(variance + EPS) * mask
+BATCH, LENGTH = 128, 8192
 
 
 def cases(device):

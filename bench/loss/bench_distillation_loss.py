@@ -4,9 +4,9 @@ import torch
 
 import fastpg
 from fastpg import distillation_loss
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 from .._variant import variants_of
 
 TOKENS, KEPT = 8192, 64

@@ -4,18 +4,14 @@ import torch
 
 import fastpg
 from fastpg import policy_loss
+from fastpg.bench.baselines import CLIP
+from fastpg.bench.baselines import clipped_surrogate as eager
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 from .._variant import GIVEN_OR_NOT, variants_of
 
-TOKENS, CLIP = 1_000_000, 0.2
-
-
-def eager(logp, advantages, weight, old_logp):
-    ratio = (logp - old_logp).exp()
-    unclipped, clipped = ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages
-    return -(torch.minimum(unclipped, clipped) * weight).sum()
+TOKENS = 1_000_000
 
 
 def eager_every_option(logp, advantages, weight, old_logp, ref_logp, entropy):

@@ -7,9 +7,9 @@ import torch
 
 import fastpg
 from fastpg import policy_loss, policy_loss_from_logits, token_logprobs
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 from .._variant import OPTIONS, VOCABULARY_TYPES, Variant, features_of_rows
 from ..inputs import logits_and_labels
 from ..vocabulary import bench_token_logprobs

@@ -4,9 +4,9 @@ import torch
 
 import fastpg
 from fastpg import preference_loss
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 
 PAIRS = 65536
 

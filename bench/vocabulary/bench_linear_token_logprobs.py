@@ -8,9 +8,11 @@ from torch.nn.functional import linear
 
 import fastpg
 from fastpg import linear_token_logprobs, token_logprobs
+from fastpg.bench.baselines import head_log_probs as eager
+from fastpg.bench.baselines import log_probs as of_logits
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 from ..inputs import head_and_labels
 from .bench_token_logprobs import LABELS_A_ROW, STATISTICS, eager_of_labels
 
@@ -19,14 +21,6 @@ CPU_SHAPES = [
 ]
 FROZEN_SHAPES = [(2048, 576, 49152, torch.float32), *CPU_SHAPES[:2]]
 CUDA_SHAPES = [(8192, 4096, 131072, torch.bfloat16)]
-
-
-def eager(hidden, weight, labels):
-    return of_logits(linear(hidden, weight), labels)
-
-
-def of_logits(logits, labels):
-    return logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
 
 
 def training(function, hidden, weight, labels):

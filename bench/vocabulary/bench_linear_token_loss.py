@@ -8,9 +8,9 @@ import torch
 
 import fastpg
 from fastpg import linear_token_loss, policy_loss
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 from .bench_linear_token_logprobs import CPU_SHAPES, CUDA_SHAPES, eager, problem, products
 
 

@@ -9,18 +9,16 @@ import torch
 
 import fastpg
 from fastpg import token_logprobs
+from fastpg.bench.baselines import log_probs as eager
+from fastpg.bench.baselines import log_probs_and_entropy as eager_with_entropy
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 from .._variant import OPTIONS, VOCABULARY_TYPES, Variant, features_of_rows
 from ..inputs import logits_and_labels
 
 ROWS, VOCAB = 256, 151936
 STATISTICS = ("sum_p_squared", "is_top1", "mean_logit")
-
-
-def eager(logits, labels):
-    return logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
 
 
 def gate(logits, labels):
@@ -41,11 +39,6 @@ def training(function, logits, labels):
         torch.autograd.grad(function(x, labels), x, upstream)
 
     return step
-
-
-def eager_with_entropy(logits, labels):
-    logp = logits.float().log_softmax(-1)
-    return logp.gather(-1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
 def cases(device):

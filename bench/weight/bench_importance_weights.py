@@ -4,9 +4,9 @@ import torch
 
 import fastpg
 from fastpg import importance_weights
+from fastpg.bench.timing import Case
 
 from .._example import Example
-from .._timing import Case
 from .._variant import BOTH, GIVEN_OR_NOT, variants_of
 
 BATCH, LENGTH, HIGH = 128, 8192, 2.0

@@ -6,10 +6,8 @@ the package's own, made within `patched()` it is fastpg's. Both are compared wit
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastpg.bench.timing import return_freed_memory
 
 from .patching import PatchReport
 
@@ -229,7 +229,7 @@ def _measured(call: Callable[[], object], *, on_gpu: bool) -> tuple[float, float
     gc.collect(1)  # what the call before this one left; all there is would take a second
     if on_gpu:
         return _measured_on_gpu(call)
-    _return_freed_memory()
+    return_freed_memory()
     held = _reset_peak()
     start = time.perf_counter()
     call()
@@ -246,14 +246,6 @@ def _measured_on_gpu(call: Callable[[], object]) -> tuple[float, float | None]:
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     return seconds, (torch.cuda.max_memory_allocated() - held) / 2**20
-
-
-def _return_freed_memory() -> None:
-    """glibc keeps what was freed; memory that is used again would not show in the peak."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _reset_peak() -> int | None:

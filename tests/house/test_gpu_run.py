@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bench import __main__ as runner
-from bench import _timing, counters, gpu, smoke
-from bench._timing import Case
-from bench.vocabulary import bench_peers
+from bench import counters, gpu, smoke
+from fastpg.bench import timing
+from fastpg.bench.timing import Case
 
 
 def python(code):
@@ -169,7 +169,7 @@ class Event:
 def test_on_a_gpu_events_time_so_many_calls_that_a_sample_takes_five_milliseconds(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(_timing, "peak_extra_mib", lambda call, device: 0.0)
+    monkeypatch.setattr(timing, "peak_extra_mib", lambda call, device: 0.0)
     calls = {"short": 0, "long": 0}
 
     def call(name, milliseconds):
@@ -185,7 +185,7 @@ def test_on_a_gpu_events_time_so_many_calls_that_a_sample_takes_five_millisecond
         device="cuda",
         least=3,
     )
-    timings = _timing.measure(case, rounds=3, seconds=0.0)
+    timings = timing.measure(case, rounds=3, seconds=0.0)
     assert timings["short"].median == pytest.approx(0.01)
     assert timings["long"].median == pytest.approx(8.0)
     assert timings["long"].ratio == pytest.approx(800)
@@ -208,12 +208,12 @@ def test_a_candidate_that_raises_or_is_wrong_is_a_row_and_the_others_are_timed()
         gates={"peer": wrong},
         rates={"fastpg": (1.0, "GB/s")},
     )
-    rows = {row["candidate"]: row for row in runner.run(case, 0.1, keep_memory=False)}
+    rows = {row["candidate"]: row for row in runner.run(case, 0.1)}
     assert rows["peer"]["wrong"] == "off by 2"
     assert rows["torch.compile"]["wrong"] == "RuntimeError: out of memory"
     assert rows["fastpg"]["median_ms"] > 0 and rows["fastpg"]["unit"] == "GB/s"
     gate = Case("op", "case", no_memory, {"fastpg": int})
-    assert runner.run(gate, 0.1, keep_memory=False)[0]["wrong"] == "RuntimeError: out of memory"
+    assert runner.run(gate, 0.1)[0]["wrong"] == "RuntimeError: out of memory"
 
 
 def test_what_torch_compiles_can_be_left_out_or_be_all():
@@ -250,21 +250,3 @@ def test_an_op_whose_inputs_do_not_fit_hides_no_other(tmp_path, monkeypatch):
     rows = runner.Results("cpu").rows()
     assert rows[0]["wrong"].startswith("ModuleNotFoundError")
     assert {row["op"] for row in rows[1:]} == {"kl_estimate"}
-
-
-@pytest.mark.slow
-def test_a_peer_passes_the_gate_of_values_and_gradients(monkeypatch):
-    def right(logits, labels):
-        return bench_peers.reference(logits, labels)
-
-    def wrong(logits, labels):
-        return bench_peers.reference(logits, labels) + 0.1
-
-    peers = {"right": right, "wrong": wrong, "right, in place": right}
-    monkeypatch.setattr(bench_peers, "log_probs", lambda: peers)
-    rows = runner.run(bench_peers.from_logits("cpu", 64, 512), 0.01, keep_memory=False)
-    wrong = [row["candidate"] for row in rows if "wrong" in row]
-    assert wrong == ["wrong"]
-    assert {row["candidate"] for row in rows} == {"fastpg", *peers}
-    head = bench_peers.from_hidden("cpu", 64, 16, 128)
-    assert not any("wrong" in row for row in runner.run(head, 0.01, keep_memory=False))

@@ -6,12 +6,14 @@ than that and the clock, and the launches of one call, would show in the figure.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
+import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,9 +81,33 @@ def keep_freed_memory() -> None:
     By default it gives them back to the system, and mapping 150 MB anew then takes longer than
     filling it. jemalloc, tcmalloc and torch's own allocator on CUDA keep them.
     """
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD of malloc.h
-    libc.mallopt(-4, 0)  # M_MMAP_MAX
+    _tune_malloc(trim_threshold=2**31 - 1, most_maps=0)
+
+
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """The same for a with block."""
+    keep_freed_memory()
+    try:
+        yield
+    finally:
+        _tune_malloc(trim_threshold=128 * 1024, most_maps=65536)  # as glibc begins
+        return_freed_memory()
+
+
+def _tune_malloc(trim_threshold: int, most_maps: int) -> None:
+    if platform.system() == "Linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(-4, most_maps)  # M_MMAP_MAX
+
+
+def return_freed_memory() -> None:
+    """Has glibc give back what was freed: used again, it would not show in the peak."""
+    if platform.system() == "Linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def under_graph(call: Callable[[], object]) -> Callable[[], object]:
@@ -149,9 +175,9 @@ def peak_extra_mib(call: Callable[[], object], device: str) -> float | None:
 
 def _resident_rise(call: Callable[[], object]) -> float | None:
     """On Linux the peak of the resident set can be reset; elsewhere it only ever grows."""
-    reset = Path("/proc/self/clear_refs")
+    return_freed_memory()
     try:
-        reset.write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
     status = Path("/proc/self/status")

@@ -1,0 +1,9 @@
+"""`fastpg bench`: fastpg against plain PyTorch, torch.compile and other packages, on this machine.
+
+problem.py     a calculation on given inputs, who can do it, and how right they are
+baselines.py   the lines people write
+peers.py       other packages, each in a few lines, or the reason why it is left out
+suites.py      the problems: log-probs, linear head, GAE, losses; their sizes
+timing.py, running.py   every candidate in turn, and a row for each
+report.py, plots.py     rows as a table, as sentences, as CSV, as pictures
+"""

@@ -1,0 +1,132 @@
+"""How time and memory grow with tokens, vocabulary, length and threads, with the exponent."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from .problem import LEAST_ROUNDS, OURS, PLAIN, Problem
+from .running import Row
+from .suites import Settings, advantages, clipped_surrogate, head_cross_entropy, log_probs
+from .timing import Case, freed_memory_kept, measure, peak_extra_mib
+
+LEAST_MIB = 4.0  # Less than that of extra memory is scratch, and has no exponent.
+
+
+class Growth(NamedTuple):
+    """Problems that differ in one size.
+
+    Attributes:
+        op: What is computed.
+        what: The size that grows.
+        sizes: Its values.
+        problem: Makes the problem of a size.
+    """
+
+    op: str
+    what: str
+    sizes: list[int]
+    problem: Callable[[int], Problem]
+
+
+def growths(settings: Settings) -> Iterator[Growth]:
+    """What is made to grow: by factors of 2."""
+    more = 4 if settings.device == "cuda" else 0 if settings.quick else 1
+
+    def powers(first: int, count: int = 4) -> list[int]:
+        return [2 ** (first + more + i) for i in range(count)]
+
+    def of_rows(rows: int) -> Problem:
+        return log_probs(settings, rows, 32768, torch.float32, backward=True)
+
+    def of_vocab(vocab: int) -> Problem:
+        return log_probs(settings, 64, vocab, torch.float32, backward=True)
+
+    def head_of_rows(rows: int) -> Problem:
+        return head_cross_entropy(settings, rows, 64, 16384, torch.float32)
+
+    def head_of_vocab(vocab: int) -> Problem:
+        return head_cross_entropy(settings, 256, 64, vocab, torch.float32)
+
+    yield Growth("token_logprobs", "N", powers(6), of_rows)
+    yield Growth("token_logprobs", "V", powers(15), of_vocab)
+    yield Growth("linear_token_loss", "N", powers(8, 3), head_of_rows)
+    yield Growth("linear_token_loss", "V", powers(13, 3), head_of_vocab)
+    yield Growth("gae", "T", powers(13), lambda length: advantages(settings, 64, length, 0.95))
+    yield Growth("policy_loss", "N", powers(18), lambda tokens: clipped_surrogate(settings, tokens))
+
+
+def exponent(sizes: list[int], amounts: list[float]) -> float:
+    """The slope of log amount over log size, by least squares."""
+    x, y = [math.log(s) for s in sizes], [math.log(a) for a in amounts]
+    return statistics.linear_regression(x, y).slope
+
+
+def rows(settings: Settings) -> Iterator[list[Row]]:
+    """A row for each growth, of fastpg and of plain PyTorch."""
+    names = (OURS,) if settings.quick else (OURS, PLAIN)
+    for growth in growths(settings):
+        problems = [growth.problem(size) for size in growth.sizes]
+        for name in names:
+            calls = [problem.call(problem.solutions[name]) for problem in problems]
+            yield [grown(settings, growth, name, calls)]
+    most = torch.get_num_threads()
+    if settings.device == "cpu" and most > 1:
+        counts = [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
+        problem = log_probs(settings, 64, 65536, torch.float32, backward=False)
+        growth = Growth("token_logprobs", "threads", counts, lambda _: problem)
+        for name in names:
+            call = problem.call(problem.solutions[name])
+            yield [grown(settings, growth, name, [on_threads(n, call) for n in counts])]
+        torch.set_num_threads(most)
+
+
+def grown(settings: Settings, growth: Growth, name: str, calls: list[Callable[[], object]]) -> Row:
+    """Times every size in turn, and fits the exponents.
+
+    The allocator keeps what is freed, so that the time is that of the work: from 32 MiB on glibc
+    would map fresh memory at every call. What the work needs is measured before, without that.
+    """
+    sizes = growth.sizes
+    memory = [peak_extra_mib(call, settings.device) for call in calls]
+    case = Case(
+        growth.op,
+        f"{growth.what} from {sizes[0]} to {sizes[-1]}",
+        lambda: None,
+        {str(size): call for size, call in zip(sizes, calls, strict=True)},
+        ours=str(sizes[-1]),
+        device=settings.device,
+        least=LEAST_ROUNDS,
+    )
+    with freed_memory_kept():
+        timings = measure(case, rounds=100, seconds=settings.seconds)
+    timing = timings[case.ours]
+    row = {
+        "op": case.op,
+        "case": case.name,
+        "candidate": name,
+        "median_ms": timing.median,
+        "p10_ms": timing.p10,
+        "p90_ms": timing.p90,
+        "extra_mib": memory[-1],
+        "threads": torch.get_num_threads(),
+        "exponent": exponent(sizes, [timings[str(size)].median for size in sizes]),
+    }
+    known = [mib for mib in memory if mib is not None and mib > LEAST_MIB]
+    if growth.what != "threads" and len(known) == len(sizes):
+        row["memory_exponent"] = exponent(sizes, known)
+    return row
+
+
+def on_threads(count: int, call: Callable[[], object]) -> Callable[[], object]:
+    """A call on so many threads."""
+
+    def run() -> object:
+        torch.set_num_threads(count)
+        return call()
+
+    return run

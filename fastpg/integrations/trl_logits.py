@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +22,12 @@ IGNORED = -100
 
 
 def selective_log_softmax(original: Callable) -> Callable:
-    """The log-probs of `index`. K tokens for each row, index [..., K], are left to TRL."""
+    """The log-probs of `index`, or of K tokens for each row, index [..., K]."""
     check_arguments(original, ("logits", "index"), ("temperature", "row_mask"))
 
     def from_fastpg(
         logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
     ) -> Tensor:
-        if index.dim() == logits.dim():
-            options: dict[str, Any] = {}
-            if temperature != 1.0 or row_mask is not None:
-                options = {"temperature": temperature, "row_mask": row_mask}
-            return original(logits, index, **options)
         return fastpg.token_logprobs(logits, masked(index, row_mask), temperature=temperature)
 
     return from_fastpg

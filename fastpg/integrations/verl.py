@@ -7,7 +7,8 @@ be replaced is said in the environment:
 
     FASTPG_VERL=logprob,entropy,gae,value,linear python -m verl.trainer.main_ppo ...
 
-    logprob     log-probs of the logits, also where Megatron shards the vocabulary
+    logprob     log-probs of the logits, also where Megatron shards the vocabulary, and those of a
+                teacher's top K (distillation_loss.use_chunked_topk=True)
     entropy     entropies of the logits, and the sums of squared probabilities
     gae         advantages, whitened as verl whitens them, and returns
     value       the clipped value loss
@@ -49,7 +50,8 @@ LOGITS = "verl.utils.torch_functional"
 FUSED = "verl.utils.experimental.torch_functional"
 TRITON = "verl.utils.kernel.linear_cross_entropy"
 MEGATRON = "verl.utils.megatron.tensor_parallel"
-MODULES = (CORE, LOGITS, FUSED, TRITON, MEGATRON)
+DISTILLATION = "verl.trainer.distillation.fsdp.losses"
+MODULES = (CORE, LOGITS, FUSED, TRITON, MEGATRON, DISTILLATION)
 
 WORDS = ("logprob", "entropy", "gae", "value", "linear", "linear_fp32")
 DEFAULT = ("logprob", "entropy", "gae", "value", "linear")
@@ -161,7 +163,10 @@ def changes(what: Iterable[str]) -> list[Change]:
 
 
 def _logprob() -> list[Change]:
-    return [replaced_by(f"{LOGITS}.logprobs_from_logits", functions.logprobs_from_logits)]
+    return [
+        replaced_by(f"{LOGITS}.logprobs_from_logits", functions.logprobs_from_logits),
+        replaced_by(f"{DISTILLATION}._chunked_topk_log_probs", functions.chunked_topk_log_probs),
+    ]
 
 
 def _entropy() -> list[Change]:

@@ -182,6 +182,11 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     return fastpg.token_logprobs(logits, labels, inplace_backward=inplace)
 
 
+def chunked_topk_log_probs(logits: Tensor, topk_ids: Tensor, chunk_size: int = 4096) -> Tensor:
+    """Log-probs [..., K], fp32, of K tokens of each row, from one pass."""
+    return fastpg.token_logprobs(logits, topk_ids)
+
+
 def is_wanted_elsewhere(logits: Tensor) -> bool:
     """Whether a gradient cannot go over the logits: they are a leaf of the graph, or a part."""
     base = logits if logits._base is None else logits._base

@@ -103,11 +103,21 @@ def test_the_functions_agree_with_fp64_and_fastpg_is_worse_in_nothing():
     assert not fastpg_trl.is_patched()
 
 
-def test_top_k_tokens_of_each_row_are_left_to_trl():
+def test_k_tokens_of_each_row_are_those_of_trl_and_fp32():
+    """As distillation over a teacher's top K asks for."""
     logits, index = torch.randn(2, 3, 10), torch.randint(10, (2, 3, 4))
-    stock = utils.selective_log_softmax(logits, index)
+    results = []
+    for context in (fastpg_trl.patched, torch.enable_grad):
+        leaf = logits.clone().requires_grad_()
+        with context():
+            logp = utils.selective_log_softmax(leaf, index)
+        logp.mul(torch.linspace(-1, 1, 24).view(2, 3, 4)).sum().backward()
+        results.append((logp, leaf.grad))
+    for ours, stock in zip(*results, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
     with fastpg_trl.patched():
-        assert torch.equal(utils.selective_log_softmax(logits, index), stock)
+        halved = utils.selective_log_softmax(logits.bfloat16(), index)
+    assert halved.dtype is torch.float32
 
 
 @pytest.mark.skipif(

@@ -1,6 +1,7 @@
 """One step of TRL's trainers, stock and patched: the same losses and the same gradients."""
 
 import contextlib
+from importlib.util import find_spec
 
 import pytest
 import tiny
@@ -106,6 +107,19 @@ def test_the_signature_that_generate_reads_is_the_models(folder):
         utils.add_fused_lm_head(model)
     assert utils.add_fused_lm_head is add_fused_lm_head
     assert inspect.signature(model.forward) == expected
+
+
+@pytest.mark.skipif(not find_spec("liger_kernel"), reason="Liger is not installed")
+def test_liger_beside_it_changes_nothing(folder):
+    """Its layers need a GPU; without them TRL still takes it for a trainer with Liger."""
+    names = ("rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_entropy")
+    liger = {"use_liger_kernel": True, "liger_kernel_config": dict.fromkeys(names, False)}
+    stock, ours = both_steps("grpo", folder, **liger)
+    assert_same_step(stock, ours)
+    with fastpg_trl.patched(strict=True) as report:
+        assert report.complete
+    _, without = both_steps("grpo", folder)
+    assert ours.loss == without.loss
 
 
 @pytest.mark.skipif(not HAS_HEAD, reason="one release is enough")

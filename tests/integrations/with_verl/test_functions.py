@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import verl.trainer.distillation.fsdp.losses as distillation
 import verl.trainer.ppo.core_algos as core
 import verl.utils.torch_functional as verl_logits
 from accuracy import assert_no_worse
@@ -227,3 +228,19 @@ def test_the_gradient_stops_where_that_of_verl_stops():
             (grad,) = torch.autograd.grad(loss(*arguments, mode, config())[0], new)
             stock = core.get_policy_loss_fn(name)(*arguments, mode, config())[0]
             torch.testing.assert_close(grad, torch.autograd.grad(stock, new)[0])
+
+
+def test_the_log_probs_of_a_teachers_top_k():
+    logits, ids = 3 * torch.randn(2, 9, 40), torch.randint(40, (2, 9, 5))
+
+    def run(logprobs, dtype):
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        logp = logprobs(leaf, ids)
+        return logp, *torch.autograd.grad(logp, leaf, torch.linspace(-1, 1, 90).view(logp.shape))
+
+    mine = run(ours.chunked_topk_log_probs, torch.float32)
+    stock = run(distillation._chunked_topk_log_probs, torch.float32)
+    exact = run(lambda leaf, ids: leaf.log_softmax(-1).gather(-1, ids), torch.float64)
+    for result, yardstick, oracle in zip(mine, stock, exact, strict=True):
+        assert_no_worse(result, yardstick, oracle, 2e-6)
+    assert ours.chunked_topk_log_probs(logits[:, :0].bfloat16(), ids[:, :0]).shape == (2, 0, 5)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import verl.trainer.distillation.fsdp.losses as distillation
 import verl.trainer.ppo.core_algos as core
 import verl.utils.torch_functional as logits
 import verl.workers.engine.fsdp.transformer_impl as engine
@@ -27,6 +28,7 @@ HELD = [
     (logits, "entropy_from_logits"),
     (logits, "entropy_from_logits_with_chunking"),
     (logits, "calculate_sum_pi_squared_from_logits"),
+    (distillation, "_chunked_topk_log_probs"),
     (FusedLinearForPPO, "forward"),
 ]
 
@@ -112,6 +114,7 @@ from stubs import stub
 stub("ray")
 import sys, verl
 print("verl.trainer.ppo.core_algos" in sys.modules)
+import verl.trainer.distillation.fsdp.losses as distillation
 import verl.trainer.ppo.core_algos as core
 for f in core.compute_gae_advantage_return, core.get_policy_loss_fn("fastpg_gspo"), (
     core.compute_value_loss

@@ -115,12 +115,12 @@ def run_trl(model: str, case: Case, folder: str) -> None:
     wait()
 
 
-def start(trainer: str, model: str, case: str) -> subprocess.Popen[str]:
+def start(module: str, *words: str, with_trl: bool = True) -> subprocess.Popen[str]:
     """Start the process of a trainer."""
     here = Path(__file__).parents[1]
-    paths = [str(here), *(str(here / folder) for folder in FOLDERS if trainer == "TRL")]
+    paths = [str(here), *(str(here / folder) for folder in FOLDERS if with_trl)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "bench.real_model", model, trainer, case],
+        [sys.executable, "-m", module, *words],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
@@ -136,19 +136,28 @@ def answer(process: subprocess.Popen[str]) -> dict[str, float]:
     raise RuntimeError("a trainer has ended early; its error is above")
 
 
+def take_step(process: subprocess.Popen[str]) -> tuple[float, dict[str, float]]:
+    """Let a process take a step; return its seconds, and what it answers then."""
+    assert process.stdin is not None
+    began = time.perf_counter()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    state = answer(process)
+    return time.perf_counter() - began, state
+
+
 def compare(model: str, name: str) -> None:
-    processes = {trainer: start(trainer, model, name) for trainer in ("fastpg", "TRL")}
+    processes = {
+        trainer: start("bench.real_model", model, trainer, name, with_trl=trainer == "TRL")
+        for trainer in ("fastpg", "TRL")
+    }
     cpu = {trainer: answer(process)["cpu"] for trainer, process in processes.items()}
     seconds: dict[str, list[float]] = {trainer: [] for trainer in processes}
     peaks: dict[str, float] = {}
     for _ in range(STEPS):
         for trainer, process in processes.items():
-            assert process.stdin is not None
-            began = time.perf_counter()
-            process.stdin.write("\n")
-            process.stdin.flush()
-            state = answer(process)
-            seconds[trainer].append(time.perf_counter() - began)
+            taken, state = take_step(process)
+            seconds[trainer].append(taken)
             used, cpu[trainer], peaks[trainer] = (
                 state["cpu"] - cpu[trainer], state["cpu"], state["peak_mib"],
             )  # fmt: skip

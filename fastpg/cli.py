@@ -5,11 +5,11 @@ import io
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import fastpg
 from fastpg.bench.command import bench
+from fastpg.doctor.installed import checkup, kernels
 from fastpg.integrations.verify_command import verify
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verify(argv[1:])
     if argv[:1] == ["bench"]:
         return bench(argv[1:])
+    if argv[:2] == ["doctor", "mismatch"]:
+        return run("doctor mismatch", argv[2:])
     if argv and argv[0] in COMMANDS:
         return run(argv[0], argv[1:])
     parser = argparse.ArgumentParser("fastpg", description=DESCRIPTION)
@@ -56,32 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("reward-model", help="train a reward model on preference pairs")
     commands.add_parser("bench", help="time fastpg against PyTorch and other packages, here")
     commands.add_parser("verify", help="compare a trainer's own functions with fastpg's")
-    parser.parse_args(argv)
-    print_kernels()
+    commands.add_parser(
+        "doctor",
+        help="print what is installed, and what is missing for what; "
+        "`fastpg doctor mismatch` says why log-probs differ from a rollout engine's",
+    ).set_defaults(text=checkup)
+    parser.set_defaults(text=kernels)
+    print(parser.parse_args(argv).text())
     return 0
-
-
-def print_kernels() -> None:
-    """Print which kernel serves which op on which device, and what is installed."""
-    kernels = fastpg.kernels_of()
-    devices = sorted({device for served in kernels.values() for device in served})
-    lines = [["op", *devices]]
-    for op, served in kernels.items():
-        lines.append([op, *(served.get(device, "-") for device in devices)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        print("  ".join(cells).rstrip())
-    versions = [f"{name} {_version(name)}" for name in ("torch", "triton")]
-    print(f"\nfastpg {fastpg.__version__}, {', '.join(versions)}")
-    print(f"C++ extension: {fastpg.extension_status()}")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def train(argv: Sequence[str]) -> None:
@@ -124,7 +108,21 @@ def train_reward_model(argv: Sequence[str]) -> None:
     ).train()
 
 
-COMMANDS = {"train": train, "reward-model": train_reward_model}
+def find_mismatch(argv: Sequence[str]) -> None:
+    """Run `fastpg doctor mismatch`.
+
+    Args:
+        argv: The arguments after it.
+
+    Raises:
+        InputError: They cannot be used.
+    """
+    from fastpg.doctor.mismatch_command import find_mismatch
+
+    find_mismatch(argv)
+
+
+COMMANDS = {"train": train, "reward-model": train_reward_model, "doctor mismatch": find_mismatch}
 
 
 def run(command: str, argv: Sequence[str]) -> int:

@@ -1,0 +1,1 @@
+"""`fastpg doctor`: what is installed, and why a rollout engine and a trainer disagree."""

@@ -12,6 +12,9 @@ from fastpg.trainer.parsing import InputError
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """Names of ShareGPT for the roles of a chat; others are kept."""
 
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+"""Whatever ends so is meant to be a file."""
+
 
 class Row(NamedTuple):
     """A row of a dataset, and where it is, for errors."""
@@ -71,12 +74,15 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     """Return a message with role and content; ShareGPT has from and value."""
     if isinstance(message, dict) and {"from", "value"} <= message.keys():
         role = message["from"]
-        message = {"role": ROLES.get(role, role), "content": message["value"]}
+        known = ROLES.get(role, role) if isinstance(role, str) else role
+        message = {"role": known, "content": message["value"]}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise InputError(f"{where}: a message needs 'role' and 'content', not {message!r}.")
     content = message.get("content")
     # What calls a tool may say nothing. Text may come in parts.
-    has_more = content is None and any(key not in ("role", "content") for key in message)
+    more = [value for key, value in message.items() if key not in ("role", "content")]
+    # A parquet file has every key of any message in all of them.
+    has_more = content is None and any(value is not None for value in more)
     is_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
     if not (isinstance(content, str) or is_parts or has_more):
         raise InputError(f"{where}: a message needs 'role' and 'content', not {message!r}.")
@@ -124,7 +130,7 @@ def load_rows(path: str) -> list[Row]:
     Raises:
         InputError: It cannot be read or is empty.
     """
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if suffix not in (".json", ".csv", ".parquet") and not _is_for_datasets(path):
         rows = _jsonl_rows(path)
     else:
@@ -139,7 +145,9 @@ def load_rows(path: str) -> list[Row]:
 def _is_for_datasets(path: str) -> bool:
     """Whether this is a directory, or looks like a name on the Hub and is no file."""
     place = Path(path)
-    return place.is_dir() or (not place.exists() and path.count("/") == 1 and not place.suffix)
+    # Names on the Hub may have dots: org/data-v1.5.
+    is_name = path.count("/") == 1 and place.suffix.lower() not in SUFFIXES
+    return place.is_dir() or (not place.exists() and is_name)
 
 
 def _rows_of_datasets(path: str) -> list[dict[str, Any]]:
@@ -193,11 +201,14 @@ def _read(path: str) -> str:
 def _csv_rows(path: str) -> list[dict[str, Any]]:
     # A cell may hold a whole article.
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(_read(path), newline=""))
+    reader = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
     try:
+        names = reader.fieldnames or []
         rows: list[dict[str, Any]] = list(reader)
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not CSV ({error}).") from None
+    if len(set(names)) < len(names):
+        raise InputError(f"The dataset {path} has two columns of one name: {', '.join(names)}.")
     for i, row in enumerate(rows):
         if None in row or None in row.values():
             raise InputError(f"{path}, row {i + 1}: other columns than the header names.")

@@ -32,6 +32,8 @@ def read_pairs(dataset: Sequence[dict[str, Any]]) -> list[Pair]:
         where = f"Example {i}"
         prompt = example.get("prompt")
         pair = Pair(*(_whole(prompt, example.get(name), where) for name in Pair._fields))
+        if isinstance(pair.chosen, str) != isinstance(pair.rejected, str):
+            raise InputError(f"{where} has a text and a chat for 'chosen' and 'rejected'.")
         if pair.chosen == pair.rejected:
             raise InputError(f"{where} prefers an answer to itself.")
         pairs.append(pair)

@@ -117,7 +117,8 @@ def _text(value: Any) -> str:
     # YAML 1.1 reads a bare `no` as False, and "no" is a value of mixed_precision.
     if value is False:
         return "no"
-    if not isinstance(value, str):
+    # An empty path would be the working directory.
+    if not isinstance(value, str) or not value.strip():
         raise ValueError
     return value
 

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable
 from inspect import Parameter, Signature
 from typing import Any
 
+from fastpg.trainer.parsing import InputError
+
 
 def adapted(reward: Callable[..., Any]) -> Callable[..., Any]:
     """Give a reward of verl or OpenRLHF the signature of ours; the names of its arguments tell.
@@ -48,17 +50,16 @@ class VerlReward:
         self.__name__ = getattr(compute_score, "__name__", type(compute_score).__name__)
         self.taken = _parameters(compute_score)
         # verl always passes `extra_info`, and None where the data has none.
-        needed = [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=p.default)
+        defaults = {name: p.default for name, p in self.taken.items()} | (
+            {"extra_info": None} if "extra_info" in self.taken else {}
+        )
+        columns = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=defaults[name])
             for name, p in self.taken.items()
-            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-            and name not in ("solution_str", "extra_info")
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name != "solution_str"
         ]
-        ours = [
-            Parameter("completions", Parameter.KEYWORD_ONLY),
-            Parameter("extra_info", Parameter.KEYWORD_ONLY, default=None),
-        ]
-        self.__signature__ = Signature([*ours, *needed])
+        completions = Parameter("completions", Parameter.KEYWORD_ONLY)
+        self.__signature__ = Signature([completions, *columns])
 
     def __call__(self, completions: list[Any], **columns: list[Any]) -> Any:
         """Return the scores of B completions, to be awaited if the function is async."""
@@ -71,10 +72,11 @@ class VerlReward:
             results.append(self.compute_score(solution_str=text, **row))
         if any(map(inspect.isawaitable, results)):
             return self._awaited(results)
-        return [_entry(result, "score") for result in results]
+        return [_entry(self.__name__, result, "score") for result in results]
 
     async def _awaited(self, results: list[Awaitable[Any]]) -> list[Any]:
-        return [_entry(result, "score") for result in await asyncio.gather(*results)]
+        finished = await asyncio.gather(*results)
+        return [_entry(self.__name__, result, "score") for result in finished]
 
 
 class OpenRLHFReward:
@@ -98,11 +100,18 @@ class OpenRLHFReward:
         """Return the rewards of B texts, to be awaited if the function is async."""
         labels = {"labels": label} if self.has_labels else {}
         result = self.reward_func(queries=texts, prompts=prompt_texts, **labels)
-        return self._awaited(result) if inspect.isawaitable(result) else _entry(result, "rewards")
+        if inspect.isawaitable(result):
+            return self._awaited(result)
+        return _entry(self.__name__, result, "rewards")
 
     async def _awaited(self, result: Awaitable[Any]) -> Any:
-        return _entry(await result, "rewards")
+        return _entry(self.__name__, await result, "rewards")
 
 
-def _entry(result: Any, key: str) -> Any:
-    return result[key] if isinstance(result, dict) else result
+def _entry(reward: str, result: Any, key: str) -> Any:
+    """Return what a reward returned, or the entry of it if that is a dict."""
+    if not isinstance(result, dict):
+        return result
+    if key not in result:
+        raise InputError(f"Reward {reward} returned a dict without {key!r}: {result!r}.")
+    return result[key]

@@ -51,8 +51,10 @@ def load_reward(spec: str, trust_remote_code: bool = False) -> RewardFunction:
         sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
-        raise InputError(f"Cannot import the module of the reward {spec!r}: {error}.") from error
+    except Exception as error:
+        # A module can raise anything while it is imported.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"Cannot import the module of the reward {spec!r}: {reason}.") from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, f in vars(module).items() if callable(f)]
@@ -133,6 +135,10 @@ def accepted(reward: RewardFunction, columns: dict[str, list]) -> dict[str, list
         # Some builtins have no signature.
         raise InputError(f"Reward {name_of(reward)} does not tell the names it takes.") from None
     for name, parameter in parameters.items():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise InputError(
+                f"Reward {name_of(reward)} does not take {name!r} by name, as columns are given."
+            )
         is_named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if is_named and parameter.default is parameter.empty and name not in columns:
             raise InputError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import OWN, workspace
-from tiny_trainer import make_trainer, tiny_model
+from tiny_trainer import make_trainer, metrics_of, tiny_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -166,6 +166,10 @@ def test_pairs_of_every_form():
     for row, sentence in [
         ({"chosen": "a"}, "Example 0 must have 'chosen' and 'rejected'"),
         ({"chosen": "a", "rejected": "a"}, "Example 0 prefers an answer to itself."),
+        (
+            {"chosen": "a", "rejected": [{"role": "user", "content": "b"}]},
+            "Example 0 has a text and a chat for 'chosen' and 'rejected'.",
+        ),
         ({"chosen": [{"from": "gpt"}], "rejected": "a"}, "Example 0 must have"),
     ]:
         with pytest.raises(InputError, match=sentence):
@@ -224,7 +228,7 @@ def test_the_command_trains_a_reward_model_that_the_trainer_takes(workspace, cap
     assert "of 4 held-out pairs" in capsys.readouterr().out.lower()
     flags = ["--config", "run.yaml", "--reward", "kind/model", "--reward", "my_rewards:length"]
     assert main(["train", *OWN[:4], *flags]) == 0
-    (row,) = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+    (row,) = metrics_of("run")
     assert row["reward/mean"] == pytest.approx(
         row["rewards/kind/mean"] + row["rewards/length/mean"]
     )

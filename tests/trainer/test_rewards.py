@@ -9,7 +9,7 @@ from tiny_trainer import PROMPTS, make_trainer
 from fastpg.tasks import reviews
 from fastpg.trainer import InputError
 from fastpg.trainer.reward_adapters import adapted
-from fastpg.trainer.rewards import score
+from fastpg.trainer.rewards import load_reward, score
 
 
 def chat_tokenizer():
@@ -148,6 +148,44 @@ def test_rewards_of_verl_and_openrlhf_may_be_async():
     scores = score([adapted(compute), adapted(reward)], rows)
     assert scores["compute"].tolist() == [1.0, 0.0]
     assert scores["reward"].tolist() == [3.0, 4.0]
+
+
+def test_a_reward_of_verl_gets_no_information_that_it_does_not_take():
+    def score_sum(solution_str, ground_truth):
+        return float(solution_str == ground_truth)
+
+    rows = columns(ground_truth=["x", "z"], extra_info=[{"index": 1}] * 2)
+    assert score([adapted(score_sum)], rows)["score_sum"].tolist() == [1.0, 0.0]
+
+
+def test_a_dict_without_the_score_is_refused():
+    def compute(solution_str, ground_truth):
+        return {"acc": 1.0}
+
+    async def reward(queries, prompts):
+        return {"score": 1.0}
+
+    rows = columns(ground_truth=["x", "z"]) | {"prompt_texts": ["a", "b"], "texts": ["ax", "by"]}
+    with pytest.raises(InputError, match=r"compute returned a dict without 'score': \{'acc': 1.0"):
+        score([adapted(compute)], rows)
+    with pytest.raises(InputError, match="reward returned a dict without 'rewards'"):
+        score([adapted(reward)], rows)
+
+
+def test_a_reward_that_takes_no_names_is_refused():
+    def reward(prompts, completions, /):
+        return [0.0] * len(completions)
+
+    with pytest.raises(InputError, match="Reward reward does not take 'prompts' by name"):
+        score([reward], columns() | {"prompts": ["a", "b"]})
+
+
+def test_a_module_that_fails_at_its_import_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards.py").write_text("raise ValueError('no\\nkey')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match=r"reward 'broken_rewards:f': ValueError: no key\.$"):
+        load_reward("broken_rewards:f")
 
 
 def test_a_builtin_that_hides_its_arguments_is_refused():

@@ -18,7 +18,8 @@ from fastpg.trainer import PPOConfig
 from fastpg.trainer.fast_paths import find_fast_paths
 from fastpg.trainer.head import HeadTransform
 from fastpg.trainer.learner import Learner
-from fastpg.trainer.models import PolicyWithValue, frozen_copy
+from fastpg.trainer.models import PolicyWithValue
+from fastpg.trainer.modes import frozen_copy
 from fastpg.trainer.rollout import Rollout
 
 LAYERS, EPISODES, PROMPT, COMPLETION = 2, 16, 32, 128

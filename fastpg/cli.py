@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -100,12 +101,22 @@ def train_reward_model(argv: Sequence[str]) -> None:
     disable_progress_bar()
     args = from_mapping(RewardConfig, read_options(argv, "reward-model", RewardConfig))
     model, dataset = _needed(model=args.model, dataset=args.dataset)
-    RewardTrainer(
-        model,
-        args,
-        train_dataset=load_pairs(dataset),
-        eval_dataset=load_pairs(args.eval_dataset) if args.eval_dataset else None,
-    ).train()
+    say(f"Reading {dataset} ...")
+    train = load_pairs(dataset)
+    held_out = load_pairs(args.eval_dataset) if args.eval_dataset else None
+    say(f"Loading {model}, to be trained on {len(train)} pairs ...")
+    RewardTrainer(model, args, train_dataset=train, eval_dataset=held_out).train()
+
+
+def say(text: str) -> None:
+    """Print what is being done, on the first process only.
+
+    Args:
+        text: The words.
+    """
+    # `accelerate launch` sets this variable. The accelerator itself takes seconds to be there.
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def find_mismatch(argv: Sequence[str]) -> None:
@@ -135,6 +146,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C, 143 for SIGTERM.
     """
+    if not {"-h", "--help"} & set(argv):
+        say("Loading torch, transformers and accelerate ...")
     # The trainer is an extra, so it is imported only here.
     try:
         from fastpg.trainer import InputError
@@ -173,13 +186,15 @@ def _build_trainer(argv: Sequence[str]) -> tuple["PPOTrainer", "str | bool"]:
     from transformers.utils.logging import disable_progress_bar
 
     from fastpg.tasks import reviews, rlhf
-    from fastpg.trainer.config import from_mapping
+    from fastpg.trainer.config import algorithm_key, from_mapping
     from fastpg.trainer.options import RunConfig, read_options, settings_of_run
 
     disable_progress_bar()
     given = read_options(argv, "train", RunConfig)
     task = rlhf if given.get("rlhf") else reviews
-    preferred = task.preferred_settings(str(given.get("algorithm")))
+    preferred = task.preferred_settings(algorithm_key(str(given.get("algorithm", "ppo"))))
+    if "micro_batch_tokens" in given:
+        preferred["micro_batch_size"] = None
     resume: str | bool = False
     if "resume" in given:
         default = RunConfig.output_dir if _is_own(given) else preferred["output_dir"]
@@ -190,13 +205,15 @@ def _build_trainer(argv: Sequence[str]) -> tuple["PPOTrainer", "str | bool"]:
     args = from_mapping(RunConfig, preferred | given)
     task = rlhf if args.rlhf else reviews
     title = args.resolved().algorithm.title
-    print(task.INTRODUCTION.format(algorithm=title), flush=True)
+    say(task.INTRODUCTION.format(algorithm=title))
     return task.build_trainer(args), resume
 
 
 def _is_own(given: dict[str, Any]) -> bool:
     """Whether the settings are about the user's own model, dataset or reward."""
-    return any(given.get(name) for name in ("model", "dataset", "reward"))
+    from fastpg.trainer.options import OWN
+
+    return any(given.get(name) for name in OWN)
 
 
 def _own_trainer(args: "RunConfig") -> "PPOTrainer":
@@ -205,15 +222,11 @@ def _own_trainer(args: "RunConfig") -> "PPOTrainer":
     from fastpg.trainer.data import load_prompts
 
     model, dataset, rewards = _needed(model=args.model, dataset=args.dataset, reward=args.reward)
-    return PPOTrainer(
-        model,
-        rewards,
-        args,
-        train_dataset=load_prompts(dataset, args.prompt_column),
-        eval_dataset=load_prompts(args.eval_dataset, args.prompt_column)
-        if args.eval_dataset
-        else None,
-    )
+    say(f"Reading {dataset} ...")
+    train = load_prompts(dataset, args.prompt_column)
+    held_out = load_prompts(args.eval_dataset, args.prompt_column) if args.eval_dataset else None
+    say(f"Loading {model}, to be trained on {len(train)} prompts ...")
+    return PPOTrainer(model, rewards, args, train_dataset=train, eval_dataset=held_out)
 
 
 def _needed(**settings: Any) -> list[Any]:

@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from fastpg.algorithms import ALGORITHMS
 from fastpg.trainer import PPOConfig, PPOTrainer
 
 PAD, EOS = "<pad>", "<eos>"
@@ -30,10 +31,12 @@ NEGATIVE = ["clumsy", "boring", "awful", "dull", "silly", "weak", "stale", "lazy
 WORDS = [*OPENERS, *ARTICLES, *NOUNS, *VERBS, *ADVERBS, *POSITIVE, *NEGATIVE, "and", "but", "."]
 
 SUPERVISED_STEPS = 300
+SHOWN_STEPS = 100  # A line is printed every so many.
 
 INTRODUCTION = """\
-No --model given, so here is the embedded task. A tiny model first learns to write film
-reviews (supervised, some 15 seconds); then {algorithm} teaches it to praise."""
+No --model given, so here is the embedded task. A tiny model first learns to
+write film reviews (supervised, some 15 seconds); then {algorithm} teaches it to
+praise. It runs on one thread, since more would wait for each other."""
 
 # The settings of `fastpg train` with no arguments, where they differ from `PPOConfig`.
 DEFAULTS: dict[str, Any] = {
@@ -70,7 +73,12 @@ def preferred_settings(algorithm: str) -> dict[str, Any]:
     Returns:
         The values by the name of the setting.
     """
-    return DEFAULTS | ALGORITHM_DEFAULTS.get(algorithm, {})
+    settings = DEFAULTS | ALGORITHM_DEFAULTS.get(algorithm, {})
+    # An algorithm whose authors have no KL penalty is shown without one.
+    without = [key for key, known in ALGORITHMS.items() if known.kl_coef == 0]
+    if algorithm in without:
+        del settings["kl_coef"]
+    return settings
 
 
 def subjects() -> list[str]:
@@ -220,7 +228,7 @@ def supervise(
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     beginnings = subjects()
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         texts = [f"{rng.choice(beginnings)} {opinion(rng)} {EOS}" for _ in range(64)]
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         # The loss of transformers ignores the label -100.
@@ -229,6 +237,8 @@ def supervise(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if step % SHOWN_STEPS == 0:
+            print(f"supervised step {step}/{steps}  loss {loss.item():.2f}", flush=True)
     return loss.item()
 
 

@@ -25,10 +25,12 @@ SURENESS = 8.0
 """A pair is ordered rightly with probability sigmoid(SURENESS · difference of kind words)."""
 
 INTRODUCTION = """\
-The embedded task with a learned reward. A tiny model learns to write film reviews (supervised,
-some 15 seconds); a reward model learns from 2500 pairs of them which is the kinder one; then
-{algorithm} trains the first on the second. Watch rewards/true_reward beside rewards/reward_model:
-with --kl_coef 0 the reward model is praised for what is no sentence any more."""
+The embedded task with a learned reward. A tiny model learns to write film
+reviews (supervised, some 15 seconds); a reward model learns from 2500 pairs of
+them which is the kinder one; then {algorithm} trains the first on the second.
+Watch rewards/true_reward beside rewards/reward_model: with --kl_coef 0 the reward
+model is pleased by what is no sentence any more. It runs on one thread, since more
+would wait for each other."""
 
 
 def preferred_settings(algorithm: str) -> dict[str, Any]:
@@ -168,6 +170,7 @@ def build_trainer(args: PPOConfig) -> PPOTrainer:
     """
     model, tokenizer = reviews.supervised_model(args.seed)
     train, held_out = reviews.split_subjects(args)
+    print(f"The model writes {NUM_PAIRS} pairs of reviews ...", flush=True)
     pairs = compare(model, tokenizer, [row["prompt"] for row in train], args.seed)
     print(f"The model has written {len(pairs)} pairs; a reward model learns from them.", flush=True)
     reward = train_reward_model(model, tokenizer, pairs, args)

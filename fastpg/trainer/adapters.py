@@ -1,7 +1,7 @@
 """LoRA through peft: what is trained, and the reference that it leaves untouched."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -14,12 +14,15 @@ class WithoutAdapter:
     """The reference of a policy whose adapter is new: the policy itself, without the adapter."""
 
 
-def with_adapter(policy: PreTrainedModel, args: PPOConfig) -> PreTrainedModel:
+def with_adapter(
+    model: PreTrainedModel, args: PPOConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"]
+) -> PreTrainedModel:
     """Wrap a model in a new LoRA adapter, which is all that is trained then.
 
     Args:
-        policy: The model, changed in place.
+        model: The model, changed in place.
         args: The settings, for `lora_rank` and what belongs to it, and the seed.
+        task: What the model is, in peft's words. The linear head of a "SEQ_CLS" is trained whole.
 
     Returns:
         What peft makes of the model. At first it computes what the model did.
@@ -31,8 +34,13 @@ def with_adapter(policy: PreTrainedModel, args: PPOConfig) -> PreTrainedModel:
         from peft import LoraConfig, PeftModel, get_peft_model
     except ImportError:
         raise InputError("lora_rank needs peft: pip install peft.") from None
-    if isinstance(policy, PeftModel):
+    if isinstance(model, PeftModel):
         raise InputError("lora_rank makes a new adapter, but the model has one already.")
+    if Path(model.name_or_path or "", "adapter_config.json").is_file() and model.name_or_path:
+        # Whoever loads the new adapter would look for a whole model there.
+        raise InputError(
+            f"lora_rank makes a new adapter, but {model.name_or_path!r} holds one, not a model."
+        )
     assert args.lora_rank is not None
     # peft divides the one by the other, so any number will do.
     alpha: Any = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
@@ -42,19 +50,19 @@ def with_adapter(policy: PreTrainedModel, args: PPOConfig) -> PreTrainedModel:
         target_modules=args.lora_target_modules or "all-linear",
         # With dropout the first ratio would not be 1.
         lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     try:
         # Half of an adapter is random. Nothing else shall draw other numbers for that.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             # It passes on what the model has, which its type does not say.
-            adapted: Any = get_peft_model(policy, config)
+            adapted: Any = get_peft_model(model, config)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"The model cannot be given an adapter: {reason}") from None
     # What loads the adapter looks for its base by this name, from whatever directory.
-    if policy.name_or_path and Path(policy.name_or_path).is_dir():
-        base = str(Path(policy.name_or_path).resolve())
+    if model.name_or_path and Path(model.name_or_path).is_dir():
+        base = str(Path(model.name_or_path).resolve())
         adapted.peft_config["default"].base_model_name_or_path = base
     return adapted

@@ -2,7 +2,8 @@
 
 A checkpoint is a directory `checkpoint-<step>` in the output directory of a run:
 
-    model/                the policy and its tokenizer, for `from_pretrained`; the value head
+    model/                the policy and its tokenizer, for `from_pretrained`; the value head or
+                          value model
     tensors.safetensors   the state of the optimiser, and weights that model/ does not hold
     state.json            the rest: random numbers, schedule, settings, first evaluation
     manifest.json         size and sha256 of each file above
@@ -27,13 +28,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpg.trainer.files import files_in, flush, flush_all, reason_of, temporary_beside, write_text
+from fastpg.trainer.models import VALUE_MODEL
 from fastpg.trainer.parsing import InputError
 
 logger = logging.getLogger(__name__)
 
 LATEST = "LATEST"
-POLICY = "weights.policy."
-"""The names of the policy's weights begin with this; the files in model/ leave it out."""
+FOLDERS = {"weights.policy.": "", f"weights.{VALUE_MODEL}.": f"{VALUE_MODEL}/"}
+"""The folder in model/ whose files hold the weights with names that begin so, without that."""
 
 
 class DamagedError(InputError):
@@ -100,14 +102,21 @@ def _without_copies(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Leave out the weights that the files in `model` hold bit for bit; say which file does."""
     left, in_model = dict(tensors), {}
-    for file in sorted(model.glob("*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (it is no dict)
-                ours = left.get(POLICY + name)
-                if ours is not None and _same_bits(ours, stored.get_tensor(name)):
-                    in_model[POLICY + name] = file.name
-                    del left[POLICY + name]
+    for prefix, folder in FOLDERS.items():
+        for file in sorted(model.glob(f"{folder}*.safetensors")):
+            with safe_open(file, "pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 (it is no dict)
+                    ours = left.get(prefix + name)
+                    if ours is not None and _same_bits(ours, stored.get_tensor(name)):
+                        in_model[prefix + name] = folder + file.name
+                        del left[prefix + name]
     return {name: tensor.contiguous() for name, tensor in left.items()}, in_model
+
+
+def _name_in_model(name: str) -> str:
+    """Return the name of a weight in the files of the model."""
+    prefix = next(prefix for prefix in FOLDERS if name.startswith(prefix))
+    return name.removeprefix(prefix)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -184,7 +193,7 @@ def _read(directory: Path) -> Checkpoint:
             with safe_open(directory / "model" / file, "pt") as stored:
                 names = [name for name, holder in state["in_model"].items() if holder == file]
                 for name in names:
-                    tensors[name] = stored.get_tensor(name.removeprefix(POLICY))
+                    tensors[name] = stored.get_tensor(_name_in_model(name))
     except OSError as error:
         name = Path(error.filename or directory).name
         raise DamagedError(f"{name}: {reason_of(error)}") from None

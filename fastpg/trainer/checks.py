@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 Examples = Sequence[dict[str, Any]]
 
+_POSITIONS = "max_position_embeddings"
 _LOOKED_AT = 64  # tokens of a prompt
 _LARGEST_GAP = 1e-3  # nats, above the rounding of what is computed twice
 
@@ -49,7 +50,16 @@ def check_dataset(name: str, dataset: Examples, reward_funcs: Sequence[RewardFun
                 f"Every example of the {name} dataset must have a 'prompt', text or messages with "
                 f"'role' and 'content'; example {i} has not."
             )
-    columns = dataset_columns(examples) | {name: [] for name in SAMPLED}
+    columns = dataset_columns(examples)
+    for column in SAMPLED:
+        if column in columns:
+            logger.warning(
+                "Rewards do not see the column %r of the %s dataset: by that name they get what "
+                "was sampled.",
+                column,
+                name,
+            )
+    columns |= {column: [] for column in SAMPLED}
     for reward in reward_funcs:
         accepted(reward, columns)
 
@@ -104,6 +114,13 @@ def checked_rewards(given: Any, args: PPOConfig) -> list[RewardFunction]:
     return reward_funcs
 
 
+def check_finite(model: PreTrainedModel, what: str) -> None:
+    """Refuse a model with a weight that is NaN or infinite; `what` names it."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(f"The weight {name} of {what} is not finite.")
+
+
 def check_policy(policy: PreTrainedModel) -> None:
     """Refuse a model that cannot be trained or not be saved.
 
@@ -114,9 +131,7 @@ def check_policy(policy: PreTrainedModel) -> None:
         InputError: A weight is NaN or infinite, none can be trained, or `save_pretrained` would
             refuse the generation config.
     """
-    for name, weight in policy.named_parameters():
-        if not weight.isfinite().all():
-            raise InputError(f"The weight {name} of the model is not finite.")
+    check_finite(policy, "the model")
     if not any(weight.requires_grad for weight in policy.parameters()):
         raise InputError(
             "No weight of the model can be trained: all of them are frozen, as those of an adapter "
@@ -135,7 +150,7 @@ def check_policy(policy: PreTrainedModel) -> None:
 def check_prompts(
     name: str,
     dataset: Examples,
-    policy: PreTrainedModel,
+    readers: Sequence[PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
 ) -> None:
@@ -146,18 +161,19 @@ def check_prompts(
     Args:
         name: "train" or "eval", for the error.
         dataset: The dataset.
-        policy: The model.
-        tokenizer: Its tokenizer.
+        readers: The policy, and a value model if there is one.
+        tokenizer: The tokenizer of the policy.
         args: The settings, for lengths.
 
     Raises:
         InputError: The sentence names the example.
     """
+    policy = readers[0]
     # A tokenizer without a usable EOS is refused here too.
     eos_ids(policy, tokenizer)
     size = vocabulary_size(policy)
-    config: Any = policy.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    known = [getattr(m.config.get_text_config(), _POSITIONS, None) for m in readers]
+    positions = min((count for count in known if count is not None), default=None)
     # The value of what would follow an unfinished completion takes one more position.
     new_tokens = args.max_new_tokens + (1 if args.bootstrap_truncated else 0)
     room = None if positions is None else positions - new_tokens

@@ -25,7 +25,7 @@ from fastpg.trainer.settings import (
 
 
 @dataclass
-class _RunSettings:
+class RunSettings:
     """The run, its rollouts, and how many optimiser steps are made on each; see `PPOConfig`."""
 
     algorithm: AlgorithmName = field(
@@ -53,19 +53,22 @@ class _RunSettings:
     num_mini_batches: int | None = option(
         None, "optimiser steps per pass; by default 2, or 1 if the surrogate is reinforce"
     )
-    micro_batch_size: int = option(16, "sequences per forward and backward")
+    micro_batch_size: int | None = option(None, "sequences per forward and backward; by default 16")
+    micro_batch_tokens: int | None = option(
+        None, "tokens per forward and backward at most, in place of micro_batch_size"
+    )
 
 
 # The fields of the last base come first, in help and config.yaml.
 @dataclass
 class PPOConfig(
-    WatchSettings, ScoreSettings, CreditSettings, OptimizerSettings, ModelSettings, _RunSettings
+    WatchSettings, ScoreSettings, CreditSettings, OptimizerSettings, ModelSettings, RunSettings
 ):
     """Settings of `PPOTrainer`. The names are those of TRL where it has them.
 
     A *step* is one rollout of `rollout_batch_size` episodes and the optimisation on it:
-    `num_ppo_epochs` passes of `num_mini_batches` optimiser steps each. `micro_batch_size` only
-    bounds memory: it changes no result beyond rounding.
+    `num_ppo_epochs` passes of `num_mini_batches` optimiser steps each. `micro_batch_size`, or
+    `micro_batch_tokens`, only bounds memory: it changes no result beyond rounding.
 
     A setting whose default depends on the algorithm is None until `resolved` is called, so that a
     saved file, or `dataclasses.replace`, can be given another algorithm.
@@ -86,10 +89,14 @@ class PPOConfig(
         temperature: Temperature of sampling and of every log-probability.
         num_ppo_epochs: Passes over each rollout. None: 4, or 1 if the surrogate is "reinforce".
         num_mini_batches: Optimiser steps per pass. None: 2, or 1 if the surrogate is "reinforce".
-        micro_batch_size: Sequences per forward and backward.
+        micro_batch_size: Sequences per forward and backward. None: 16, unless `micro_batch_tokens`
+            is given.
+        micro_batch_tokens: Tokens per forward and backward at most, padding included; a sequence of
+            more has one of its own. A prompt that sequences share counts once. None:
+            `micro_batch_size` counts.
         learning_rate, value_learning_rate, lr_scheduler_type, warmup_steps, weight_decay,
             adam_epsilon, max_grad_norm: See `OptimizerSettings`.
-        dtype, gradient_checkpointing, lora_rank, lora_alpha, lora_target_modules: See
+        dtype, gradient_checkpointing, value_model, lora_rank, lora_alpha, lora_target_modules: See
             `ModelSettings`.
         gamma, lam, kl_coef, adaptive_kl_target, adaptive_kl_horizon, target_kl, cliprange,
             cliprange_high, cliprange_value, vf_coef, entropy_coef: See `CreditSettings`.
@@ -120,7 +127,7 @@ class PPOConfig(
 
     def _check_algorithm(self) -> None:
         """Refuse an unknown algorithm, and settings that mean nothing to it."""
-        self.algorithm = _key_of(self.algorithm)
+        self.algorithm = algorithm_key(self.algorithm)
         if self.algorithm not in ALGORITHMS:
             raise InputError(
                 f"Unknown algorithm {self.algorithm!r}{did_you_mean(self.algorithm, ALGORITHMS)}"
@@ -131,7 +138,7 @@ class PPOConfig(
             raise InputError(f"cliprange means nothing to algorithm={self.algorithm}.")
         if algorithm.critic:
             return
-        for name in ("lam", "cliprange_value", "bootstrap_truncated"):
+        for name in ("lam", "cliprange_value", "bootstrap_truncated", "value_model"):
             if getattr(self, name) not in (None, False):
                 raise InputError(
                     f"{name} needs a critic, which algorithm={self.algorithm} has not."
@@ -153,6 +160,12 @@ class PPOConfig(
     def _check_sizes(self) -> None:
         """Refuse sizes that do not fit together."""
         resolved = self.resolved()
+        if self.micro_batch_size is not None and self.micro_batch_tokens is not None:
+            raise InputError(
+                f"micro_batch_size={self.micro_batch_size} and micro_batch_tokens="
+                f"{self.micro_batch_tokens} both say how large a micro-batch is; one of them has "
+                "to be none."
+            )
         if resolved.num_mini_batches > self.rollout_batch_size:
             raise InputError(
                 f"num_mini_batches={resolved.num_mini_batches} is more than "
@@ -186,6 +199,12 @@ class PPOConfig(
             num_generations=_given_or(self.num_generations, 1 if algorithm.center is None else 8),
             num_ppo_epochs=_given_or(self.num_ppo_epochs, 1 if one_step else 4),
             num_mini_batches=_given_or(self.num_mini_batches, 1 if one_step else 2),
+            micro_batch_size=_given_or(self.micro_batch_size, 16),
+            value_learning_rate=_given_or(
+                self.value_learning_rate,
+                # As much faster as OpenRLHF and verl let their critics learn.
+                1e-3 if self.value_model is None else 10 * self.learning_rate,
+            ),
         )
 
     def _surrogate(self, algorithm: Algorithm) -> SurrogateOptions:
@@ -205,7 +224,7 @@ class PPOConfig(
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """The choices that `PPOConfig` leaves to the algorithm, made. Nothing here is optional.
+    """The choices that `PPOConfig` leaves to other settings, made. Nothing here is optional.
 
     Args:
         algorithm: The algorithm with the settings of the run in place of its own: discount,
@@ -213,27 +232,35 @@ class ResolvedConfig:
         num_generations: Completions per prompt.
         num_ppo_epochs: Passes over each rollout.
         num_mini_batches: Optimiser steps per pass.
+        micro_batch_size: Sequences per forward, where tokens are not counted.
+        value_learning_rate: Learning rate of the value head or value model after warm-up.
     """
 
     algorithm: Algorithm
     num_generations: int
     num_ppo_epochs: int
     num_mini_batches: int
+    micro_batch_size: int
+    value_learning_rate: float
 
 
 # Counts stay int and coefficients stay float; a union would lose which of the two it is.
 Setting = TypeVar("Setting", int, float)
 
 
-def _key_of(name: str) -> AlgorithmName:
-    """Return the key of an algorithm that is spelled in any way its authors might."""
+def algorithm_key(name: str) -> AlgorithmName:
+    """Return the key of an algorithm, which may be spelled as its authors spell it.
+
+    Args:
+        name: The name. One that is unknown is returned in small letters.
+    """
     plain = _plain(name)
     keys: list[AlgorithmName] = [
         key
         for key, algorithm in ALGORITHMS.items()
         if plain in (_plain(key), _plain(algorithm.title))
     ]
-    # An unknown name is returned in small letters, in which the nearest known one is looked for.
+    # The nearest known name is looked for in small letters.
     return keys[0] if keys else cast(AlgorithmName, name.lower())
 
 

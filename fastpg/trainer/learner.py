@@ -18,12 +18,13 @@ from fastpg.trainer.adapters import WithoutAdapter
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.experience import Experience
 from fastpg.trainer.fast_paths import FastPaths
-from fastpg.trainer.head import completion_logprobs
+from fastpg.trainer.micro_batches import cut_by_tokens, split_into
 from fastpg.trainer.models import (
     CompletionBatch,
     CompletionLoss,
     logprobs_through,
     loss_through,
+    policy_logprobs,
     reference_logprobs_through,
 )
 from fastpg.trainer.objective import Objective, Targets
@@ -133,7 +134,7 @@ class Learner:
         longer = rollout.lengthened()
         values = [
             logprobs_through(self.model, self._batch(longer[rows])).values
-            for rows in torch.arange(len(rollout.mask)).split(self.args.micro_batch_size)
+            for rows in self._micro_batches(longer, torch.arange(len(rollout.mask)))
         ]
         after = torch.cat([value[:, -1] for value in values if value is not None])
         return after.where(~rollout.finished, 0.0)
@@ -146,7 +147,7 @@ class Learner:
         for minibatch in self._minibatches(torch.arange(len(rollout.mask))):
             # The same episodes share a forward as in the first pass of `update`: a matrix product
             # may round differently for another number of them.
-            for rows in minibatch.split(self.args.micro_batch_size):
+            for rows in self._micro_batches(rollout, minibatch):
                 batch = self._batch(rollout[rows])
                 if self._needs_old_logp:
                     results = logprobs_through(self.model, batch)
@@ -207,6 +208,18 @@ class Learner:
         """Split `order`, int64 [B], into the rows of each optimiser step."""
         return order.tensor_split(self.resolved.num_mini_batches)
 
+    def _micro_batches(self, rollout: Rollout, rows: Tensor) -> Sequence[Tensor]:
+        """Cut the rows of an optimiser step, in their order, into those of each forward."""
+        budget = self.args.micro_batch_tokens
+        if budget is None:
+            return rows.split(self.resolved.micro_batch_size)
+        has_value_model = self.accelerator.unwrap_model(self.model).value_model is not None
+        packing = self.paths.common_packing(has_value_model)
+        parts = cut_by_tokens(rollout, rows, budget, packing)
+        # Processes that share a model must make the same number of forwards.
+        own = torch.tensor([len(parts)], device=self.accelerator.device)
+        return split_into(parts, int(self.accelerator.gather(own).max()))
+
     def _step(self, experience: Experience, rows: Tensor) -> Step:
         """Make one optimiser step on the episodes `rows`, whose micro-batches add up exactly."""
         # The denominator counts the whole step, on all processes: a micro-batch with fewer tokens
@@ -214,7 +227,7 @@ class Learner:
         mask = self._trained(experience.rollout)[rows]
         count = self.algorithm.denom(mask, self.args.max_new_tokens)
         denom = self.accelerator.reduce(count, "sum")
-        parts = rows.split(self.args.micro_batch_size)
+        parts = self._micro_batches(experience.rollout, rows)
         policy_stats: list[fastpg.PolicyStats] = []
         value_stats: list[fastpg.ValueStats] = []
         kl = torch.zeros((), device=denom.device)
@@ -269,15 +282,7 @@ class Learner:
             return reference_logprobs_through(self.model, batch)
         # The reference is not prepared, so nothing else puts its forward under autocast.
         with self.accelerator.autocast():
-            logp, _, _ = completion_logprobs(
-                reference,
-                batch.input_ids,
-                batch.attention_mask,
-                batch.labels,
-                batch.temperature,
-                batch.head,
-                batch.packing,
-            )
+            logp, _, _ = policy_logprobs(reference, batch)
         return logp
 
     @torch.no_grad()
@@ -302,6 +307,7 @@ class Learner:
             temperature=self.args.temperature,
             head=self.paths.head,
             packing=self.paths.packing,
+            value_packing=self.paths.value_packing,
         )
 
     def _synchronized_if(self, last: bool) -> contextlib.AbstractContextManager:

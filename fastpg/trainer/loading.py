@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -31,9 +31,16 @@ TOKENIZER_FILES = (
 """A directory with a tokenizer has one of these."""
 
 
+class Loaded(NamedTuple):
+    """A model, and the dtype that it is to be saved in. None: the one that it has."""
+
+    model: PreTrainedModel
+    saved_dtype: torch.dtype | None
+
+
 def load_policy(
     model: str | PreTrainedModel, trust_remote_code: bool, dtype: Dtype | None = None
-) -> tuple[PreTrainedModel, torch.dtype | None]:
+) -> Loaded:
     """Load a causal language model.
 
     Args:
@@ -55,17 +62,17 @@ def load_policy(
             # The type of `to` wants a module for self, which transformers' decorators hide.
             module: Any = model
             module.to(getattr(torch, dtype))
-        return model, None
+        return Loaded(model, None)
     what = "a causal language model"
     weights = getattr(torch, dtype or "float32")
     policy, loading = _load(AutoModelForCausalLM, what, model, trust_remote_code, weights)
     if any(name.startswith("score.") for name in loading["unexpected_keys"]):
         raise InputError(f"Cannot load {what} from {model!r}: it holds a reward model.")
     _refuse_made_up(what, model, loading, allowed=set())
-    return policy, None if dtype else _dtype_of_files(model)
+    return Loaded(policy, None if dtype else dtype_of_files(model))
 
 
-def _dtype_of_files(model: str) -> torch.dtype | None:
+def dtype_of_files(model: str) -> torch.dtype | None:
     """Return the dtype that the config of a model names, if it names one."""
     config, _ = PreTrainedConfig.get_config_dict(model)
     # Older configs have the second name.
@@ -73,14 +80,25 @@ def _dtype_of_files(model: str) -> torch.dtype | None:
     return getattr(torch, name) if name else None
 
 
-def load_scorer(model: str, trust_remote_code: bool, new_head: bool) -> PreTrainedModel:
+class Scorer(NamedTuple):
+    """A model with a linear head of one output, and whether that was made up."""
+
+    model: PreTrainedModel
+    has_new_head: bool
+
+
+def load_scorer(
+    model: str, trust_remote_code: bool, new_head: bool, what: str = "a reward model"
+) -> Scorer:
     """Load a model with a linear head of one output, in float32.
 
     Args:
-        model: A directory or name for `from_pretrained`.
+        model: A directory or name for `from_pretrained`, or the directory of an adapter on such a
+            model, which it becomes part of.
         trust_remote_code: Whether code that comes with the model may run.
         new_head: Whether a model without such a head, a language model, gets one with random
             weights.
+        what: How errors name the model.
 
     Returns:
         The model.
@@ -89,7 +107,9 @@ def load_scorer(model: str, trust_remote_code: bool, new_head: bool) -> PreTrain
         InputError: There is no such model, its files are damaged or lack weights, or its head has
             several outputs.
     """
-    what = "a reward model"
+    if Path(model, "adapter_config.json").is_file():
+        with as_input_error(f"Cannot load {what} from {model!r}"):
+            return Scorer(_merged_scorer(model), has_new_head=False)
     # A head of another size is one that is missing, which is refused below.
     options = {"num_labels": 1, "ignore_mismatched_sizes": True} if new_head else {}
     with _no_report():
@@ -108,7 +128,21 @@ def load_scorer(model: str, trust_remote_code: bool, new_head: bool) -> PreTrain
             f"Cannot load {what} from {model!r}: it has {scorer.config.num_labels} outputs, not "
             "one; a function can choose among them."
         )
-    return scorer
+    return Scorer(scorer, has_new_head="score.weight" in loading["missing_keys"])
+
+
+def _merged_scorer(directory: str) -> PreTrainedModel:
+    """Load a model with an adapter, and make the adapter part of its weights."""
+    from peft import AutoPeftModelForSequenceClassification
+
+    with _no_report():
+        adapted = AutoPeftModelForSequenceClassification.from_pretrained(
+            directory, num_labels=1, dtype=torch.float32
+        )
+    merged = adapted.merge_and_unload()
+    # Its tokenizer is beside the adapter.
+    merged.name_or_path = directory
+    return merged.requires_grad_(True)
 
 
 def _load(
@@ -210,8 +244,8 @@ def part_of(state: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tens
     }
 
 
-def save_policy(
-    policy: PreTrainedModel,
+def save_model(
+    model: PreTrainedModel,
     directory: Path,
     dtype: torch.dtype | None,
     state: dict[str, torch.Tensor],
@@ -219,19 +253,19 @@ def save_policy(
     """Write a model for `from_pretrained`.
 
     Args:
-        policy: The model.
+        model: The model.
         directory: Where its files go.
         dtype: The dtype of the weights in the files. None: the one that they have.
         state: Its weights by name, whole.
     """
     # Tied weights are written once, also where they were gathered one by one.
     names: dict[int, str] = {}
-    for name, parameter in policy.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
         if name in state and first in state:
             state[name] = state[first]
-    if dtype is None or dtype == policy.dtype:
-        policy.save_pretrained(directory, state_dict=state)
+    if dtype is None or dtype == model.dtype:
+        model.save_pretrained(directory, state_dict=state)
         return
     copies: dict[int, torch.Tensor] = {}
     for name, weight in state.items():
@@ -239,7 +273,7 @@ def save_policy(
         if copy is weight and weight.is_floating_point():
             copy = copies[weight.data_ptr()] = weight.to(dtype)
         state[name] = copy
-    policy.save_pretrained(directory, state_dict=state)
+    model.save_pretrained(directory, state_dict=state)
     # The config tells the dtype of the model, not that of the files.
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

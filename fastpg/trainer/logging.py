@@ -1,50 +1,27 @@
-"""The display of a run while it goes on, and the files that it writes."""
+"""The record of a run: its files, and what is shown of them while it goes on."""
 
 import json
 import math
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from fastpg.trainer.checkpoint import LATEST
 from fastpg.trainer.config import PPOConfig, save_config
+from fastpg.trainer.display import Display
 from fastpg.trainer.engine import on_main_process
 from fastpg.trainer.episodes import Episodes
 from fastpg.trainer.files import only_writer, write_text
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.report import FILES, Report
-
-VISIBLE_STEPS = 15
-
-
-class Column(NamedTuple):
-    """One column of the live table: its heading, the metric that it shows, and its format."""
-
-    heading: str
-    metric: str
-    form: str
-
-
-# A column whose metric the algorithm does not have is left out.
-COLUMNS = (
-    Column("reward", "reward/mean", "{:+.3f}"),
-    Column("KL", "objective/kl", "{:.3f}"),
-    Column("clipped", "policy/clip_frac", "{:.1%}"),
-    Column("exp. var", "value/explained_variance", "{:+.2f}"),
-    Column("tokens/s", "tokens_per_second", "{:.0f}"),
-)
 
 
 class Stopwatch:
@@ -56,12 +33,14 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.announce: Callable[[str], None] = lambda phase: None
         self.seconds: dict[str, float] = {}
         self._at_last_lap: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Add the seconds of the `with` block to those of `phase`."""
+        """Announce a phase, and add the seconds of the `with` block to those of it."""
+        self.announce(phase)
         start = time.perf_counter()
         yield
         # Kernels run asynchronously: without this, the next phase would pay for waiting.
@@ -88,56 +67,6 @@ class Stopwatch:
         return lap
 
 
-class Display:
-    """Shows progress: a live table on a terminal, one plain line a step elsewhere.
-
-    Args:
-        num_steps: The steps of the run.
-    """
-
-    def __init__(self, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self.console = Console(highlight=False)
-        self.live = Live(console=self.console) if self.console.is_terminal else None
-        # A longer table would not fit on the screen, so the oldest lines drop out.
-        self._lines: deque[dict[str, str]] = deque(maxlen=VISIBLE_STEPS)
-        self._seconds = 0.0
-        self._steps = 0
-
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Show a step.
-
-        Args:
-            step: Its number, from 1.
-            metrics: Its metrics.
-        """
-        self._seconds += metrics["time/step"]
-        self._steps += 1
-        # The steps to come are taken to be as fast as those before, on average.
-        seconds_left = round(self._seconds / self._steps * (self.num_steps - step))
-        minutes, seconds = divmod(seconds_left, 60)
-        cells = {"step": f"{step}/{self.num_steps}"}
-        for column in COLUMNS:
-            if column.metric in metrics:
-                cells[column.heading] = column.form.format(metrics[column.metric])
-        cells["left"] = f"{minutes}:{seconds:02}"
-        # A file or a pipe gets whole lines at once, so that `tail -f` shows them.
-        if self.live is None:
-            print("  ".join(f"{name} {cell:>6}" for name, cell in cells.items()), flush=True)
-        else:
-            self._lines.append(cells)
-            self.live.update(self._table(), refresh=True)
-
-    def _table(self) -> Table:
-        # The columns are those of the last step: every step of a run has the same.
-        table = Table()
-        for heading in self._lines[-1]:
-            table.add_column(heading, justify="right", min_width=8)
-        for cells in self._lines:
-            table.add_row(*cells.values())
-        return table
-
-
 class RunLog:
     """The record of a run. Every file is complete up to the last step, whatever stops the run.
 
@@ -157,7 +86,7 @@ class RunLog:
         self.args = args
         self.resumed_at = resumed_at
         self.directory = Path(args.output_dir)
-        self.display = Display(args.num_steps)
+        self.display = Display(args.num_steps, (resumed_at or 0) + 1)
         self.steps: list[dict[str, Any]] = []
         # Whether metrics.jsonl lacks some of them, for want of room.
         self._is_behind = False
@@ -222,6 +151,8 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         # This runs after an error too, and what was written up to then stays.
+        if self.accelerator.is_main_process:
+            self.display.end()
         with suppress(OSError):
             for tracker in self.accelerator.trackers:
                 tracker.finish()
@@ -238,11 +169,40 @@ class RunLog:
             with suppress(OSError):
                 self.display.console.print(text, markup=False, soft_wrap=True)
 
+    def doing(self, what: str) -> None:
+        """Show what the run is about to do, on the main process only.
+
+        Args:
+            what: As `Display.doing` takes it.
+        """
+        if self.accelerator.is_main_process:
+            with suppress(OSError):
+                self.display.doing(what)
+
     def flush(self) -> None:
         """Wait until the metrics are on the disk."""
         if self.accelerator.is_main_process:
             with suppress(OSError):
                 os.fsync(self._metrics.fileno())
+
+    def begin(self, before: Episodes) -> None:
+        """Record the evaluation before training as step 0, unless that is recorded already.
+
+        Args:
+            before: The evaluation.
+        """
+        if any(row["step"] == 0 for row in self.steps):
+            return
+        metrics = before.metrics("eval/")
+        self._track(0, metrics)
+        if not self.accelerator.is_main_process:
+            return
+        self.steps.insert(0, {"step": 0, **metrics})
+        try:
+            self._open_metrics(self._opened)
+        except OSError:
+            self._is_behind = True
+        self.display.step(0, metrics)
 
     def step(self, step: int, episodes: Episodes, metrics: dict[str, float]) -> None:
         """Record a step.
@@ -252,12 +212,7 @@ class RunLog:
             episodes: Its episodes, of which `num_logged_completions` are written.
             metrics: Its metrics.
         """
-        # The accelerator itself writes on the main process only.
-        try:
-            self.accelerator.log(metrics, step=step)
-        except OSError as error:
-            self.say(f"TensorBoard has nothing from step {step} on: {error}.")
-            self.accelerator.trackers.clear()
+        self._track(step, metrics)
         if not self.accelerator.is_main_process:
             return
         self.steps.append({"step": step, **metrics})
@@ -268,6 +223,15 @@ class RunLog:
             self.say(f"The metrics of step {step} are not written yet: {error}.")
             self._is_behind = True
         self.display.step(step, metrics)
+
+    def _track(self, step: int, metrics: dict[str, float]) -> None:
+        """Send metrics to TensorBoard."""
+        # The accelerator itself writes on the main process only.
+        try:
+            self.accelerator.log(metrics, step=step)
+        except OSError as error:
+            self.say(f"TensorBoard has nothing from step {step} on: {error}.")
+            self.accelerator.trackers.clear()
 
     def _write(self, step: int, episodes: Episodes) -> None:
         """Write the last metrics and samples, and first those that could not be written before."""

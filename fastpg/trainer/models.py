@@ -1,6 +1,5 @@
-"""The policy with its value head in one module, and the frozen reference."""
+"""The policy and what computes values, in one module."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import fastpg
+from fastpg.trainer.forward import causal_lm, predicting_states
 from fastpg.trainer.head import HeadTransform, completion_logprobs, completion_loss
 from fastpg.trainer.loading import as_input_error
 from fastpg.trainer.objective import Objective, Targets
@@ -19,6 +19,9 @@ from fastpg.trainer.packing import Packing
 
 VALUE_HEAD = "value_head.safetensors"
 """The file beside a saved policy that holds its value head."""
+
+VALUE_MODEL = "value_model"
+"""The directory beside a saved policy that holds its value model."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class CompletionBatch:
         head: How the model makes logits from its last hidden states. None: the logits that the
             model computes itself are used.
         packing: How the episodes are packed into rows for the model. None: each is a row.
+        value_packing: The same for a value model.
     """
 
     input_ids: Tensor
@@ -41,6 +45,7 @@ class CompletionBatch:
     temperature: float
     head: HeadTransform | None
     packing: Packing | None = None
+    value_packing: Packing | None = None
 
 
 class LossRequest:
@@ -88,25 +93,35 @@ class CompletionLoss(NamedTuple):
 
 
 class PolicyWithValue(nn.Module):
-    """A causal language model and, for algorithms with a critic, a value head on the same trunk.
+    """A causal language model and, for algorithms with a critic, what computes values.
 
-    It is one module, so that one `accelerator.prepare` wraps it and one forward serves both losses.
-    The value head is the one that was saved with the model, if there is one. Otherwise it starts at
-    zero: the first advantages are then those of no baseline, not of noise.
+    That is a value head on the same trunk, or a value model with a trunk of its own. All is one
+    module, so that one `accelerator.prepare` wraps it and one forward serves both losses. The value
+    head is the one that was saved with the model, if there is one. Otherwise it starts at zero: the
+    first advantages are then those of no baseline, not of noise.
 
     Args:
         policy: The language model.
-        critic: If True, there is a value head.
+        critic: If True, there are values.
+        value_model: A model with one output for each token, for `critic` only. None: there is a
+            value head.
     """
 
-    def __init__(self, policy: PreTrainedModel, critic: bool = True) -> None:
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        critic: bool = True,
+        value_model: PreTrainedModel | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
+        self.value_model = value_model
         # accelerate reads here which layers FSDP shares out one by one.
-        classes = {type(module).__name__ for module in policy.modules()}
-        self._no_split_modules = sorted(classes.intersection(policy._no_split_modules or ()))
+        self._no_split_modules = sorted(
+            {name for model in (policy, value_model) if model for name in _layers_of(model)}
+        )
         self.value_head: nn.Linear | None = None
-        if critic:
+        if critic and value_model is None:
             self.value_head = _value_head(policy)
 
     def logprobs(self, batch: CompletionBatch) -> CompletionLogprobs:
@@ -118,16 +133,8 @@ class PolicyWithValue(nn.Module):
         Returns:
             Log-probs, entropy and values, each float32 [B, T].
         """
-        logp, entropy, hidden = completion_logprobs(
-            self.policy,
-            batch.input_ids,
-            batch.attention_mask,
-            batch.labels,
-            batch.temperature,
-            batch.head,
-            batch.packing,
-        )
-        return CompletionLogprobs(logp, entropy, self._values(hidden))
+        logp, entropy, hidden = policy_logprobs(self.policy, batch)
+        return CompletionLogprobs(logp, entropy, self._values(batch, hidden))
 
     def loss(
         self, batch: CompletionBatch, targets: Targets, objective: Objective
@@ -153,7 +160,7 @@ class PolicyWithValue(nn.Module):
             objective.level,
             batch.packing,
         )
-        values = self._values(hidden)
+        values = self._values(batch, hidden)
         if values is None:
             return CompletionLoss(policy_loss, policy_stats, None)
         value_loss, value_stats = objective.value_loss(values, targets)
@@ -175,16 +182,63 @@ class PolicyWithValue(nn.Module):
             # Only peft's models have this method.
             policy: Any = self.policy
             with policy.disable_adapter():
-                return self.logprobs(request.batch)
+                logp, entropy, _ = policy_logprobs(policy, request.batch)
+            # Values of a reference are of no use.
+            return CompletionLogprobs(logp, entropy, None)
         return self.logprobs(request)
 
-    def _values(self, hidden: Tensor) -> Tensor | None:
-        """Return the values of the last hidden states, float32 [B, T]."""
-        if self.value_head is None:
+    def _values(self, batch: CompletionBatch, hidden: Tensor) -> Tensor | None:
+        """Return the values, float32 [B, T]. `hidden` are the last states of the policy."""
+        head: nn.Module | None = self.value_head
+        if self.value_model is not None:
+            hidden = predicting_states(
+                self.value_model,
+                batch.input_ids,
+                batch.attention_mask,
+                batch.labels.shape[1],
+                batch.value_packing,
+            )
+            head = score_head(self.value_model)
+        if head is None:
             return None
         # bf16 is too coarse for values, so the head computes in float32 whatever autocast says.
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.value_head(hidden.float()).squeeze(-1)
+            return head(hidden.float()).squeeze(-1)
+
+
+def _layers_of(model: PreTrainedModel) -> set[str]:
+    """Return the names of the classes of a model's layers."""
+    classes = {type(module).__name__ for module in model.modules()}
+    return classes.intersection(model._no_split_modules or ())
+
+
+def policy_logprobs(
+    policy: PreTrainedModel, batch: CompletionBatch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute log-probs of completions under a model.
+
+    Args:
+        policy: The model.
+        batch: The completions.
+
+    Returns:
+        Log-probs and entropies, float32 [B, T], and the last hidden states [B, T, H].
+    """
+    return completion_logprobs(
+        policy,
+        batch.input_ids,
+        batch.attention_mask,
+        batch.labels,
+        batch.temperature,
+        batch.head,
+        batch.packing,
+    )
+
+
+def score_head(value_model: PreTrainedModel) -> nn.Module:
+    """Return the linear head of a model that `AutoModelForSequenceClassification` loads."""
+    model: Any = causal_lm(value_model)
+    return model.score
 
 
 def logprobs_through(wrapped: nn.Module, batch: CompletionBatch) -> CompletionLogprobs:
@@ -255,60 +309,3 @@ def _value_head(policy: PreTrainedModel) -> nn.Linear:
         with as_input_error(f"Cannot load the value head {trained}"):
             head.load_state_dict(load_file(trained))
     return head
-
-
-def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model as the reference of the KL penalty.
-
-    Args:
-        policy: The model. Copying it spares loading it twice.
-
-    Returns:
-        A copy in evaluation mode, whose parameters require no gradient.
-    """
-    reference = copy.deepcopy(policy)
-    reference.requires_grad_(False)
-    return reference.eval()
-
-
-def enable_checkpointing(policy: PreTrainedModel) -> None:
-    """Let the layers of a model be computed again in backward.
-
-    Args:
-        policy: The model, changed in place.
-    """
-    # transformers 5.23 has given the method another name, and warns of the first one.
-    newer = getattr(policy, "activation_checkpointing_enable", None)
-    enable = newer or policy.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def disable_dropout(policy: PreTrainedModel) -> None:
-    """Put a model in evaluation mode but let gradient checkpointing work.
-
-    With dropout the same weights give different log-probabilities, and the first ratio is no
-    longer 1.
-
-    Args:
-        policy: The model, changed in place. The config that is saved with it stays as it is.
-    """
-    policy.eval()
-    for module in policy.modules():
-        # Layers recompute themselves in training mode only, so those that checkpoint stay in it.
-        # Their dropout modules are in evaluation mode, but they also hand rates to functions.
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True
-            _zero_rates(module)
-            if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                module.config = copy.copy(module.config)
-                _zero_rates(module.config)
-
-
-def _zero_rates(holder: Any) -> None:
-    """Set every rate of a dropout or of skipped layers to 0.
-
-    They have names such as hidden_dropout, resid_pdrop, embd_pdrop and layerdrop.
-    """
-    for name, value in list(vars(holder).items()):
-        if "drop" in name.lower() and isinstance(value, float):
-            setattr(holder, name, 0.0)

@@ -15,7 +15,7 @@ from fastpg.trainer.ranges import LearningRateSchedule
 def make_optimizer(
     model: PolicyWithValue, args: PPOConfig, device: torch.device
 ) -> torch.optim.AdamW:
-    """Make the optimiser of policy and value head.
+    """Make the optimiser of the policy, and of the value head or value model.
 
     Args:
         model: The model.
@@ -23,9 +23,9 @@ def make_optimizer(
         device: The device that the model will be on.
     """
     groups = _groups(model.policy, args.learning_rate, args.weight_decay)
-    # The value head starts from nothing, so it takes a larger rate than the trained policy.
-    if model.value_head is not None:
-        groups += _groups(model.value_head, args.value_learning_rate, args.weight_decay)
+    critic = model.value_head if model.value_model is None else model.value_model
+    if critic is not None:
+        groups += _groups(critic, args.resolved().value_learning_rate, args.weight_decay)
     # With torch's second beta, 0.999, one outlier in a rollout of otherwise equal rewards
     # moves every weight by several learning rates, for steps on end.
     return torch.optim.AdamW(

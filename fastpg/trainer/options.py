@@ -1,21 +1,27 @@
-"""Settings from the command line: flags and the config file."""
+"""Settings from the command line: flags, in groups, and the config file."""
 
 import argparse
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.config import PPOConfig, RunSettings
+from fastpg.trainer.display import COLUMNS
 from fastpg.trainer.parsing import InputError, did_you_mean, load_yaml
-from fastpg.trainer.settings import option
+from fastpg.trainer.reward_trainer import RewardConfig
+from fastpg.trainer.settings import (
+    CreditSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ScoreSettings,
+    WatchSettings,
+    option,
+)
 
-DESCRIPTIONS = {
-    "train": "Train a policy. Flags override the settings of the config file.",
-    "reward-model": "Train a reward model on preference pairs. Flags override the config file.",
-}
-"""The commands that have settings."""
+OWN = ("model", "dataset", "reward", "value_model")
+"""The settings of a user's own run, which the embedded task has no use for."""
 
 
 @dataclass
@@ -37,16 +43,16 @@ class RunConfig(PPOConfig):
     dataset: str | None = option(
         None, "prompts: a jsonl, json, csv or parquet file, a datasets directory or Hub name"
     )
-    prompt_column: str | None = option(
-        None, "column of the prompts; by default prompt, messages or conversations"
-    )
-    eval_dataset: str | None = option(None, "likewise; by default the first training prompts")
     reward: list[str] | None = field(
         default=None,
         metadata={
             "help": "module:function or the directory of a reward model; may be given several times"
         },
     )
+    prompt_column: str | None = option(
+        None, "column of the prompts; by default prompt, messages or conversations"
+    )
+    eval_dataset: str | None = option(None, "likewise; by default the first training prompts")
     task: str | None = option(
         None, "an embedded task, 'reviews', which is what runs without a model, dataset and reward"
     )
@@ -56,10 +62,66 @@ class RunConfig(PPOConfig):
         super().__post_init__()
         if self.task not in (None, "reviews"):
             raise InputError(f"task must be reviews, not {self.task!r}.")
-        own = [name for name in ("model", "dataset", "reward") if getattr(self, name)]
+        own = [name for name in OWN if getattr(self, name)]
         if own and (self.task or self.rlhf):
             embedded = "task" if self.task else "rlhf"
             raise InputError(f"{embedded} is the embedded task, which has its own {own[0]}.")
+
+
+GROUPS = {
+    RunConfig: "your run",
+    RunSettings: "algorithm, steps and rollouts",
+    ModelSettings: "model",
+    OptimizerSettings: "optimizer",
+    CreditSettings: "credit and loss",
+    ScoreSettings: "from rewards to scores",
+    WatchSettings: "evaluation and files",
+    RewardConfig: "your reward model",
+}
+"""The titles of groups of options, by the class that declares their settings."""
+
+_COLUMN_LINES = "\n".join(f"  {column.heading:9} {column.meaning}" for column in COLUMNS)
+
+
+class Command(NamedTuple):
+    """What the help of a command says besides its options."""
+
+    usage: str
+    description: str
+    epilog: str
+
+
+COMMANDS = {
+    "train": Command(
+        "fastpg train --model DIR --dataset FILE --reward MODULE:FUNCTION [options]",
+        "Train a policy. Without a model, dataset and reward, an embedded task runs.\n"
+        "Flags override the settings of the config file.",
+        f"""\
+example:
+  fastpg train --model Qwen/Qwen3-0.6B --dataset prompts.jsonl \\
+    --reward my_rewards:brevity --algorithm grpo --learning_rate 1e-6
+
+  prompts.jsonl has a line {{"prompt": "Name a color."}} for each prompt;
+  my_rewards.py has
+    def brevity(completions):
+        return [-len(text) for text in completions]
+
+what a run shows of each step:
+{_COLUMN_LINES}
+
+docs/trainer.md explains datasets, rewards, models and files.""",
+    ),
+    "reward-model": Command(
+        "fastpg reward-model --model DIR --dataset FILE [options]",
+        "Train a reward model on preference pairs. Flags override the config file.",
+        """\
+example:
+  fastpg reward-model --model Qwen/Qwen3-0.6B --dataset pairs.jsonl
+
+  pairs.jsonl has lines such as {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}""",
+    ),
+}
+"""The commands that have settings."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +136,7 @@ def read_options(argv: Sequence[str], command: str, config_class: type) -> dict[
 
     Args:
         argv: The arguments after the command.
-        command: A key of `DESCRIPTIONS`.
+        command: A key of `COMMANDS`.
         config_class: The dataclass of the settings.
 
     Returns:
@@ -101,11 +163,25 @@ def read_options(argv: Sequence[str], command: str, config_class: type) -> dict[
 def _parser(command: str, config_class: type) -> _Parser:
     """Return the parser of `--config` and a flag for each setting; of `--resume` for a run."""
     hints = typing.get_type_hints(config_class)
-    # An abbreviated flag would change its meaning when a setting is added.
-    parser = _Parser(f"fastpg {command}", description=DESCRIPTIONS[command], allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of `name: value` settings")
+    words = COMMANDS[command]
+    parser = _Parser(
+        usage=words.usage,
+        description=words.description,
+        epilog=words.epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # An abbreviated flag would change its meaning when a setting is added.
+        allow_abbrev=False,
+    )
+    settings = {setting.name: setting for setting in fields(config_class)}
+    for owner, title in GROUPS.items():
+        if issubclass(config_class, owner):
+            group = parser.add_argument_group(title)
+            for name in owner.__annotations__:
+                _add_flag(group, settings[name], hints[name])
+    group = parser.add_argument_group("settings from files")
+    group.add_argument("--config", metavar="FILE", help="YAML file of `name: value` settings")
     if issubclass(config_class, PPOConfig):
-        parser.add_argument(
+        group.add_argument(
             "--resume",
             metavar="DIR",
             nargs="?",
@@ -114,25 +190,27 @@ def _parser(command: str, config_class: type) -> _Parser:
             help="go on with the run in DIR, or from one of its checkpoints, with its settings; "
             "without DIR, with that in output_dir",
         )
-    for setting in fields(config_class):
-        text = setting.metadata["help"]
-        if setting.default is not None:
-            text += f" (default: {setting.default})"
-        # SUPPRESS leaves out what nobody gave, so that defaults do not override the file. A list
-        # can be given piece by piece: of another setting, the last value counts.
-        kinds = (hints[setting.name], *typing.get_args(hints[setting.name]))
-        is_list = any(typing.get_origin(kind) is list for kind in kinds)
-        parser.add_argument(
-            f"--{setting.name}",
-            action="append" if is_list else "store",
-            # A switch needs no value: `--trust_remote_code` is true.
-            nargs="?" if hints[setting.name] is bool else None,
-            const=True if hints[setting.name] is bool else None,
-            metavar=setting.name.rpartition("_")[2].upper(),
-            default=argparse.SUPPRESS,
-            help=text,
-        )
     return parser
+
+
+def _add_flag(group: Any, setting: Field, hint: Any) -> None:
+    """Add the flag of a setting to a group of the parser; argparse hides the type of groups."""
+    text = setting.metadata["help"]
+    if setting.default is not None:
+        text += f" (default: {setting.default})"
+    # A list can be given piece by piece: of another setting, the last value counts.
+    is_list = any(typing.get_origin(kind) is list for kind in (hint, *typing.get_args(hint)))
+    group.add_argument(
+        f"--{setting.name}",
+        action="append" if is_list else "store",
+        # A switch needs no value: `--trust_remote_code` is true.
+        nargs="?" if hint is bool else None,
+        const=True if hint is bool else None,
+        metavar=setting.name.rpartition("_")[2].upper(),
+        # SUPPRESS leaves out what nobody gave, so that defaults do not override the file.
+        default=argparse.SUPPRESS,
+        help=text,
+    )
 
 
 def settings_of_run(given: dict[str, Any], default: str) -> tuple[dict[str, Any], str]:

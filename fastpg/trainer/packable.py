@@ -33,11 +33,12 @@ class CannotPack(ValueError):
     """A model for which packed rows would not do. The message says why."""
 
 
-def find_packing(policy: PreTrainedModel) -> Packing:
+def find_packing(policy: PreTrainedModel, samples: bool = True) -> Packing:
     """Find out how rows are packed for a model, and try it.
 
     Args:
         policy: The model.
+        samples: Whether completions are sampled from it; a value model has no logits.
 
     Returns:
         The packing, with which the model computes the same states as without.
@@ -56,7 +57,7 @@ def find_packing(policy: PreTrainedModel) -> Packing:
         raise CannotPack(f"attention by {implementation!r} takes no mask of its own for each token")
     packing = Packing(implementation == "eager", _token_cost(model), _window(model))
     try:
-        error = _difference(policy, packing)
+        error = _difference(policy, packing, samples)
     except Exception as reason:
         # A model that was not made for such masks may fail in any way.
         first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
@@ -84,14 +85,15 @@ def _window(model: PreTrainedModel) -> int | None:
 def _token_cost(model: PreTrainedModel) -> float:
     """Estimate `Packing.token_cost`, from the operations of the trunk."""
     config: Any = model.config.get_text_config()
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {id(end.weight) for end in ends if end is not None}
     weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
     # Each weight is one multiplication per token; a pair of tokens is two per feature and layer.
     return weights / (2 * config.num_hidden_layers * config.hidden_size)
 
 
 @torch.no_grad()
-def _difference(policy: PreTrainedModel, packing: Packing) -> float:
+def _difference(policy: PreTrainedModel, packing: Packing, samples: bool) -> float:
     """Compare packed rows, and sampling in rows, with the plain forward, on tokens by chance.
 
     Returns:
@@ -109,11 +111,11 @@ def _difference(policy: PreTrainedModel, packing: Packing) -> float:
     packed = predicting_states(policy, ids, mask, 4, whole)
     plain = predicting_states(policy, ids, mask, 4, None)
     counts = mask[:, _PROMPT:].bool()
+    error = _share(packed[counts], plain[counts])
+    if not samples:
+        return error
     prompts = ids[:, :_PROMPT]
-    return max(
-        _share(packed[counts], plain[counts]),
-        _share(*_sampled_and_plain_logits(policy, prompts, whole)),
-    )
+    return max(error, _share(*_sampled_and_plain_logits(policy, prompts, whole)))
 
 
 @dataclass

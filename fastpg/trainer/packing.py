@@ -139,6 +139,12 @@ def pack(input_ids: Tensor, attention_mask: Tensor, width: int, packing: Packing
     return replace(packed, **tensors)
 
 
+def packed_size(input_ids: Tensor, attention_mask: Tensor, width: int, packing: Packing) -> int:
+    """Count the tokens of the rows that `pack` makes of the same arguments, padding included."""
+    families = find_families(input_ids, attention_mask, width, packing)
+    return len(_fill_rows(families)) * max(family.length for family in families)
+
+
 def find_families(
     input_ids: Tensor, attention_mask: Tensor, width: int, packing: Packing
 ) -> list[Family]:

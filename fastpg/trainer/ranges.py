@@ -35,6 +35,7 @@ RANGES = (
             "num_ppo_epochs",
             "num_mini_batches",
             "micro_batch_size",
+            "micro_batch_tokens",
             "max_grad_norm",
             "cliprange",
             "cliprange_high",

@@ -1,12 +1,18 @@
 """The end of a run: what changed, where the time went, which kernels ran, what was written."""
 
+import platform
+import shlex
+import sys
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -14,18 +20,20 @@ from rich.table import Table
 
 import fastpg
 from fastpg.trainer.episodes import Episodes
+from fastpg.trainer.files import write_text
+from fastpg.trainer.plot import training_plot
 
 # The files that a run leaves in its output directory, as the report describes them.
 FILES = {
-    "model": "the policy and its tokenizer, for `from_pretrained`; the value head",
+    "model": "the policy and its tokenizer, for `from_pretrained`; the value head or model",
     "best_model": "likewise, as it was at its best evaluation",
     "checkpoint-*": "what `fastpg train --resume` goes on from",
-    "metrics.jsonl": "the metrics of each step, one line a step",
+    "metrics.jsonl": "the metrics, one line a step; step 0 is the evaluation before training",
     "completions": "samples of every step",
     "tensorboard": "the metrics, for TensorBoard",
     "config.yaml": "the settings as given, for `fastpg train --config`",
     "summary.md": "this report",
-    "reward_and_kl.png": "reward and KL over the steps",
+    "reward.png": "reward, evaluations and, where there is one, KL over the steps",
 }
 
 NUM_SAMPLES = 6
@@ -56,17 +64,24 @@ class Section:
             text.append(f"| {' | '.join(cells)} |")
         return "\n".join([*text, ""])
 
-    def table(self) -> Table:
-        """Return the section for a rich console."""
-        table = Table(
+    def table(self, width: int) -> Table:
+        """Return the section for a console: a line of the screen for each of its lines.
+
+        Args:
+            width: The columns of the screen.
+        """
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+        # What is too long is cut, but every column has its share of the screen.
+        share = width // len(self.header) - 3
+        for i, heading in enumerate((self.title, *self.header[1:])):
+            longest = max(len(cells[i]) for cells in [self.header, *self.lines])
             # rich reads [brackets] as markup, and directories and completions may hold them.
-            title=escape(self.title),
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-        )
-        for heading in self.header:
-            table.add_column(heading)
+            table.add_column(
+                escape(heading),
+                no_wrap=True,
+                overflow="ellipsis",
+                min_width=min(longest, share),
+            )
         for cells in self.lines:
             table.add_row(*map(escape, cells))
         return table
@@ -83,7 +98,7 @@ class Report:
         steps: The metrics of each step, and its number as "step".
         seconds: The seconds of each phase of training.
         device: The type of the device, as `fastpg.kernels_of` writes it: "CPU", "CUDA".
-        directory: Where the files of the run are.
+        directory: Where the files of the run are, config.yaml among them.
     """
 
     title: str
@@ -96,29 +111,67 @@ class Report:
 
     def write(self) -> None:
         """Write `summary.md` and its plot."""
-        self._plot().savefig(self.directory / "reward_and_kl.png", dpi=120)
+        rewards = [(row["step"], row.get("eval/reward/mean")) for row in self.steps]
+        evaluations = [(step, reward) for step, reward in rewards if reward is not None]
+        last = self.steps[-1]["step"] if self.steps else 0
+        evaluations.append((last, self.after.metrics()["reward/mean"]))
+        title = f"{self.title}, {self.directory}"
+        plot = training_plot(title, self.steps, evaluations)
+        plot.savefig(self.directory / "reward.png", dpi=120)
         text = [f"# {self.title} run", ""]
-        text += [section.markdown() for section in self._sections()]
-        text += ["![reward and KL](reward_and_kl.png)", ""]
-        (self.directory / "summary.md").write_text("\n".join(text), encoding="utf-8")
+        text += [section.markdown() for section in (self._run(), self._evaluation())]
+        text += ["![reward over the steps](reward.png)", ""]
+        rest = (self._samples(), self._times(), self._kernels(), self._files())
+        text += [section.markdown() for section in rest]
+        settings = (self.directory / "config.yaml").read_text(encoding="utf-8")
+        text += ["## Settings", "", "```yaml", settings.rstrip(), "```", ""]
+        write_text(self.directory / "summary.md", "\n".join(text))
 
     def show(self, console: Console) -> None:
-        """Print the report.
+        """Print the report, in as many lines as the screen has.
 
         Args:
             console: Where to print it.
         """
-        for section in self._sections():
-            console.print(section.table())
+        written = ", ".join(name for name, _ in self._files().lines)
+        shares = ", ".join(f"{phase} {share}" for phase, _, share in self._times().lines)
+        kinds = Counter(kernel for _, kernel in self._kernels().lines).most_common()
+        kernels = ", ".join(f"{count} {kernel}" for kernel, count in kinds)
+        for line in (
+            f"Written to {self.directory}: {written}.",
+            f"Time of the steps: {sum(self.seconds.values()):.0f} s ({shares}).",
+            f"Kernels on {self.device}: {kernels}; `fastpg` lists them.",
+        ):
+            console.print(line, markup=False, style="dim")
+        console.print()
+        evaluation, samples = self._evaluation().table(console.width), self._samples()
+        console.print(evaluation)
+        console.print()
+        # The evaluation has seven lines with one reward; what is above it has five to seven.
+        above = len(console.render_lines(evaluation)) + 11
+        room = max(2, console.height - above) if console.is_terminal else NUM_SAMPLES
+        shown = Section(samples.title, samples.header, samples.lines[:room])
+        console.print(shown.table(console.width))
 
-    def _sections(self) -> list[Section]:
+    def _run(self) -> Section:
+        packages = ("fastpg", "torch", "transformers", "accelerate")
+        versions = [f"{name} {version(name)}" for name in packages]
+        device = "CPU" if self.device == "CPU" else torch.cuda.get_device_name()
+        lines = [
+            ("date", datetime.now().astimezone().isoformat(" ", timespec="seconds")),
+            ("command", f"`{shlex.join(sys.orig_argv)}`"),
+            ("versions", ", ".join([*versions, f"Python {platform.python_version()}"])),
+            ("machine", f"{device}, threads: {torch.get_num_threads()}, {platform.platform()}"),
+        ]
+        return Section("Run", ("what", "which"), lines)
+
+    def _files(self) -> Section:
         lines = [
             (name, what)
             for name, what in FILES.items()
             if name != "best_model" or (self.directory / name).exists()
         ]
-        files = Section(f"Written to {self.directory}", ("file", "what it is"), lines)
-        return [self._samples(), self._evaluation(), self._times(), self._kernels(), files]
+        return Section(f"Written to {self.directory}", ("file", "what it is"), lines)
 
     def _samples(self) -> Section:
         # Both evaluations have the same prompts, in the same order.
@@ -148,21 +201,6 @@ class Report:
         # An op without a kernel for this device is served by its reference.
         lines = [(op, devices.get(self.device, "reference")) for op, devices in kernels]
         return Section(f"Kernels on {self.device}", ("op", "kernel"), lines)
-
-    def _plot(self) -> Figure:
-        # A Figure of its own, without pyplot, needs no display and stays out of global state.
-        figure = Figure(figsize=(7, 4), layout="tight")
-        steps = [metrics["step"] for metrics in self.steps]
-        reward = figure.subplots()
-        reward.plot(steps, [metrics["reward/mean"] for metrics in self.steps], color="tab:blue")
-        reward.set_xlabel("step")
-        reward.set_ylabel("mean reward", color="tab:blue")
-        # Without a reference model there is no KL.
-        if "objective/kl" in self.steps[0]:
-            kl = reward.twinx()
-            kl.plot(steps, [metrics["objective/kl"] for metrics in self.steps], color="tab:orange")
-            kl.set_ylabel("KL to the starting model, nats per episode", color="tab:orange")
-        return figure
 
 
 def _shortened(content: Any) -> str:

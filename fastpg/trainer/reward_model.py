@@ -73,7 +73,7 @@ class RewardModel:
         Raises:
             InputError: There is no such model, or it has not one output.
         """
-        model = load_scorer(directory, trust_remote_code, new_head=False)
+        model, _ = load_scorer(directory, trust_remote_code, new_head=False)
         path = Path(directory).resolve()
         name = path.parent.name if path.name == "model" else path.name
         return RewardModel(model, load_tokenizer(model, trust_remote_code), name)

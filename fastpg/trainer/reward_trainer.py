@@ -24,7 +24,7 @@ from fastpg.trainer.config import save_config
 from fastpg.trainer.engine import make_accelerator, shares_weights
 from fastpg.trainer.files import only_writer, write_model, write_text
 from fastpg.trainer.loading import load_scorer, load_tokenizer
-from fastpg.trainer.models import disable_dropout
+from fastpg.trainer.modes import disable_dropout
 from fastpg.trainer.pairs import Pair, read_pairs
 from fastpg.trainer.parsing import InputError, convert_all
 from fastpg.trainer.ranges import MixedPrecision, check_ranges
@@ -129,7 +129,7 @@ class RewardTrainer:
         # A new head is random.
         set_seed(args.seed)
         if isinstance(model, str):
-            model = load_scorer(model, args.trust_remote_code, new_head=True)
+            model, _ = load_scorer(model, args.trust_remote_code, new_head=True)
         tokenizer = processing_class or load_tokenizer(model, args.trust_remote_code)
         self.reward = RewardModel(model, tokenizer, batch_size=2 * args.micro_batch_size)
         self.train_pairs, self.eval_pairs = self._encoded(train_pairs), self._encoded(eval_pairs)
@@ -182,6 +182,7 @@ class RewardTrainer:
             Interrupted: A signal has stopped the training; the model is saved as it was then.
         """
         with self._own_directory(), StopSignals(immediate=False) as stop:
+            self.console.print(f"Scoring {len(self.eval_pairs)} held-out pairs ...")
             before = self._judge()
             rows: list[str] = []
             for epoch in range(self.args.num_epochs):

@@ -56,6 +56,10 @@ class Rollout:
             finished=self.finished,
         )
 
+    def on_cpu(self) -> "Rollout":
+        """Return these episodes on the CPU."""
+        return Rollout(**{name: tensor.cpu() for name, tensor in vars(self).items()})
+
     def __getitem__(self, rows: Tensor) -> "Rollout":
         """Return the episodes `rows`, int64 [n], in that order."""
         return Rollout(

@@ -68,6 +68,7 @@ class Saver:
         self.more["seconds"] = seconds
         if self.saved_step >= 0:
             return
+        self.log.doing("writing checkpoint 0, to see that the model can be saved")
         try:
             self._write(0, random_state())
         except InputError:
@@ -103,6 +104,7 @@ class Saver:
             play: Makes it.
         """
         if self.more["first_evaluation"] is None:
+            self.log.doing("evaluating the starting model")
             self.more["first_evaluation"] = list(play().records())
         return Episodes.from_records(self.more["first_evaluation"])
 

@@ -29,9 +29,13 @@ class ModelSettings:
             that they came from.
         gradient_checkpointing: Whether layers are computed again in backward, which saves the
             memory of their activations; never while completions are sampled.
+        value_model: Directory or name of the model that computes values, with a trunk of its own:
+            a causal language model, or a reward model, whose scores are the first values. Its
+            tokens must be those of the policy. None: values come from a head on the trunk of the
+            policy.
         lora_rank: Rank of the LoRA adapters that are trained in place of the weights. The
-            reference of the KL penalty is then the model without them, not a copy. None: the
-            weights themselves are trained.
+            reference of the KL penalty is then the model without them, not a copy. A value model
+            gets adapters too. None: the weights themselves are trained.
         lora_alpha: Adapters are scaled by lora_alpha / lora_rank. None: by 2.
         lora_target_modules: Names of the layers that get an adapter. None: all linear layers but
             the LM head.
@@ -46,6 +50,11 @@ class ModelSettings:
     )
     gradient_checkpointing: bool = option(
         False, "compute layers again in backward, which saves memory"
+    )
+    value_model: str | None = option(
+        None,
+        "directory or name of a language or reward model that computes values; by default a head "
+        "on the trunk of the policy does",
     )
     lora_rank: int | None = option(
         None, "train LoRA adapters of this rank; by default the weights themselves"
@@ -65,7 +74,8 @@ class OptimizerSettings:
 
     Args:
         learning_rate: Learning rate of the policy after warm-up.
-        value_learning_rate: The same for the value head.
+        value_learning_rate: The same for the value head, or for all of a value model. None: 1e-3
+            for a head, which starts from nothing, and 10 · learning_rate for a value model.
         lr_scheduler_type: How both go on after warm-up: "linear" to 0, "cosine" to 0, or
             "constant".
         warmup_steps: Steps in which the rates rise from 0.
@@ -75,7 +85,11 @@ class OptimizerSettings:
     """
 
     learning_rate: float = option(1e-6, "learning rate of the policy after warm-up")
-    value_learning_rate: float = option(1e-3, "learning rate of the value head, likewise")
+    value_learning_rate: float | None = option(
+        None,
+        "likewise of the value head or value model; by default 1e-3, or 10 * learning_rate if it "
+        "is a model",
+    )
     lr_scheduler_type: LearningRateSchedule = field(
         default="linear", metadata={"help": "linear or cosine, down to 0, or constant"}
     )

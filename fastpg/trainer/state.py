@@ -25,6 +25,7 @@ CHANGEABLE = (
     "output_dir",
     "num_steps",
     "micro_batch_size",
+    "micro_batch_tokens",
     "eval_steps",
     "num_logged_completions",
     "save_steps",
@@ -92,7 +93,11 @@ def fingerprint_of_prompts(prompts: Iterable[Any]) -> str:
 
 
 def origin_of_run(
-    rewards: Iterable[str], dataset: Sequence[Example], policy: nn.Module, has_copy: bool
+    rewards: Iterable[str],
+    dataset: Sequence[Example],
+    policy: nn.Module,
+    value_model: nn.Module | None,
+    has_copy: bool,
 ) -> dict[str, str]:
     """Describe what a run starts from, which has to be the same where it is taken up.
 
@@ -100,6 +105,7 @@ def origin_of_run(
         rewards: The names of the reward functions.
         dataset: The training examples.
         policy: The model, before processes share its weights out.
+        value_model: The same of the critic, if it has a trunk of its own.
         has_copy: Whether a copy of the starting model is kept for the KL penalty. Otherwise
             weights that are trained do not matter: they come from the checkpoint.
     """
@@ -108,6 +114,7 @@ def origin_of_run(
         "list of reward functions": " ".join(rewards),
         "dataset": fingerprint_of_prompts(prompts),
         "starting model": fingerprint_of_model(policy, all_weights=has_copy),
+        "value model": "" if value_model is None else fingerprint_of_model(value_model, False),
     }
 
 

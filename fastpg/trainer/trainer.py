@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from accelerate import skip_first_batches
 from accelerate.utils import gather_object, set_seed
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpg.trainer.adapters import WithoutAdapter, with_adapter
+from fastpg.trainer.assembly import assemble, write_models
 from fastpg.trainer.checkpoint import Checkpoint, load_checkpoint
 from fastpg.trainer.checks import (
     check_dataset,
@@ -32,16 +31,9 @@ from fastpg.trainer.episodes import Episodes, score_rollout
 from fastpg.trainer.fast_paths import find_fast_paths
 from fastpg.trainer.files import write_model
 from fastpg.trainer.learner import Learner
-from fastpg.trainer.loading import load_policy, load_tokenizer, part_of, save_policy
+from fastpg.trainer.loading import load_policy, load_tokenizer
 from fastpg.trainer.logging import RunLog, Stopwatch
-from fastpg.trainer.models import (
-    VALUE_HEAD,
-    PolicyWithValue,
-    disable_dropout,
-    enable_checkpointing,
-    frozen_copy,
-    policy_through,
-)
+from fastpg.trainer.models import policy_through
 from fastpg.trainer.optimizer import make_optimizer, make_schedule
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.prompts import Example, prompt_loader
@@ -52,11 +44,10 @@ from fastpg.trainer.saver import Saver
 from fastpg.trainer.signals import StopSignals
 from fastpg.trainer.state import TrainingState, origin_of_run, restore_random_state
 from fastpg.trainer.steps import pace_metrics
+from fastpg.trainer.value_model import load_value_model
 
 Dataset = Sequence[Example]
 """Dicts with a "prompt", text or chat messages, and any other columns."""
-
-Reference = PreTrainedModel | WithoutAdapter
 
 
 class PPOTrainer:
@@ -115,49 +106,38 @@ class PPOTrainer:
             datasets["eval"] = eval_dataset
         for name, dataset in datasets.items():
             check_dataset(name, dataset, self.reward_funcs)
-        policy, self.saved_dtype = load_policy(model, self.args.trust_remote_code, self.args.dtype)
+        loaded = load_policy(model, self.args.trust_remote_code, self.args.dtype)
+        policy = loaded.model
         check_policy(policy)
         self.tokenizer = processing_class or load_tokenizer(policy, self.args.trust_remote_code)
+        value_model = load_value_model(self.args, self.tokenizer)
+        readers = [policy] if value_model is None else [policy, value_model.model]
         for name, dataset in datasets.items():
-            check_prompts(name, dataset, policy, self.tokenizer, self.args)
+            check_prompts(name, dataset, readers, self.tokenizer, self.args)
         self.accelerator = make_accelerator(self.args)
         self.stopwatch = Stopwatch(self.accelerator.device)
         for reward in self.reward_funcs:
             if isinstance(reward, RewardModel):
                 reward.to(self.accelerator.device)
-        policy, reference = self._adapt(policy)
-        if self.args.gradient_checkpointing:
-            enable_checkpointing(policy)
-        disable_dropout(policy)
-        model_with_value = PolicyWithValue(policy, critic=self.resolved.algorithm.critic)
-        self._prepare(model_with_value, reference)
+        self.assembled = assemble(loaded, value_model, self.args, self.accelerator.device)
+        self._prepare()
         check_repeatable(self.learner, self.tokenizer, self.train_dataset[0]["prompt"])
 
-    def _adapt(self, policy: PreTrainedModel) -> tuple[PreTrainedModel, Reference | None]:
-        """Return the policy, with an adapter if that is to be trained, and its reference."""
-        # Without a penalty nothing reads the reference, and its memory is saved.
-        has_reference = self.resolved.algorithm.kl_coef > 0
-        if self.args.lora_rank is not None:
-            # The files of an adapter hold its own weights, which are in float32.
-            self.saved_dtype = None
-            return with_adapter(policy, self.args), WithoutAdapter() if has_reference else None
-        reference = frozen_copy(policy).to(self.accelerator.device) if has_reference else None
-        return policy, reference
-
-    def _prepare(self, model: PolicyWithValue, reference: Reference | None) -> None:
+    def _prepare(self) -> None:
         """Make the optimiser, its schedule, the loader of prompts and the learner."""
-        args = self.args
-        device = self.accelerator.device
+        args, device = self.args, self.accelerator.device
+        model, reference = self.assembled.model, self.assembled.reference
         optimizer: torch.optim.Optimizer = make_optimizer(model, args, device)
         # The scheduler is left unprepared: a prepared one moves on by the number of processes.
         self.scheduler = make_schedule(optimizer, args)
         loader = prompt_loader(self.train_dataset, args, self.accelerator.num_processes)
         # What has to read whole weights comes before processes share them out.
-        self.paths = find_fast_paths(model.policy, self.accelerator)
+        self.paths = find_fast_paths(model.policy, self.accelerator, model.value_model)
         origin = origin_of_run(
             map(name_of, self.reward_funcs),
             self.train_dataset,
             model.policy,
+            model.value_model,
             has_copy=isinstance(reference, PreTrainedModel),
         )
         self.model, optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
@@ -205,23 +185,28 @@ class PPOTrainer:
         log = RunLog(self.accelerator, self.args, None if saved is None else saved.step)
         lost = naming_lost_processes(Path(self.args.output_dir))
         with lost, log, StopSignals(immediate=self.accelerator.num_processes == 1) as stop:
+            self.stopwatch.announce = log.doing
             saver = Saver(self.state, log, self.save_model, self._model_writer, saved)
             saver.begin(self.stopwatch.seconds)
             with stop.at_once():
                 before = saver.first_evaluation(self._play_evaluation)
+            log.begin(before)
             saver.keep_best(before.metrics())
             for step, examples in self._batches(saved):
                 with saver.saving_if_stopped(step - 1), stop.at_once():
                     rollout, episodes = self._roll_out(examples)
                 everyone, metrics = self._learn(rollout, episodes)
                 if self.args.eval_steps and step % self.args.eval_steps == 0:
+                    log.doing(f"step {step}: evaluating")
                     evaluation = self._play_evaluation()
                     saver.keep_best(evaluation.metrics())
                     metrics |= evaluation.metrics("eval/")
                 log.step(step, everyone, metrics)
                 saver.after(step, stop)
             # The model is saved first: a reward that fails in the evaluation must not lose it.
+            log.doing("writing the model")
             saver.end()
+            log.doing("evaluating the trained model")
             with saver.saving_if_stopped(self.args.num_steps), stop.at_once():
                 after = self._play_evaluation()
             saver.keep_best(after.metrics())
@@ -268,8 +253,9 @@ class PPOTrainer:
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write a directory that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
-        The value head, if any, goes beside the model as `value_head.safetensors`. Every process
-        has to call this; the main process writes.
+        A value head goes beside the model as `value_head.safetensors`, a value model into the
+        directory `value_model`, for `AutoModelForSequenceClassification`. Every process has to call
+        this; the main process writes.
 
         Args:
             output_dir: The directory. None: `model` in the `output_dir` of the settings.
@@ -289,10 +275,7 @@ class PPOTrainer:
 
     def _write_model(self, state: dict[str, Tensor], directory: Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        save_policy(model.policy, directory, self.saved_dtype, part_of(state, "policy"))
-        self.tokenizer.save_pretrained(directory)
-        if model.value_head is not None:
-            save_file(part_of(state, "value_head"), directory / VALUE_HEAD)
+        write_models(self.assembled._replace(model=model), state, self.tokenizer, directory)
 
     def _play_evaluation(self) -> Episodes:
         """Return the evaluation episodes of all processes."""

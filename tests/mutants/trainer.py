@@ -10,17 +10,21 @@ PROCESSES = ("tests/trainer/test_two_processes.py",)
 RESUME = ("tests/trainer/test_checkpoint.py",)
 
 ALGORITHMS = "fastpg/algorithms.py"
+ASSEMBLY = "fastpg/trainer/assembly.py"
 CHECKPOINT = "fastpg/trainer/checkpoint.py"
 CONFIG = "fastpg/trainer/config.py"
 EPISODES = "fastpg/trainer/episodes.py"
+FORWARD = "fastpg/trainer/forward.py"
 HEAD = "fastpg/trainer/head.py"
 LEARNER = "fastpg/trainer/learner.py"
 LOGGING = "fastpg/trainer/logging.py"
 MODELS = "fastpg/trainer/models.py"
 OBJECTIVE = "fastpg/trainer/objective.py"
+OPTIMIZER = "fastpg/trainer/optimizer.py"
 PROMPTS = "fastpg/trainer/prompts.py"
 ROLLOUT = "fastpg/trainer/rollout.py"
 STATE = "fastpg/trainer/state.py"
+STEPS_FILE = "fastpg/trainer/steps.py"
 TRAINER = "fastpg/trainer/trainer.py"
 
 OPTIMISER_STEP = """\
@@ -74,8 +78,8 @@ MUTANTS = [
     Mutant(
         "last-micro-batch-dropped",
         LEARNER,
-        "        parts = rows.split(self.args.micro_batch_size)\n",
-        "        parts = rows.split(self.args.micro_batch_size)\n"
+        "        parts = self._micro_batches(experience.rollout, rows)\n",
+        "        parts = self._micro_batches(experience.rollout, rows)\n"
         "        parts = parts[:-1] or parts\n",
         STEPS,
     ),
@@ -89,20 +93,16 @@ MUTANTS = [
     Mutant(
         "denominator-of-the-micro-batch",
         LEARNER,
-        "token_weight=self.algorithm.weights(experience.rollout.mask, denom),",
-        "token_weight=self.algorithm.weights(\n"
-        "                experience.rollout.mask,\n"
-        "                self.algorithm.denom(experience.rollout.mask, self.args.max_new_tokens),\n"
-        "            ),",
+        "        weight = self.algorithm.weights(self._trained(experience.rollout), denom)\n",
+        "        denom = self.algorithm.denom(experience.rollout.mask, self.args.max_new_tokens)\n"
+        "        weight = self.algorithm.weights(self._trained(experience.rollout), denom)\n",
         STEPS,
     ),
     Mutant(
         "longest-completion-instead-of-the-longest-possible",
         LEARNER,
-        "self.algorithm.denom(experience.rollout.mask[rows], self.args.max_new_tokens)",
-        "self.algorithm.denom(\n"
-        "            experience.rollout.mask[rows], int(experience.rollout.mask.sum(-1).max())\n"
-        "        )",
+        "self.algorithm.denom(mask, self.args.max_new_tokens)",
+        "self.algorithm.denom(mask, int(mask.sum(-1).max()))",
         STEPS,
     ),
     Mutant(
@@ -159,20 +159,22 @@ MUTANTS = [
     # The optimiser and its rates.
     Mutant(
         "value-head-at-the-rate-of-the-policy",
-        TRAINER,
-        '"lr": args.value_learning_rate',
-        '"lr": args.learning_rate',
+        OPTIMIZER,
+        "args.resolved().value_learning_rate",
+        "args.learning_rate",
         STEPS,
     ),
-    Mutant("weight-decay", TRAINER, "weight_decay=0.0", "weight_decay=0.01", STEPS),
-    Mutant("second-beta-of-torch", TRAINER, "(0.9, 0.95)", "(0.9, 0.999)", STEPS),
-    Mutant("epsilon-of-torch", TRAINER, "eps=args.adam_epsilon, ", "", STEPS),
+    Mutant("weight-decay", OPTIMIZER, "weight_decay=0.0", "weight_decay=0.01", STEPS),
+    Mutant("second-beta-of-torch", OPTIMIZER, "(0.9, 0.95)", "(0.9, 0.999)", STEPS),
+    Mutant("epsilon-of-torch", OPTIMIZER, "        eps=args.adam_epsilon,\n", "", STEPS),
     Mutant("rate-constant", TRAINER, "        self.scheduler.step()\n", "", STEPS),
     Mutant(
         "rate-logged-after-its-step",
         TRAINER,
-        "        learning_rate = self.scheduler.get_last_lr()[0]\n        self.scheduler.step()\n",
-        "        self.scheduler.step()\n        learning_rate = self.scheduler.get_last_lr()[0]\n",
+        '        rate = {"learning_rate": float(self.scheduler.get_last_lr()[0])}\n'
+        "        self.scheduler.step()\n",
+        "        self.scheduler.step()\n"
+        '        rate = {"learning_rate": float(self.scheduler.get_last_lr()[0])}\n',
         STEPS,
     ),
     Mutant(
@@ -185,9 +187,9 @@ MUTANTS = [
     ),
     Mutant(
         "rate-warms-up",
-        TRAINER,
-        "get_linear_schedule_with_warmup(optimizer, 0, args.num_steps)",
-        "get_linear_schedule_with_warmup(optimizer, 1, args.num_steps)",
+        OPTIMIZER,
+        "warmup=args.warmup_steps",
+        "warmup=args.warmup_steps + 1",
         STEPS,
     ),
     Mutant(
@@ -206,19 +208,25 @@ MUTANTS = [
         'fastpg.kl_estimate(ref_logp, logp, kind="k1")',
         STEPS,
     ),
-    Mutant("kl-is-k3", LEARNER, 'kind="k1"', 'kind="k3"', STEPS),
+    Mutant(
+        "kl-is-k3",
+        LEARNER,
+        'kl = fastpg.kl_estimate(logp, ref_logp, kind="k1")',
+        'kl = fastpg.kl_estimate(logp, ref_logp, kind="k3")',
+        STEPS,
+    ),
     Mutant(
         "reference-is-the-policy",
-        TRAINER,
-        "reference = frozen_copy(policy).to(self.accelerator.device)",
-        "reference = policy",
+        ASSEMBLY,
+        "        reference = copied.to(device)\n",
+        "        reference = policy.model\n",
         STEPS,
     ),
     Mutant(
         "reference-at-temperature-1",
         LEARNER,
-        "                batch.temperature,\n                batch.head,",
-        "                1.0,\n                batch.head,",
+        "policy_logprobs(reference, batch)",
+        "policy_logprobs(reference, replace(batch, temperature=1.0))",
         STEPS,
     ),
     Mutant(
@@ -274,14 +282,14 @@ MUTANTS = [
     Mutant(
         "reference-of-the-loss-is-the-old-policy",
         OBJECTIVE,
-        "ref_logp = chosen(targets.ref_logp, rows)",
-        "ref_logp = chosen(targets.old_logp, rows)",
+        "ref_logp=chosen_if_any(targets.ref_logp, rows)",
+        "ref_logp=chosen_if_any(targets.old_logp, rows)",
         STEPS,
     ),
     Mutant(
         "ratio-is-always-1",
         OBJECTIVE,
-        "old_logp=chosen(targets.old_logp, rows)",
+        "old_logp=chosen_if_any(targets.old_logp, rows)",
         "old_logp=logp.detach().view(shape)",
         STEPS,
     ),
@@ -336,9 +344,9 @@ MUTANTS = [
     ),
     Mutant(
         "dropout-stays-on",
-        TRAINER,
-        "        disable_dropout(policy)\n",
-        "        policy.train()\n",
+        ASSEMBLY,
+        "        disable_dropout(loaded.model)\n",
+        "        loaded.model.train()\n",
         STEPS,
     ),
     Mutant(
@@ -349,25 +357,24 @@ MUTANTS = [
         STEPS,
     ),
     Mutant(
-        "states-after-the-tokens",  # The head is then refused, and the logits are used instead.
-        HEAD,
-        "last_hidden_state[:, -length - 1 : -1]\n",
-        "last_hidden_state[:, -length:]\n",
+        "states-after-the-tokens",
+        FORWARD,
+        "last_hidden_state[:, -width - 1 : -1]\n",
+        "last_hidden_state[:, -width:]\n",
         ("tests/trainer/test_head.py",),
     ),
     Mutant(
         "values-one-slot-late",
         MODELS,
-        "self.value_head(hidden.float()).squeeze(-1)",
-        "self.value_head(hidden.float()).squeeze(-1).roll(1, 1)",
+        "head(hidden.float()).squeeze(-1)",
+        "head(hidden.float()).squeeze(-1).roll(1, 1)",
         STEPS,
     ),
     Mutant(
         "positions-count-the-padding",
-        HEAD,
+        FORWARD,
         "(attention_mask.cumsum(-1) - 1).clamp(min=0)",
-        "torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as("
-        "attention_mask)",
+        "attention_mask.cumsum(-1).clamp(min=1)",
         ("tests/trainer/test_trainer.py", *STEPS),
     ),
     # Completions and their masks.
@@ -581,42 +588,42 @@ MUTANTS = [
     ),
     Mutant(
         "policy-loss-summed-over-steps",
-        LEARNER,
+        STEPS_FILE,
         'metrics["policy/loss"] = policy["loss"] / len(steps)',
         'metrics["policy/loss"] = policy["loss"]',
         STEPS,
     ),
     Mutant(
         "value-loss-summed-over-steps",
-        LEARNER,
+        STEPS_FILE,
         'metrics["value/loss"] = value["loss"] / len(steps)',
         'metrics["value/loss"] = value["loss"]',
         STEPS,
     ),
     Mutant(
         "policy-metrics-of-the-last-step",
-        LEARNER,
+        STEPS_FILE,
         "[part for step in steps for part in step.policy_stats]",
         "[part for step in steps[-1:] for part in step.policy_stats]",
         STEPS,
     ),
     Mutant(
         "value-metrics-of-the-last-micro-batches",
-        LEARNER,
+        STEPS_FILE,
         "[part for step in steps for part in step.value_stats]",
-        "[step.value_stats[-1] for step in steps]",
+        "[part for step in steps for part in step.value_stats[-1:]]",
         STEPS,
     ),
     Mutant(
         "first-ratio-is-the-last",
-        LEARNER,
-        "first = self._merge(steps[0].policy_stats)",
-        "first = self._merge(steps[-1].policy_stats)",
+        STEPS_FILE,
+        "fastpg.merge_stats(steps[0].policy_stats, process_group=group)",
+        "fastpg.merge_stats(steps[-1].policy_stats, process_group=group)",
         STEPS,
     ),
     Mutant(
         "norm-of-the-last-gradient",
-        LEARNER,
+        STEPS_FILE,
         "torch.stack([step.grad_norm for step in steps]).mean()",
         "steps[-1].grad_norm",
         STEPS,
@@ -717,8 +724,8 @@ MUTANTS = [
     Mutant(
         "whitened-within-the-process",
         LEARNER,
-        "            process_group=self._process_group,\n        )\n        metrics = {}",
-        "        )\n        metrics = {}",
+        "            process_group=self._process_group,\n        )\n        if values is not None",
+        "        )\n        if values is not None",
         PROCESSES,
     ),
     Mutant(

@@ -79,7 +79,8 @@ def killed_and_resumed(folder, kills, rng, **settings):
         process.join()
         done += 1
         if (folder / "LATEST").exists():
-            finished = without_times(_whole_rows(folder / "metrics.jsonl"))
+            rows = _whole_rows(folder / "metrics.jsonl")
+            finished = [row for row in rows if row["step"] > 0]
             saved = int((folder / "LATEST").read_text().removeprefix("checkpoint-"))
             assert saved >= len(finished) - settings.get("save_steps", RUN["save_steps"])
 

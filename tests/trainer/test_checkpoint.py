@@ -41,7 +41,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, step, settings):
     resumed = trained(part, resume=True, eval_steps=2, **settings)
     assert resumed.policy is not None
     assert_same_run(part, whole)
-    assert (part / "summary.md").read_text().count("before") == 2
+    assert (part / "summary.md").read_text().count("| before |") == 2
 
 
 def test_a_checkpoint_holds_no_weight_twice_and_no_pickle(tmp_path):

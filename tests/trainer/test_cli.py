@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_trainer import tiny_model
+from tiny_trainer import metrics_of, tiny_model
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 import fastpg
@@ -64,7 +64,7 @@ def test_training_ones_own_model(workspace):
     finished = run(*command, cwd=workspace)
     assert finished.returncode == 0, finished.stderr
     assert "2/2" in finished.stdout
-    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2  # the flag, not the file
+    assert len(metrics_of("run")) == 2  # the flag, not the file
     resolved = yaml.safe_load(Path("run/config.yaml").read_text())
     assert resolved["learning_rate"] == 1e-4
     assert resolved["reward"] == ["my_rewards:length"]
@@ -80,7 +80,7 @@ def test_resume_takes_up_a_run_with_its_settings(workspace, capsys):
     assert main(["train", "--resume", "run", "--num_steps", "2"]) == 0
     settings = yaml.safe_load(Path("run/config.yaml").read_text())
     assert (settings["learning_rate"], settings["num_steps"]) == (1e-3, 2)
-    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2
+    assert len(metrics_of("run")) == 2
     assert not Path("run/earlier-1").exists()
     # A finished run has nothing to do but to evaluate and report.
     assert main(["train", "--output_dir", "run", "--resume"]) == 0
@@ -97,12 +97,12 @@ def test_several_rewards_add_up(workspace, weights):
     settings = yaml.safe_load(Path("run/config.yaml").read_text())
     assert settings["reward"] == ["my_rewards:length", "my_rewards:letters"]
     assert settings["reward_weights"] == [0.5, 2.0]
-    row = json.loads(Path("run/metrics.jsonl").read_text())
+    (row,) = metrics_of("run")
     parts = (row["rewards/length/mean"], row["rewards/letters/mean"])
     assert row["reward/mean"] == pytest.approx(0.5 * parts[0] + 2 * parts[1])
     # A YAML list is as good as repeated flags.
     assert main(["train", "--config", "run/config.yaml", "--output_dir", "again"]) == 0
-    again = json.loads(Path("again/metrics.jsonl").read_text())
+    (again,) = metrics_of("again")
     assert again["reward/mean"] == row["reward/mean"]
 
 
@@ -153,6 +153,8 @@ def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys)
     resolved = yaml.safe_load(Path("out/reviews/config.yaml").read_text())
     assert (resolved["kl_coef"], resolved["max_new_tokens"]) == (0.3, 12)  # file, then the task
     assert main(["train", "--config", "out/reviews/config.yaml"]) == 0
+    moved = "The files of an earlier run in out/reviews are now in out/reviews/earlier-1."
+    assert moved in capsys.readouterr().out
     first, again = (Path("out/reviews", d, "completions") for d in ("earlier-1", ""))
     assert (first / "step_000001.jsonl").read_text() == (again / "step_000001.jsonl").read_text()
 
@@ -165,6 +167,7 @@ def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys)
         (["--num_steps", "2.5"], "num_steps must be a whole number, not '2.5'."),
         (["--seed", "-1"], "seed must be between 0 and 2**31 - 1, not -1."),
         (["--seed", str(2**70)], f"seed must be between 0 and 2**31 - 1, not {2**70}."),
+        (["--output_dir", ""], "output_dir must be text, not ''."),
         (["--gamma", "1.5"], "gamma must be between 0 and 1, not 1.5."),
         (["--algorithm", "dapoo"], "Unknown algorithm 'dapoo'; did you mean 'dapo'?"),
         (["--mixed_precision", "fp8"], "mixed_precision must be no, bf16 or fp16, not 'fp8'."),
@@ -243,6 +246,56 @@ def test_train_without_the_extra_says_what_to_install():
     assert finished.returncode == 2
     assert "pip install '.[trainer]'" in finished.stderr
     assert finished.stderr.count("\n") == 1
+
+
+HELP = """
+usage: fastpg train --model DIR --dataset FILE --reward MODULE:FUNCTION [options]
+Without a model, dataset and reward, an embedded task runs.
+your run:
+  --model MODEL
+  --dataset DATASET
+  --reward REWARD
+optimizer:
+  --learning_rate RATE
+example:
+  fastpg train --model Qwen/Qwen3-0.6B --dataset prompts.jsonl
+  KL        to the starting model, nats per completion
+"""
+
+
+def test_the_help_shows_an_example_groups_and_the_columns(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    places = [text.find(line) for line in HELP.strip().splitlines()]
+    assert -1 not in places and places == sorted(places)
+    assert "Args:" not in text and "Loading" not in text
+    assert text.count("your run:") == text.count("optimizer:") == 1
+
+
+def test_a_run_says_what_it_does_from_the_start(workspace, capsys):
+    assert main(["train", *OWN, "--config", "run.yaml", "--eval_steps", "1"]) == 0
+    said = [
+        "Loading torch, transformers and accelerate ...",
+        "Reading prompts.jsonl ...",
+        "Loading model, to be trained on 8 prompts ...",
+        "writing checkpoint 0, to see that the model can be saved ...",
+        "evaluating the starting model ...",
+        "step    0/1  eval",
+        "step 1/1: sampling completions ...",
+        "step 1: evaluating ...",
+        "step    1/1  reward",
+        "KL: to the starting model, nats per completion; clipped: tokens held at",
+        "evaluating the trained model ...",
+        "Written to run: model",
+        "Kernels on CPU: ",
+        " Evaluation ",
+        " Samples ",
+    ]
+    text = capsys.readouterr().out
+    places = [text.find(line) for line in said]
+    assert -1 not in places and places == sorted(places)
 
 
 def test_import_is_light():

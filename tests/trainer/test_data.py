@@ -115,6 +115,15 @@ def test_prompts_of_every_form(tmp_path, row, column, expected):
         ("a.csv", "prompt,id\nq\n", "row 1: other columns than the header names."),
         ("a.csv", "text\nq\n", "row 1: no 'prompt' that is text or"),
         ("a.csv", "prompt\n", "a.csv is empty."),
+        ("a.csv", "prompt,prompt\nq,r\n", "a.csv has two columns of one name: prompt, prompt."),
+        ("a.csv", 'prompt\n"q', "not CSV (unexpected end of data)."),
+        ("a.JSON", '{"prompt": "q"}', "a.JSON must be a list of objects"),
+        ("a.jsonl", '{"prompt": [{"from": ["human"], "value": "q"}]}', "line 1: a message needs"),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "user", "content": null, "tool_calls": null}]}',
+            "line 1: a message needs 'role' and 'content', not",
+        ),
         (
             "a.jsonl",
             '{"messages": [{"role": "assistant", "content": "a"}]}',
@@ -127,6 +136,37 @@ def test_what_is_no_dataset_is_one_sentence(tmp_path, name, text, sentence):
     with pytest.raises(InputError) as refusal:
         load_prompts(str(tmp_path / name))
     assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_on_the_hub"),
+    [
+        ("org/data", True),
+        ("org/data-v1.5", True),
+        ("org/data-v1.5:train[:10]", True),
+        ("folder/missing.csv", False),
+        ("folder/missing.jsonl", False),
+        ("missing", False),
+        ("a/b/c", False),
+    ],
+)
+def test_names_of_the_hub_are_told_from_files_that_are_missing(monkeypatch, name, is_on_the_hub):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(path, split):
+        raise ConnectionError(f"asked for {path} and {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError) as refusal:
+        load_prompts(name)
+    path, _, split = name.partition(":")
+    expected = f"asked for {path} and {split or 'train'}" if is_on_the_hub else "No such file"
+    assert str(refusal.value).startswith(f"Cannot read the dataset {name}: {expected}")
+
+
+def test_a_column_that_rewards_cannot_see_is_named(tmp_path, caplog):
+    make_trainer(tmp_path, dataset=[{**prompt, "texts": "mine"} for prompt in PROMPTS])
+    assert "Rewards do not see the column 'texts' of the train dataset" in caplog.text
 
 
 def test_pairs_of_sharegpt_are_understood(tmp_path):

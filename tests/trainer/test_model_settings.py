@@ -25,7 +25,8 @@ from transformers import (
 from fastpg.tasks import reviews
 from fastpg.trainer import InputError
 from fastpg.trainer.adapters import WithoutAdapter
-from fastpg.trainer.models import frozen_copy, logprobs_through, reference_logprobs_through
+from fastpg.trainer.models import logprobs_through, reference_logprobs_through
+from fastpg.trainer.modes import frozen_copy
 
 __all__ = ["workspace"]
 

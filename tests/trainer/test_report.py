@@ -1,10 +1,17 @@
-"""The report at the end of a run: it says what it is given, and it cannot fail a run."""
+"""What a run shows and plots, and its report, which cannot fail it."""
 
+import io
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 from tiny_trainer import make_trainer
 
+from fastpg.tasks import reviews
+from fastpg.trainer.display import Display
+from fastpg.trainer.episodes import Episodes
+from fastpg.trainer.plot import running_mean, training_plot
 from fastpg.trainer.report import Report, _shortened
 
 
@@ -40,7 +47,122 @@ def test_a_report_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys):
     def broken(report):
         raise KeyError("content")
 
-    monkeypatch.setattr(Report, "_sections", broken)
+    monkeypatch.setattr(Report, "_evaluation", broken)
     metrics = make_trainer(tmp_path, num_steps=1).train()
     assert "eval/reward/mean" in metrics
     assert "The report is not complete (KeyError: 'content')." in capsys.readouterr().out
+
+
+# On a terminal of 24 lines.
+
+
+def terminal():
+    return Console(
+        file=io.StringIO(), force_terminal=True, color_system=None, width=80, height=24,
+        highlight=False,
+    )  # fmt: skip
+
+
+STEP = {
+    "reward/mean": 0.5, "objective/kl": 0.25, "policy/clip_frac": 0.125,
+    "value/explained_variance": -0.5, "tokens_per_second": 1234.0, "time/step": 2.0,
+}  # fmt: skip
+
+
+def test_the_table_and_its_legend_fit_on_the_screen():
+    display = Display(1000)
+    display.console = terminal()
+    display.step(0, {"eval/reward/mean": 0.125})
+    for step in range(1, 101):
+        display.step(step, STEP | ({"eval/reward/mean": 0.75} if step % 10 == 0 else {}))
+    display._next = 101
+    display.live = None
+    display._doing = "step 101/1000: sampling completions ..."
+    with display.console.capture() as capture:
+        display.console.print(display._screen())
+    lines = capture.get().splitlines()
+    assert 20 <= len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for shown in ("100/1000", "+0.750", "0.250", "12.5%", "-0.50", "1234", "30:00"):
+        assert shown in text
+    assert "KL: to the starting model, nats per completion; clipped: tokens held at" in text
+    assert "exp. var: share of the returns' variance that the critic foresees" in text
+    assert "step 101/1000: sampling completions ..." in text
+
+
+def test_a_column_that_an_algorithm_has_not_is_neither_shown_nor_explained(capsys):
+    display = Display(2)
+    step = {n: x for n, x in STEP.items() if n not in ("objective/kl", "value/explained_variance")}
+    display.step(1, step)
+    text = capsys.readouterr().out
+    assert "clipped: tokens" in text
+    assert "KL" not in text and "exp. var" not in text
+
+
+def episodes(count, completion):
+    zeros = torch.zeros(count)
+    rewards = {name: zeros for name in ("praise", "grammar", "reward_model")}
+    prompts = [f"a question that goes on and on, number {i}" for i in range(count)]
+    return Episodes(prompts, [completion] * count, rewards, zeros, zeros, zeros)
+
+
+def test_the_report_fits_on_the_screen_and_ends_with_evaluation_and_samples(tmp_path):
+    report = Report(
+        title="PPO",
+        before=episodes(64, "an answer of many words " * 9),
+        after=episodes(64, "another answer " * 9),
+        steps=[{"step": 1, **STEP}],
+        seconds={"generate": 1.0, "train": 3.0},
+        device="CPU",
+        directory=tmp_path,
+    )
+    console = terminal()
+    with console.capture() as capture:
+        report.show(console)
+    lines = capture.get().splitlines()
+    # The last line is for the prompt.
+    assert len(lines) < 24
+    starts = [
+        next(i for i, line in enumerate(lines) if word in line)
+        for word in (
+            "Written to",
+            "Time of the steps: 4 s",
+            "Kernels on CPU",
+            "Evaluation",
+            "Samples",
+        )
+    ]
+    assert starts == sorted(starts)
+    assert sum("a question that" in line for line in lines) >= 2
+
+
+# The plot.
+
+
+def test_a_running_mean_looks_back():
+    assert running_mean([1, 2, 3, 6], 2) == [1, 1.5, 2.5, 4.5]
+    assert running_mean([1, 2], 1) == [1, 2]
+
+
+@pytest.mark.parametrize("has_kl", [True, False])
+def test_the_plot_has_title_legend_smoothing_and_evaluations(has_kl):
+    metrics = {"reward/mean": 0.5} | ({"objective/kl": 0.1} if has_kl else {})
+    steps = [{"step": 0, "eval/reward/mean": 0.1}]
+    steps += [{"step": step, **metrics} for step in range(1, 41)]
+    figure = training_plot("PPO, out", steps, [(0, 0.1), (40, 0.9)])
+    reward, *rest = figure.axes
+    assert reward.get_title() == "PPO, out"
+    labels = [text.get_text() for text in reward.get_legend().get_texts()]
+    assert labels == ["each step", "mean of 4 steps", "evaluation"]
+    assert reward.lines[2].get_xydata().tolist() == [[0, 0.1], [40, 0.9]]
+    assert len(rest) == has_kl
+    assert figure.axes[-1].get_xlabel() == "step"
+
+
+# The embedded task.
+
+
+def test_the_embedded_task_has_no_kl_where_the_authors_have_none():
+    assert reviews.preferred_settings("ppo")["kl_coef"] == 0.1
+    assert "kl_coef" not in reviews.preferred_settings("dapo")

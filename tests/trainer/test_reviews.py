@@ -1,11 +1,10 @@
 """The embedded task: its grammar, its reward, and that PPO learns it."""
 
-import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_trainer import metrics_of
 
 from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig
@@ -60,6 +59,6 @@ def test_ppo_learns_to_praise_in_whole_sentences(tmp_path):
     assert abs(before["eval/reward/mean"]) < 0.3
     assert after["eval/reward/mean"] > 0.8
     assert after["eval/rewards/grammar/mean"] > 0.85
-    rows = [json.loads(line) for line in Path(tmp_path, "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(tmp_path)
     assert all(row["policy/first_ratio_deviation"] == 0.0 for row in rows)
     assert rows[-1]["objective/kl"] > rows[0]["objective/kl"] == 0.0

@@ -1,10 +1,10 @@
 """The embedded task with a learned reward: its pairs, and that a policy can be trained too far."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_trainer import metrics_of
 
 from fastpg.cli import main
 from fastpg.tasks import reviews, rlhf
@@ -41,12 +41,12 @@ def test_the_command_goes_through_all_stages_and_resumes(short_task, capsys):
     assert main(["train", "--task", "reviews", "--rlhf", "--num_steps", "1"]) == 0
     out = Path("out/reviews_rlhf")
     assert (out / "reward_model/model/model.safetensors").exists()
-    (row,) = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    (row,) = metrics_of(out)
     assert row["reward/mean"] == pytest.approx(
         row["rewards/reward_model/mean"] - (1 - row["completions/finished"]), abs=1e-5
     )
     assert main(["train", "--resume", str(out), "--num_steps", "2"]) == 0
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(metrics_of(out)) == 2
     assert "learned reward" in capsys.readouterr().out
 
 

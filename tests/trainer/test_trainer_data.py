@@ -38,7 +38,9 @@ def test_the_run_is_written(tmp_path):
     summary = (tmp_path / "summary.md").read_text()
     assert "Where the time went" in summary
     assert "token_logprobs" in summary
-    assert (tmp_path / "reward_and_kl.png").stat().st_size > 0
+    assert (tmp_path / "reward.png").stat().st_size > 0
+    for words in ("| date | 20", "| command | `", "| versions | fastpg ", "\nseed: 0\n"):
+        assert words in summary
 
 
 def test_an_earlier_run_is_kept(tmp_path):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from recorded_runs import ENDS, REWARDS, moved_trainer, recording, score_by_hand, text_of
-from tiny_trainer import PROMPTS, make_trainer, metrics_of
+from tiny_trainer import PROMPTS, make_trainer, metrics_of, rows_of
 
 
 def scored(trainer, played):
@@ -54,7 +54,15 @@ def test_evaluations_come_first_last_and_every_so_many_steps(run):
 def test_an_evaluation_is_reported_as_computed_by_hand(run):
     trainer, rounds, result, _ = run
     rows = metrics_of(trainer.args.output_dir)
-    for played, reported in ((rounds[3], rows[1]), (rounds[6], rows[3]), (rounds[8], result)):
+    start, *_ = rows_of(trainer.args.output_dir)
+    assert start.pop("step") == 0
+    assert {name.partition("/")[0] for name in start} == {"eval"}
+    for played, reported in (
+        (rounds[0], start),
+        (rounds[3], rows[1]),
+        (rounds[6], rows[3]),
+        (rounds[8], result),
+    ):
         expected = {f"eval/{name}": x for name, x in scored(trainer, played)[2].items()}
         actual = {name: x for name, x in reported.items() if name.startswith("eval/")}
         assert actual == close(expected)
@@ -79,8 +87,8 @@ def test_the_learning_rate_falls_from_step_to_step(run):
 
 def test_the_trackers_get_the_metrics_of_every_step(run):
     trainer, *_, sent = run
-    rows = metrics_of(trainer.args.output_dir)
-    assert [step for step, _ in sent] == [row.pop("step") for row in rows] == [1, 2, 3, 4, 5]
+    rows = rows_of(trainer.args.output_dir)
+    assert [step for step, _ in sent] == [row.pop("step") for row in rows] == [0, 1, 2, 3, 4, 5]
     assert [values for _, values in sent] == [close(row) for row in rows]
 
 

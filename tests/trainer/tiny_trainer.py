@@ -22,17 +22,16 @@ SETTINGS = {
 
 def tiny_model(**changes) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=43,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        **changes,
-    )
-    return Qwen3ForCausalLM(config)
+    sizes = {
+        "vocab_size": 43,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**{**sizes, **changes}))
 
 
 def share_of_praise(prompts, completions):
@@ -52,5 +51,11 @@ def make_trainer(
     )
 
 
-def metrics_of(output_dir) -> list[dict]:
+def rows_of(output_dir) -> list[dict]:
+    """What metrics.jsonl holds, the evaluation before training included."""
     return [json.loads(line) for line in Path(output_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics_of(output_dir) -> list[dict]:
+    """The metrics of the steps."""
+    return [row for row in rows_of(output_dir) if row["step"] > 0]

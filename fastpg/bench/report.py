@@ -16,6 +16,7 @@ TEXTS = (
     "suite", "op", "case", "candidate", "wrong", "verdict", "left_out", "unit",
     "note", "machine", "device", "fastpg", "commit", "torch", "python", "extension", "date",
 )  # fmt: skip
+NAMES = TEXTS[:4]
 NUMBERS = (
     "median_ms", "p10_ms", "p90_ms", "ratio", "extra_mib", "value_error", "gradient_error",
     "exponent", "memory_exponent", "rate", "bytes", "operations", "threads",
@@ -172,7 +173,7 @@ def quality(rows: list[Row]) -> str:
 def absences(rows: list[Row], *, quick: bool) -> str:
     """What is not in the rows."""
     names = sorted({row["candidate"] for row in rows if row.get("left_out")})
-    text = f"Not timed, for the reasons above: {', '.join(names)}" if names else ""
+    text = f"Not timed, for a reason each: {', '.join(names)}" if names else ""
     if quick:
         compiled = f"{COMPILED} is left out, as it compiles for longer than this run takes"
         text = f"{text}; {compiled}" if text else compiled[:1].upper() + compiled[1:]
@@ -198,9 +199,9 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a file; what is empty there is left out."""
+    """The rows of a file; what is empty there is left out, except for what names a row."""
     with open(path, newline="") as file:
         return [
-            {k: float(v) if k in NUMBERS else v for k, v in row.items() if v != ""}
+            {k: float(v) if k in NUMBERS else v for k, v in row.items() if v != "" or k in NAMES}
             for row in csv.DictReader(file)
         ]

@@ -249,7 +249,7 @@ def difference(got: Tensor, want: Tensor, tolerance: tuple[float, float]) -> str
     if not bad.any():
         return ""
     error = ((got - want).abs() / want.abs().clamp(min=1e-300))[bad].max().item()
-    return "off by a factor" if error > 1e3 else f"off by {100 * error:.2g} %"
+    return "off by a factor" if error > 1e3 else f"off by {100 * error:.3g} %"
 
 
 def rows(settings: Settings) -> Iterator[list[Row]]:

@@ -110,7 +110,10 @@ def rollout_tokens(rollout):
     return rollout.input_ids, rollout.attention_mask
 
 
-@pytest.mark.parametrize("lora_rank", [None, 2])
+LORA_TOO = [None, pytest.param(2, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("lora_rank", LORA_TOO)
 def test_a_run_with_a_value_model_resumes_to_the_same_bits(tmp_path, critic, lora_rank):
     if lora_rank:
         pytest.importorskip("peft")
@@ -152,7 +155,7 @@ def test_a_checkpoint_holds_no_weight_of_a_value_model_twice(tmp_path, critic):
     assert "weights.value_model.score.weight" in names
 
 
-@pytest.mark.parametrize("lora_rank", [None, 2])
+@pytest.mark.parametrize("lora_rank", LORA_TOO)
 @torch.no_grad()
 def test_a_saved_value_model_is_where_another_run_begins(tmp_path, critic, lora_rank):
     if lora_rank:

@@ -115,7 +115,7 @@ def run_fastpg(model: str, case: Case, folder: str) -> None:
     # A run also evaluates, writes samples and saves; here it makes steps alone, as TRL does.
     for batch in trainer.loader:
         wait()
-        trainer._learn(*trainer._roll_out(batch))
+        trainer.learn(*trainer.roll_out(batch))
     wait()
 
 

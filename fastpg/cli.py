@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after `fastpg`. None: those of the process.
 
     Returns:
-        The exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C, 143 for SIGTERM.
+        The exit code: 0, 1 if a check fails, 2 for input that cannot be used, 130 for Ctrl-C, 143
+        for SIGTERM.
 
     Example:
         >>> from fastpg.cli import main
@@ -69,24 +70,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(argv: Sequence[str]) -> None:
+def train(argv: Sequence[str]) -> int:
     """Run `fastpg train`.
 
     Args:
         argv: The arguments after `fastpg train`: flags named as the settings of `PPOConfig`.
 
+    Returns:
+        The exit code: 0, or 1 if a check of `--check` fails.
+
     Raises:
         InputError: They cannot be used.
     """
-    trainer, resume = _build_trainer(argv)
+    from fastpg.trainer.check.command import check_run
+    from fastpg.trainer.options import RunConfig, read_options
+
+    given = read_options(argv, "train", RunConfig)
+    is_check = given.pop("check", False)
+    trainer, resume = _build_trainer(given)
+    if is_check:
+        return check_run(trainer)
     trainer.train(resume_from_checkpoint=resume)
+    return 0
 
 
-def train_reward_model(argv: Sequence[str]) -> None:
+def train_reward_model(argv: Sequence[str]) -> int:
     """Run `fastpg reward-model`.
 
     Args:
         argv: The arguments after it: flags named as the settings of `RewardConfig`.
+
+    Returns:
+        The exit code: 0.
 
     Raises:
         InputError: They cannot be used.
@@ -106,6 +121,7 @@ def train_reward_model(argv: Sequence[str]) -> None:
     held_out = load_pairs(args.eval_dataset) if args.eval_dataset else None
     say(f"Loading {model}, to be trained on {len(train)} pairs ...")
     RewardTrainer(model, args, train_dataset=train, eval_dataset=held_out).train()
+    return 0
 
 
 def say(text: str) -> None:
@@ -119,11 +135,14 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def find_mismatch(argv: Sequence[str]) -> None:
+def find_mismatch(argv: Sequence[str]) -> int:
     """Run `fastpg doctor mismatch`.
 
     Args:
         argv: The arguments after it.
+
+    Returns:
+        The exit code: 0.
 
     Raises:
         InputError: They cannot be used.
@@ -131,6 +150,7 @@ def find_mismatch(argv: Sequence[str]) -> None:
     from fastpg.doctor.mismatch_command import find_mismatch
 
     find_mismatch(argv)
+    return 0
 
 
 COMMANDS = {"train": train, "reward-model": train_reward_model, "doctor mismatch": find_mismatch}
@@ -144,7 +164,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         argv: The arguments after it.
 
     Returns:
-        The exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C, 143 for SIGTERM.
+        The exit code: 0, 1 if a check fails, 2 for input that cannot be used, 130 for Ctrl-C, 143
+        for SIGTERM.
     """
     if not {"-h", "--help"} & set(argv):
         say("Loading torch, transformers and accelerate ...")
@@ -164,7 +185,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        COMMANDS[command](argv)
+        return COMMANDS[command](argv)
     except InputError as error:
         print(f"fastpg {command}: {error}", file=sys.stderr)
         return REJECTED
@@ -173,11 +194,13 @@ def run(command: str, argv: Sequence[str]) -> int:
         number = getattr(interruption, "number", signal.SIGINT)
         print(f"fastpg {command}: stopped by {signal.Signals(number).name}.", file=sys.stderr)
         return STOPPED + number
-    return 0
 
 
-def _build_trainer(argv: Sequence[str]) -> tuple["PPOTrainer", "str | bool"]:
+def _build_trainer(given: dict[str, Any]) -> tuple["PPOTrainer", "str | bool"]:
     """Build the user's own run; without a model, dataset and reward, the embedded task.
+
+    Args:
+        given: What `read_options` read.
 
     Returns:
         The trainer, and what `train` is to resume from.
@@ -187,10 +210,9 @@ def _build_trainer(argv: Sequence[str]) -> tuple["PPOTrainer", "str | bool"]:
 
     from fastpg.tasks import reviews, rlhf
     from fastpg.trainer.config import algorithm_key, from_mapping
-    from fastpg.trainer.options import RunConfig, read_options, settings_of_run
+    from fastpg.trainer.options import RunConfig, settings_of_run
 
     disable_progress_bar()
-    given = read_options(argv, "train", RunConfig)
     task = rlhf if given.get("rlhf") else reviews
     preferred = task.preferred_settings(algorithm_key(str(given.get("algorithm", "ppo"))))
     if "micro_batch_tokens" in given:

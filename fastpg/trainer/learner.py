@@ -98,7 +98,7 @@ class Learner:
             metrics["objective/kl_coef"] = self._adapt_penalty(metrics["objective/kl"], len(mask))
         if self.args.whiten_rewards:
             scores = fastpg.whiten(
-                scores, torch.ones_like(scores), process_group=self._process_group
+                scores, torch.ones_like(scores), process_group=self.process_group
             )
         # The loader puts the completions of a prompt one after the other.
         group = torch.arange(len(mask), device=mask.device) // self.resolved.num_generations
@@ -108,8 +108,8 @@ class Learner:
             group=group,
             values=values,
             kl=kl,
-            bootstrap=self._values_after(rollout) if self.args.bootstrap_truncated else None,
-            process_group=self._process_group,
+            bootstrap=self.values_after(rollout) if self.args.bootstrap_truncated else None,
+            process_group=self.process_group,
         )
         if values is not None:
             # These values were not yet fitted to the returns, so this says how well they foresee.
@@ -127,13 +127,13 @@ class Learner:
         self.kl_controller.update(kl, int(min(episodes, self.kl_controller.horizon)))
         return coefficient
 
-    def _values_after(self, rollout: Rollout) -> Tensor:
+    def values_after(self, rollout: Rollout) -> Tensor:
         """Return the values of what would follow unfinished episodes; 0 of others, float32 [B]."""
         # The value of one more token is that of the state before it. Finished episodes have a
         # forward too: processes that share a model must make the same number of them.
         longer = rollout.lengthened()
         values = [
-            logprobs_through(self.model, self._batch(longer[rows])).values
+            logprobs_through(self.model, self.batch(longer[rows])).values
             for rows in self._micro_batches(longer, torch.arange(len(rollout.mask)))
         ]
         after = torch.cat([value[:, -1] for value in values if value is not None])
@@ -144,11 +144,11 @@ class Learner:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return log-probs, values and the log-probs of the reference, float32 [B, T], or None."""
         logp, values, ref_logp = [], [], []
-        for minibatch in self._minibatches(torch.arange(len(rollout.mask))):
+        for minibatch in self.minibatches(torch.arange(len(rollout.mask))):
             # The same episodes share a forward as in the first pass of `update`: a matrix product
             # may round differently for another number of them.
             for rows in self._micro_batches(rollout, minibatch):
-                batch = self._batch(rollout[rows])
+                batch = self.batch(rollout[rows])
                 if self._needs_old_logp:
                     results = logprobs_through(self.model, batch)
                     logp.append(results.logp)
@@ -182,7 +182,7 @@ class Learner:
             steps.append(self._step(experience, rows))
             if self._has_moved_far(steps[-1]):
                 break
-        metrics = step_metrics(steps, self._process_group)
+        metrics = step_metrics(steps, self.process_group)
         if self.args.target_kl is not None:
             metrics["policy/optimizer_steps"] = float(len(steps))
         if experience.logp is None and self.reference is not None:
@@ -195,7 +195,7 @@ class Learner:
             # A rollout is in random order already; the first pass keeps the order in which
             # `experience` computed the old log-probs.
             order = torch.arange(count) if epoch == 0 else torch.randperm(count)
-            yield from self._minibatches(order)
+            yield from self.minibatches(order)
 
     def _has_moved_far(self, step: Step) -> bool:
         """Whether the policy was further than `target_kl` from the one that sampled, on average."""
@@ -204,7 +204,7 @@ class Learner:
             return False
         return self._merge(step.policy_stats)["approx_kl"] > self.args.target_kl
 
-    def _minibatches(self, order: Tensor) -> tuple[Tensor, ...]:
+    def minibatches(self, order: Tensor) -> tuple[Tensor, ...]:
         """Split `order`, int64 [B], into the rows of each optimiser step."""
         return order.tensor_split(self.resolved.num_mini_batches)
 
@@ -221,7 +221,28 @@ class Learner:
         return split_into(parts, int(self.accelerator.gather(own).max()))
 
     def _step(self, experience: Experience, rows: Tensor) -> Step:
-        """Make one optimiser step on the episodes `rows`, whose micro-batches add up exactly."""
+        """Make one optimiser step on the episodes `rows`."""
+        step = self.accumulate(experience, rows)
+        # Statistics stay on the device until the rollout is done: reading them here would wait for
+        # it at every step.
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        # DeepSpeed gives a number.
+        return step._replace(
+            grad_norm=torch.as_tensor(norm, dtype=torch.float32, device=step.kl.device)
+        )
+
+    def accumulate(self, experience: Experience, rows: Tensor) -> Step:
+        """Add the gradient of an optimiser step to the weights; its micro-batches add up exactly.
+
+        Args:
+            experience: The credited episodes.
+            rows: int64 [n], those of the step.
+
+        Returns:
+            Its statistics, with a gradient norm of 0: the gradient is not clipped yet.
+        """
         # The denominator counts the whole step, on all processes: a micro-batch with fewer tokens
         # then weighs less, as it would if it were not split off.
         mask = self._trained(experience.rollout)[rows]
@@ -243,14 +264,7 @@ class Learner:
                 value_stats.append(result.value_stats)
             if targets.ref_logp is not None:
                 kl += fastpg.kl_estimate(targets.new_logp, targets.ref_logp, kind="k1").sum()
-        # Statistics stay on the device until the rollout is done: reading them here would wait for
-        # it at every step.
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-        # DeepSpeed gives a number.
-        norm = torch.as_tensor(norm, dtype=torch.float32, device=denom.device)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return Step(policy_stats, value_stats, kl, norm)
+        return Step(policy_stats, value_stats, kl, grad_norm=torch.zeros_like(kl))
 
     def _trained(self, rollout: Rollout) -> Tensor:
         """Return which tokens count in the loss, bool [B, T]."""
@@ -272,7 +286,7 @@ class Learner:
         )
 
     def _loss(self, experience: Experience, targets: Targets) -> CompletionLoss:
-        batch = self._batch(experience.rollout)
+        batch = self.batch(experience.rollout)
         return loss_through(self.model, batch, targets, self.objective)
 
     def _reference_logp(
@@ -295,9 +309,10 @@ class Learner:
             mask=torch.ones_like(tokens[:, 1:], dtype=torch.bool),
             finished=torch.ones(1, dtype=torch.bool, device=tokens.device),
         )
-        return logprobs_through(self.model, self._batch(rollout)).logp
+        return logprobs_through(self.model, self.batch(rollout)).logp
 
-    def _batch(self, rollout: Rollout) -> CompletionBatch:
+    def batch(self, rollout: Rollout) -> CompletionBatch:
+        """Return episodes with all that decides how their log-probs are computed."""
         # The head and the temperature go along, so that old, new and reference log-probs cannot be
         # computed in different ways.
         return CompletionBatch(
@@ -318,11 +333,12 @@ class Learner:
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     @property
-    def _process_group(self) -> dist.ProcessGroup | None:
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The processes of the run, if there are several."""
         return dist.group.WORLD if self.accelerator.num_processes > 1 else None
 
     def _merge(self, stats: Sequence[fastpg.PolicyStats | fastpg.ValueStats]) -> dict[str, float]:
-        return fastpg.merge_stats(stats, process_group=self._process_group)
+        return fastpg.merge_stats(stats, process_group=self.process_group)
 
 
 def _concatenated(parts: list[Tensor]) -> Tensor | None:

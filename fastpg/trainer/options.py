@@ -161,7 +161,7 @@ def read_options(argv: Sequence[str], command: str, config_class: type) -> dict[
 
 
 def _parser(command: str, config_class: type) -> _Parser:
-    """Return the parser of `--config` and a flag for each setting; of `--resume` for a run."""
+    """Return the parser of `--config` and a flag for each setting; for a run, more."""
     hints = typing.get_type_hints(config_class)
     words = COMMANDS[command]
     parser = _Parser(
@@ -189,6 +189,13 @@ def _parser(command: str, config_class: type) -> _Parser:
             default=argparse.SUPPRESS,
             help="go on with the run in DIR, or from one of its checkpoints, with its settings; "
             "without DIR, with that in output_dir",
+        )
+        parser.add_argument(
+            "--check",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="make one rollout, check what can go wrong, and write nothing; the exit code is 1 "
+            "if a check fails",
         )
     return parser
 

@@ -180,8 +180,7 @@ class PPOTrainer:
         if self.scheduler.last_epoch > 0:
             raise InputError("This trainer has trained already; make a new one to train further.")
         saved = self._load(resume_from_checkpoint)
-        # Each process draws its own numbers: the same ones would sample the same completions.
-        set_seed(self.args.seed, device_specific=True)
+        self.seed()
         log = RunLog(self.accelerator, self.args, None if saved is None else saved.step)
         lost = naming_lost_processes(Path(self.args.output_dir))
         with lost, log, StopSignals(immediate=self.accelerator.num_processes == 1) as stop:
@@ -194,8 +193,8 @@ class PPOTrainer:
             saver.keep_best(before.metrics())
             for step, examples in self._batches(saved):
                 with saver.saving_if_stopped(step - 1), stop.at_once():
-                    rollout, episodes = self._roll_out(examples)
-                everyone, metrics = self._learn(rollout, episodes)
+                    rollout, episodes = self.roll_out(examples)
+                everyone, metrics = self.learn(rollout, episodes)
                 if self.args.eval_steps and step % self.args.eval_steps == 0:
                     log.doing(f"step {step}: evaluating")
                     evaluation = self._play_evaluation()
@@ -212,6 +211,11 @@ class PPOTrainer:
             saver.keep_best(after.metrics())
         log.report(before, after, self.stopwatch.seconds)
         return after.metrics("eval/")
+
+    def seed(self) -> None:
+        """Set every generator to where a run begins."""
+        # Each process draws its own numbers: the same ones would sample the same completions.
+        set_seed(self.args.seed, device_specific=True)
 
     def _load(self, place: bool | str | Path) -> Checkpoint | None:
         """Read a checkpoint of this run and take up what it holds."""
@@ -292,14 +296,14 @@ class PPOTrainer:
                 episodes = [self._score(own, rollout)] if own else []
         return Episodes.concatenate(gather_object(episodes))
 
-    def _roll_out(self, examples: list[Example]) -> tuple[Rollout, Episodes]:
+    def roll_out(self, examples: list[Example]) -> tuple[Rollout, Episodes]:
         """Return a rollout of this process and its scores. This changes no weight."""
         with self.stopwatch("generate"):
             rollout = self._sample(examples)
         with self.stopwatch("score"):
             return rollout, self._score(examples, rollout)
 
-    def _learn(self, rollout: Rollout, episodes: Episodes) -> tuple[Episodes, dict[str, float]]:
+    def learn(self, rollout: Rollout, episodes: Episodes) -> tuple[Episodes, dict[str, float]]:
         """Learn from a rollout. Returns the episodes of all processes, and the step's metrics."""
         with self.stopwatch("logprob"):
             experience, credit = self.learner.experience(rollout, episodes.scores)

@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant(
         "old-log-probs-in-another-order",
         LEARNER,
-        "in self._minibatches(torch.arange(len(rollout.mask))):",
+        "in self.minibatches(torch.arange(len(rollout.mask))):",
         "in [torch.arange(len(rollout.mask))]:",
         STEPS,
     ),
@@ -717,14 +717,14 @@ MUTANTS = [
     Mutant(
         "statistics-of-the-own-process",
         LEARNER,
-        "fastpg.merge_stats(stats, process_group=self._process_group)",
+        "fastpg.merge_stats(stats, process_group=self.process_group)",
         "fastpg.merge_stats(stats)",
         PROCESSES,
     ),
     Mutant(
         "whitened-within-the-process",
         LEARNER,
-        "            process_group=self._process_group,\n        )\n        if values is not None",
+        "            process_group=self.process_group,\n        )\n        if values is not None",
         "        )\n        if values is not None",
         PROCESSES,
     ),

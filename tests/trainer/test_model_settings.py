@@ -54,7 +54,7 @@ def test_lora_trains_an_adapter_against_the_model_without_it(tmp_path):
     assert first["policy/first_ratio_deviation"] == 0.0
     # The reference is what a copy of the start would say.
     rollout = trainer._sample(trainer.train_dataset[:3])
-    batch = trainer.learner._batch(rollout)
+    batch = trainer.learner.batch(rollout)
     with torch.no_grad():
         ours = reference_logprobs_through(trainer.model, batch)
         expected = trainer.learner._reference_logp(start, batch)

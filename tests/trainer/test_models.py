@@ -34,7 +34,7 @@ def setup(tmp_path):
         old_values=old.values,
         new_logp=torch.zeros_like(old.logp),
     )
-    return trainer.model, learner._batch(rollout), targets, learner.objective
+    return trainer.model, learner.batch(rollout), targets, learner.objective
 
 
 class Wrapper(torch.nn.Module):

@@ -63,7 +63,7 @@ def test_values_are_those_of_the_models_own_states(tmp_path, critic, packed):
     assert paths.value_packing is not None
     if not packed:
         trainer.learner.paths = dataclasses.replace(paths, value_packing=None)
-    values = logprobs_through(trainer.model, trainer.learner._batch(rollout)).values
+    values = logprobs_through(trainer.model, trainer.learner.batch(rollout)).values
     expected = values_by_hand(value_model, rollout)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(
@@ -95,7 +95,7 @@ def test_the_first_values_are_the_scores_of_the_reward_model(tmp_path, reward_mo
     trainer = make_trainer(tmp_path, value_model=reward_model)
     rollout = trainer._sample(trainer.train_dataset[:3])
     longer = rollout.lengthened()  # The last value is then that of the state of the last token.
-    values = logprobs_through(trainer.model, trainer.learner._batch(longer)).values
+    values = logprobs_through(trainer.model, trainer.learner.batch(longer)).values
     scorer = RewardModel.load(reward_model)
     ids = [row[kept.bool()].tolist() for row, kept in zip(*rollout_tokens(rollout), strict=True)]
     scores = scorer.scores_of(scorer.model, ids)
@@ -170,7 +170,7 @@ def test_a_saved_value_model_is_where_another_run_begins(tmp_path, critic, lora_
     again = make_trainer(tmp_path / "again", value_model=saved)
     rollout = first._sample(next(iter(first.loader)))
     ours, theirs = (
-        logprobs_through(trainer.model, trainer.learner._batch(rollout)).values[rollout.mask]
+        logprobs_through(trainer.model, trainer.learner.batch(rollout)).values[rollout.mask]
         for trainer in (again, first)
     )
     assert theirs.abs().max() > 0.01

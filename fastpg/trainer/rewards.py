@@ -152,9 +152,11 @@ def accepted(reward: RewardFunction, columns: dict[str, list]) -> dict[str, list
 
 def _checked(name: str, values: Any, count: int) -> torch.Tensor:
     """Return the values of the reward `name` as float32 [count], NaN for None."""
-    refusal = InputError(f"Reward {name} must return a list of numbers, not {values!r}.")
-    # A dict can be iterated, but that would take its keys for rewards.
-    if isinstance(values, dict):
+    # Arrays are written in several lines.
+    written = " ".join(repr(values).split())
+    refusal = InputError(f"Reward {name} must return a list of numbers, not {written}.")
+    # A dict and a text can be iterated, but that would take keys and digits for rewards.
+    if isinstance(values, dict | str):
         raise refusal
     try:
         numbers = [None if value is None else _as_float(value) for value in values]

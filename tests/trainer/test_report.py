@@ -163,6 +163,6 @@ def test_the_plot_has_title_legend_smoothing_and_evaluations(has_kl):
 # The embedded task.
 
 
-def test_the_embedded_task_has_no_kl_where_the_authors_have_none():
+def test_the_embedded_task_shows_dapo_without_a_kl_penalty():
     assert reviews.preferred_settings("ppo")["kl_coef"] == 0.1
-    assert "kl_coef" not in reviews.preferred_settings("dapo")
+    assert reviews.preferred_settings("dapo")["kl_coef"] == 0.0

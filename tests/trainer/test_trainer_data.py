@@ -202,6 +202,11 @@ def test_unfinished_completions_are_penalised(tmp_path):
         ([1.0, 10**400], "Reward reward returned inf for completion 1."),
         ({"1": 0, "2": 0}, "Reward reward must return a list of numbers"),
         (3.0, "Reward reward must return a list of numbers, not 3.0."),
+        ("11", "Reward reward must return a list of numbers, not '11'."),
+        (
+            torch.zeros(2, 2),
+            "Reward reward must return a list of numbers, not tensor([[0., 0.], [0., 0.]]).",
+        ),
     ],
 )
 def test_bad_rewards_are_refused(tmp_path, values, sentence):

@@ -2,7 +2,7 @@
 
 The rows of a case go to bench/results/<machine>.jsonl, and to DIR, as soon as it is timed.
 
-python -m bench --readme: writes the newest rows into the table of README.md and their own page.
+python -m bench --readme: writes the committed rows, and those of `fastpg bench`, into their pages.
 """
 
 from __future__ import annotations

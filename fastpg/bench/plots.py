@@ -89,22 +89,7 @@ def speed(rows: list[Row]) -> Any:
         ticks.append(at + (len(group) - 1) / 2)
         labels.append(f"{op}\n{case}")
         for kind, row in group:
-            colour, hatch = STYLES[kind]
-            label = None if kind in seen else kind
-            axes.barh(
-                at,
-                row["ratio"] - 1,
-                0.85,
-                1,
-                color=colour,
-                hatch=hatch,
-                edgecolor=GREY,
-                label=label,
-            )
-            name = f"  {row['candidate']}" if kind == "another package" else ""
-            axes.text(
-                row["ratio"] * 1.04, at, f"{shown_ratio(row)}×{name}", va="center", fontsize=9
-            )
+            draw_bar(axes, at, kind, row, labelled=kind not in seen)
             seen.add(kind)
             at += 1
         at += 0.8
@@ -115,6 +100,16 @@ def speed(rows: list[Row]) -> Any:
         f"Time as a multiple of fastpg's (longer is slower) · {where(rows)}", fontsize=10
     )
     return figure
+
+
+def draw_bar(axes: Any, at: float, kind: str, row: Row, *, labelled: bool) -> None:
+    """A bar from 1 to the ratio, its number, and for another package its name."""
+    colour, hatch = STYLES[kind]
+    style = {"color": colour, "hatch": hatch, "edgecolor": GREY}
+    axes.barh(at, row["ratio"] - 1, 0.85, 1, label=kind if labelled else None, **style)
+    name = f"  {row['candidate']}" if kind == "another package" else ""
+    right = max(row["ratio"], 1.0) * 1.06
+    axes.text(right, at, f"{shown_ratio(row)}×{name}", va="center", fontsize=9)
 
 
 def finish_bars(axes: Any, largest: float) -> None:

@@ -37,7 +37,7 @@ def growths(settings: Settings) -> Iterator[Growth]:
     """What is made to grow: by factors of 2."""
     more = 4 if settings.device == "cuda" else 0 if settings.quick else 1
 
-    def powers(first: int, count: int = 4) -> list[int]:
+    def powers(first: int, count: int = 3 if settings.quick else 4) -> list[int]:
         return [2 ** (first + more + i) for i in range(count)]
 
     def of_rows(rows: int) -> Problem:

@@ -149,7 +149,7 @@ def head_log_probs(
         },
         few=(hidden[:CHECKED], weight, labels[:CHECKED]),
         operations=(6.0 if backward else 2.0) * rows * width * vocab,
-        note="(It keeps no logits, and makes them twice: four products in place of three.)",
+        note="(It keeps no logits: for a gradient it makes them twice, by a fourth product.)",
     )
 
 

@@ -8,10 +8,12 @@ import types
 import pytest
 import torch
 
+from bench import readme
 from fastpg.bench import (
     baselines,
     command,
     peers,
+    plots,
     provenance,
     report,
     scaling,
@@ -232,6 +234,29 @@ def test_rows_come_back_from_csv(tmp_path):
     assert [row["candidate"] for row in again] == [row["candidate"] for row in rows]
     assert [row["ratio"] for row in again] == [row["ratio"] for row in rows]
     assert report.speed(again) == report.speed(rows)
+
+
+def test_the_generated_pages_are_those_of_the_committed_rows():
+    """`python -m bench --readme` writes them."""
+    for path, text in readme.pages().items():
+        assert path.read_text() == text, path.name
+
+
+def test_the_committed_pictures_are_those_of_the_committed_rows(tmp_path):
+    import matplotlib
+
+    (rows,) = map(report.read_csv, readme.RESULTS.glob("*.csv"))
+    svg = (readme.PLOTS / "speed.svg").read_text()
+    if f"Matplotlib v{matplotlib.__version__}," not in svg:
+        pytest.skip("another version of matplotlib draws otherwise")
+    drawn = plots.draw(rows, tmp_path)
+    assert {path.name for path in drawn} == {
+        f"{name}.{suffix}" for name in ("speed", "roofline") for suffix in ("png", "svg")
+    }
+    for path in drawn:
+        if path.suffix == ".svg":
+            assert path.read_text() == (readme.PLOTS / path.name).read_text(), path.name
+    assert plots.draw([], tmp_path) == []
 
 
 def test_an_installed_package_has_no_commit(monkeypatch, tmp_path):

@@ -34,7 +34,11 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page):
 
 
 def test_the_ops_of_the_readme_run():
-    names, (loop, hidden, *_) = {}, python_blocks(README)
+    first, loop, hidden, *_ = python_blocks(README)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(first, {})
+    assert "'clip_frac" in printed.getvalue()
+    names = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(loop + hidden, names)
     assert "'ess': 1.0" in printed.getvalue() and names["logits"].grad.isfinite().all()

@@ -11,7 +11,7 @@ TRITON_OLDEST := triton==3.6.0 numpy==2.3.5
 
 RELEASES := $(basename $(notdir $(wildcard tests/integrations/releases/*.txt)))
 
-.PHONY: demo real test test-slow test-newest test-oldest test-integrations aot mutants lint format bench bench-compare gpu clean
+.PHONY: demo docs real test test-slow test-newest test-oldest test-integrations aot mutants lint format bench bench-compare gpu clean
 
 demo: .stamp
 	$(RUN) -m fastpg train
@@ -70,6 +70,10 @@ format: .stamp
 	$(RUN) -m ruff format .
 	$(if $(HAVE),,.venv/bin/)clang-format -i $(CPP) $(CPP_OF_TESTS)
 
+# The site, in build/site. It needs neither torch nor the extension; a warning is an error.
+docs: .venv-docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build -q --strict
+
 bench: .stamp
 	$(RUN) -m bench
 
@@ -102,6 +106,11 @@ endif
 	.venv-newest/bin/pip install -q -c .venv-newest/constraints.txt numpy scipy hypothesis pybind11 \
 	  pytest pytest-xdist pytest-benchmark
 	touch .venv-newest
+
+.venv-docs: pyproject.toml constraints.txt
+	$(PY) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -c constraints.txt mkdocs mkdocs-material pymdown-extensions
+	touch .venv-docs
 
 # The oldest Triton that pyproject.toml allows, beside the environment: it goes first on PYTHONPATH.
 .triton-oldest: Makefile | .stamp

@@ -133,15 +133,20 @@ def measured(op: str) -> str:
 
 
 def measured_in_short() -> str:
-    """One line for each case: its time, and those of the others as multiples of it."""
-    lines = ["| op | case | machine | fastpg | time / ours |", "|---|---|---|---:|---|"]
+    """For each machine a table with a line for each case: its time, and the others' over it."""
+    lines: list[str] = []
+    heading = ""
     for machine, op, case, table in cases():
         if op in ("overhead", "hardware"):
             continue
+        if machine != heading:
+            heading = machine
+            lines += ["", f"### {machine}", "", "| op | case | fastpg | time / ours |"]
+            lines += ["|---|---|---:|---|"]
         header, _, ours, *others = ([x.strip() for x in y.split("|")] for y in table.splitlines())
         ratio = header.index("time / ours")
         slower = ", ".join(f"{other[1]} **{other[ratio]}**" for other in others)
-        lines.append(f"| `{op}` | {case} | {machine} | {ours[2]} | {slower} |")
+        lines.append(f"| `{op}` | {case} | {ours[2]} | {slower} |")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ POLICY_LOSS = "csrc/loss/policy_loss.cpp"
 POLICY_LOOPS = "csrc/loss/policy_loss_simd.cpp"
 VALUE_LOOPS = "csrc/loss/value_loss_simd.cpp"
 SOFTMAX = "csrc/vocabulary/online_softmax.h"
+LOGIT_ROWS = "csrc/vocabulary/logit_rows.h"
 LOGPROBS = "csrc/vocabulary/token_logprobs.cpp"
 LOGPROBS_LOOPS = "csrc/vocabulary/token_logprobs_simd.cpp"
 IMPORTANCE = "csrc/weight/importance_weights.cpp"
@@ -76,7 +77,7 @@ MUTANTS = [
     # Vocabulary.
     Mutant(
         "the-last-part-of-a-slice-is-left-out",
-        LOGPROBS,
+        LOGIT_ROWS,
         "for (int64_t i = 1; i < ceil_div(this->rows.vocab, kSlice); ++i)",
         "for (int64_t i = 1; i < this->rows.vocab / kSlice; ++i)",
         LOGPROBS_TESTS,
@@ -97,14 +98,14 @@ MUTANTS = [
     ),
     Mutant(
         "label-v-is-legal",
-        LOGPROBS,
+        LOGIT_ROWS,
         "label >= rows.vocab)",
         "label > rows.vocab)",
         ("tests/vocabulary/test_token_logprobs.py::test_bad_arguments_raise", *IN_CPP),
     ),
     Mutant(
         "temperature-0-is-legal",
-        LOGPROBS,
+        LOGIT_ROWS,
         "!(temperature > 0 &&",
         "!(temperature >= 0 &&",
         ("tests/vocabulary/test_token_logprobs.py::test_bad_arguments_raise", *IN_CPP),
@@ -118,7 +119,7 @@ MUTANTS = [
     ),
     Mutant(
         "temperatures-repeat-after-32-rows",
-        LOGPROBS,
+        LOGIT_ROWS,
         "rows.temperature_per_row ? row : 0",
         "rows.temperature_per_row ? row % 32 : 0",
         LOGPROBS_TESTS,

@@ -18,6 +18,7 @@ POLICY_LOSS = "fastpg/ops/loss/policy_loss.py"
 SURROGATES = "fastpg/ops/loss/surrogates.py"
 VALUE_LOSS = "fastpg/ops/loss/value_loss.py"
 SHARDS = "fastpg/ops/vocabulary/shards.py"
+ROW_SOFTMAX = "fastpg/ops/vocabulary/row_softmax.py"
 TOKEN_LOGPROBS = "fastpg/ops/vocabulary/token_logprobs.py"
 IMPORTANCE = "fastpg/ops/weight/importance_weights.py"
 TOKEN_WEIGHTS = "fastpg/ops/weight/token_weights.py"
@@ -92,9 +93,9 @@ MUTANTS = [
     ),
     Mutant(
         "every-string-has-code-0",
-        OP,
-        "values[place] = table[values[place]]",
-        "values[place] = 0",
+        RECORD,
+        'f"table_{i}[{place}]" if i in tables else place',
+        '"0" if i in tables else place',
         ("tests/weight/test_token_weights.py::test_matches_a_loop_over_the_sequences",),
     ),
     Mutant(
@@ -143,8 +144,8 @@ MUTANTS = [
     Mutant(
         "a-masked-token-is-the-last",
         CHECKS,
-        "return mask & (left == 1)",
-        "return left == 1",
+        "return mask & (unmasked_from(mask, cu_seqlens) == 1)",
+        "return unmasked_from(mask, cu_seqlens) == 1",
         (*GAE_TESTS[:2], "tests/credit/test_token_rewards.py", *ON_REFERENCE),
     ),
     Mutant(
@@ -199,14 +200,14 @@ MUTANTS = [
     ),
     Mutant(
         "gradient-at-the-label-by-subtraction",
-        TOKEN_LOGPROBS,
+        ROW_SOFTMAX,
         "torch.where(is_label, -torch.expm1(logp), -p)",
         "torch.where(is_label, 1 - p, -p)",
         ("tests/vocabulary/test_nearly_certain.py", *ON_REFERENCE),
     ),
     Mutant(
         "minus-infinity-has-a-gradient",
-        TOKEN_LOGPROBS,
+        ROW_SOFTMAX,
         "    grad = torch.where(capped == -math.inf, 0.0, grad)\n",
         "",
         LOGPROBS_TESTS,
@@ -287,21 +288,21 @@ MUTANTS = [
     Mutant(
         "tokens-at-the-dual-clip-are-not-counted",
         SURROGATES,
-        "too_low, too_high | beyond)",
-        "too_low, too_high)",
+        "slope, too_low, too_high, dual)",
+        "slope, too_low, too_high, too_low & too_high)",
         POLICY_TESTS,
     ),
     Mutant(
         "cispo-counts-tokens-without-an-advantage",
         SURROGATES,
-        "too_low = (advantages != 0) & (ratio < options.low)",
-        "too_low = ratio < options.low",
+        "too_low = (advantages != 0) & (r.value < options.low)",
+        "too_low = r.value < options.low",
         POLICY_TESTS,
     ),
     Mutant(
         "reinforce-of-an-infinite-log-prob-is-nan",
         SURROGATES,
-        "torch.where(advantages == 0, 0.0, slope * logp)",
+        "torch.where((advantages == 0) | impossible, 0.0, slope * logp)",
         "slope * logp",
         POLICY_TESTS,
     ),

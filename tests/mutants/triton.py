@@ -109,8 +109,8 @@ MUTANTS = [
     Mutant(
         "a-sequence-of-its-last-block",
         POLICY_LOSS,
-        "        total += x.to(tl.float64) - old.to(tl.float64)\n",
-        "        total = x.to(tl.float64) - old.to(tl.float64)\n",
+        "        total += tl.where(tl.abs(d) == INFINITY",
+        "        total = tl.where(tl.abs(d) == INFINITY",
         POLICY_TESTS,
     ),
     Mutant(

@@ -82,8 +82,8 @@ MUTANTS = [
     Mutant(
         "the-label-is-left-in-the-sum-of-a-frozen-head",
         FROZEN_HEAD,
-        "others.masked_fill(here[:, None], 0.0)",
-        "others",
+        "tile.logits[at_labels].masked_fill(here, 0.0)",
+        "tile.logits[at_labels]",
         FROZEN_TESTS,
     ),
     Mutant(

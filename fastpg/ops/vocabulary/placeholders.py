@@ -67,8 +67,8 @@ def values_of(x: Tensor) -> Tensor:
         return x.detach()  # DeepSpeed lets go of this memory, and does not overwrite it
 
 
-class _Way(torch.autograd.Function):
-    """Values of the shape of a parameter, and the way of their gradient to it."""
+class _GradientTo(torch.autograd.Function):
+    """Values of a parameter, whose gradient goes to the parameter itself, empty as it may be."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, values: Tensor) -> Tensor:
@@ -86,14 +86,14 @@ class _Way(torch.autograd.Function):
 
 def whole(x: Tensor) -> Tensor:
     """A parameter of ZeRO-3 as any other tensor, of which `whole_of` is it; a collective call."""
-    result = _with_way(x, values_of(x))
+    result = _with_gradient_to(x, values_of(x))
     result.whole_of = x  # type: ignore[attr-defined]
     return result
 
 
 def outline(x: Tensor) -> Tensor:
     """A tensor of the shape of an empty parameter, without memory; its `outline_of` is it."""
-    result = _with_way(x, _without_memory(x))
+    result = _with_gradient_to(x, _without_memory(x))
     result.outline_of = x  # type: ignore[attr-defined]
     return result
 
@@ -102,13 +102,13 @@ def _without_memory(x: Tensor) -> Tensor:
     return x.data.new_empty(()).expand(x.ds_shape)  # type: ignore[attr-defined]
 
 
-def _with_way(x: Tensor, values: Tensor) -> Tensor:
+def _with_gradient_to(x: Tensor, values: Tensor) -> Tensor:
     """Values of a parameter, whose gradient goes to it."""
     if not (is_empty(x) and x.requires_grad and torch.is_grad_enabled()):
-        return _Way.apply(x, values)
+        return _GradientTo.apply(x, values)
     give_back = stand_in(x)
     try:
-        return _Way.apply(x, values)
+        return _GradientTo.apply(x, values)
     finally:
         give_back()
 

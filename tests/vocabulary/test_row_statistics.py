@@ -93,6 +93,8 @@ KEPT = (torch.tensor([0]), torch.tensor([0, 1]))
          {"row_statistics": ["sum"]}),
         (TypeError, "row_statistics must be a sequence of names, got 'is_top1'",
          {"row_statistics": "is_top1"}),
+        (TypeError, "row_statistics must be a sequence of names, got tensor",
+         {"row_statistics": torch.ones(2)}),
         (ValueError, "whole vocabulary, support must be None",
          {"row_statistics": ALL, "support": KEPT}),
         (ValueError, "whole vocabulary, process_group must be None",

@@ -21,8 +21,8 @@ from . import frozen_head, linear_several_labels, linear_support, sharded_head
 from .head_arguments import HeadInputs, as_list, has_several, head_inputs, in_shards
 from .head_ranks import of_all_ranks
 from .linear_rows import OP, logprobs
-from .row_softmax import RowStatistic, TokenLogprobs
-from .row_statistics import as_asked, checked_statistics
+from .row_softmax import RowStatistic, TokenLogprobs, checked_statistics
+from .row_statistics import as_asked, check_whole_rows
 from .support import checked_support
 
 
@@ -185,7 +185,8 @@ def linear_token_logprobs(
         arXiv:2411.09009.
     """
     several = has_several(labels, hidden)
-    gathers_whole = several or bool(row_statistics) or support is not None
+    names = checked_statistics(OP, row_statistics)
+    gathers_whole = several or bool(names) or support is not None
     inputs = head_inputs(
         OP,
         hidden,
@@ -210,7 +211,7 @@ def linear_token_logprobs(
             several=several,
             return_entropy=return_entropy,
             support=support,
-            row_statistics=row_statistics,
+            names=names,
         )
 
 
@@ -221,11 +222,11 @@ def _of_whole_head(
     several: bool,
     return_entropy: bool,
     support: tuple[Tensor, Tensor] | None,
-    row_statistics: Collection[RowStatistic],
+    names: Collection[str],
 ) -> Tensor | tuple[Tensor, Tensor] | TokenLogprobs:
-    """What the public function returns."""
-    if several or row_statistics:
-        names = checked_statistics(OP, row_statistics, support, inputs.group)
+    """What the public function returns, with the statistics of these names."""
+    if several or names:
+        check_whole_rows(OP, names, support, inputs.group)
         found = linear_several_labels.logprobs(inputs, labels, several=several)
         return as_asked(found, names, return_entropy=return_entropy)
     if support is not None:

@@ -15,12 +15,13 @@ would be rounded away as p_y → 1, and 1 − p_y with them.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Collection
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ..common.checks import check_label_values
+from ..common.checks import check_choice, check_label_values
 from .shards import finite_max
 
 OP = "token_logprobs"
@@ -44,6 +45,16 @@ class Outputs(NamedTuple):
 
 
 RowStatistic = Literal["sum_p_squared", "is_top1", "mean_logit"]
+
+
+def checked_statistics(op: str, names: Collection[str]) -> Collection[str]:
+    """The names of the statistics that are asked for."""
+    # A tensor is a collection too, and has a truth value of its own.
+    if isinstance(names, (str, Tensor)) or not isinstance(names, Collection):
+        raise TypeError(f"{op}: row_statistics must be a sequence of names, got {names!r}")
+    for name in names:
+        check_choice(op, "row_statistics", name, get_args(RowStatistic))
+    return names
 
 
 class TokenLogprobs(NamedTuple):

@@ -13,16 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._autograd import Differentiable
-from ..common.checks import check_choice
 from . import token_logprobs as page
 from .logit_rows import RowsOp
-from .row_softmax import OP, Gradient, Inputs, RowStatistic, TokenLogprobs
+from .row_softmax import OP, Gradient, Inputs, TokenLogprobs
 from .token_logprobs import Saved
 
 
@@ -78,19 +77,12 @@ row_statistics_op = RowsOp(
 )
 
 
-def checked_statistics(
-    op: str, names: object, support: object, process_group: object
-) -> Collection[str]:
-    """The names of the statistics that are asked for; rows must have their whole vocabulary."""
-    if isinstance(names, str) or not isinstance(names, Collection):
-        raise TypeError(f"{op}: row_statistics must be a sequence of names, got {names!r}")
-    for name in names:
-        check_choice(op, "row_statistics", name, get_args(RowStatistic))
-    if support is not None or process_group is not None:
+def check_whole_rows(op: str, names: Collection[str], support: object, group: object) -> None:
+    """Refuses what gives a row less than its whole vocabulary."""
+    if support is not None or group is not None:
         other = "support" if support is not None else "process_group"
         what = "row_statistics" if names else "several labels a row"
         raise ValueError(f"{op}: {what} need the whole vocabulary, {other} must be None")
-    return names
 
 
 def _forward(x: Inputs) -> tuple[tuple[Tensor, ...], Saved]:

@@ -36,6 +36,7 @@ from .row_softmax import (
     Outputs,
     RowStatistic,
     TokenLogprobs,
+    checked_statistics,
     reference,
     reference_backward,
     reference_backward_out,
@@ -300,6 +301,7 @@ def token_logprobs(
         Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", arXiv:1805.02867.
     """
     check_tensors(OP, logits=logits, labels=labels)
+    names = checked_statistics(OP, row_statistics)
     several = labels.dim() == logits.dim() > 0
     inputs = checked_inputs(
         logits,
@@ -312,11 +314,11 @@ def token_logprobs(
     )
     inplace = inplace_backward and may_overwrite(OP, "inplace_backward", logits)
     results: tuple[Tensor, ...]
-    if several or row_statistics:
-        from .row_statistics import as_asked, checked_statistics  # they are made of this page
+    if several or names:
+        from .row_statistics import as_asked, check_whole_rows  # they are made of this page
         from .several_labels import logprobs as logprobs_of_labels
 
-        names = checked_statistics(OP, row_statistics, support, process_group)
+        check_whole_rows(OP, names, support, process_group)
         results = logprobs_of_labels(inputs, labels, with_statistics=bool(names), inplace=inplace)
         return as_asked(results, names, return_entropy=return_entropy)
     if support is not None:

@@ -172,8 +172,9 @@ def quality(rows: list[Row]) -> str:
 
 
 def absences(rows: list[Row], *, quick: bool) -> str:
-    """What is not in the rows."""
-    names = sorted({row["candidate"] for row in rows if row.get("left_out")})
+    """What is nowhere in the rows. A peer that has one op and not another is there."""
+    present = {row["candidate"] for row in rows if not row.get("left_out")}
+    names = sorted({row["candidate"] for row in rows if row.get("left_out")} - present)
     text = f"Not timed, for a reason each: {', '.join(names)}" if names else ""
     if quick:
         compiled = f"{COMPILED} is left out, as it compiles for longer than this run takes"

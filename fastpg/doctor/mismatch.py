@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .sampling import Sampling
+from fastpg.trainer.sampling import Sampling
+
 from .scoring import AS_GIVEN, Scorer, Way
 
 # A correction helps if it takes this part off the mean |log-ratio|, by so many standard errors, and

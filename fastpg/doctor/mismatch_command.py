@@ -12,11 +12,11 @@ from transformers.utils.logging import disable_progress_bar
 from fastpg.trainer.loading import load_policy, load_tokenizer
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.ranges import Dtype
+from fastpg.trainer.sampling import Sampling
 
 from .mismatch import MismatchReport, corrections_of, diagnose
 from .prompts import forms_of
 from .rollouts import Rollout, load_rollouts
-from .sampling import Sampling
 from .scoring import Scorer
 
 DESCRIPTION = """\

@@ -16,9 +16,10 @@ from fastpg.ops.vocabulary.head import Head
 from fastpg.trainer.forward import causal_lm, predicting_states
 from fastpg.trainer.head import find_head
 from fastpg.trainer.parsing import InputError
+from fastpg.trainer.sampling import Sampling
 
 from .rollouts import Rollout
-from .sampling import Sampling, kept_tokens
+from .sampling import kept_tokens
 
 BATCH = 8  # sequences of a padded batch
 ROWS = 128  # tokens whose logits are in memory at a time, where sets are made

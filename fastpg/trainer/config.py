@@ -47,6 +47,10 @@ class RunSettings:
     )
     max_new_tokens: int = option(128, "tokens of a completion at most")
     temperature: float = option(1.0, "temperature of sampling and of every log-probability")
+    top_k: int = option(0, "sample of so many likeliest tokens, to which log-probs hold; 0: of all")
+    top_p: float = option(
+        1.0, "sample of the likeliest tokens that reach this probability, likewise"
+    )
     num_ppo_epochs: int | None = option(
         None, "passes over each rollout; by default 4, or 1 if the surrogate is reinforce"
     )
@@ -87,6 +91,10 @@ class PPOConfig(
             no prompt is cut, and one that leaves the model no room is refused.
         max_new_tokens: Most tokens of a completion.
         temperature: Temperature of sampling and of every log-probability.
+        top_k: Only so many of the likeliest tokens are sampled; 0: all. Every log-probability, KL
+            and entropy is then that of the distribution over the tokens that were left.
+        top_p: Only the likeliest tokens are sampled whose probabilities reach this, after `top_k`;
+            above 0 and up to 1, and with the same consequence.
         num_ppo_epochs: Passes over each rollout. None: 4, or 1 if the surrogate is "reinforce".
         num_mini_batches: Optimiser steps per pass. None: 2, or 1 if the surrogate is "reinforce".
         micro_batch_size: Sequences per forward and backward. None: 16, unless `micro_batch_tokens`

@@ -10,8 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
+from fastpg.trainer.kept_sets import CutLogits, SetRecorder
 from fastpg.trainer.packing import Family, Packing, find_families
 
 
@@ -22,6 +28,7 @@ def generate(
     config: GenerationConfig,
     packing: Packing | None,
     together: bool = False,
+    recorder: SetRecorder | None = None,
 ) -> Tensor:
     """Sample a completion of each prompt.
 
@@ -33,6 +40,7 @@ def generate(
         config: Temperature, most new tokens, ends and padding.
         packing: How rows are packed for the model. None: the model's own `generate` samples.
         together: Whether `generate` goes on until those of all processes have ended.
+        recorder: It cuts the logits, and remembers to which sets. None: nothing is cut off.
 
     Returns:
         Prompts and completions, int64 [B, P + T]. What follows the end of a completion is padding.
@@ -40,10 +48,20 @@ def generate(
     if packing is None or not packing.holds(input_ids.shape[1] + config.max_new_tokens):
         # Every causal language model has `generate`, but the type PreTrainedModel does not say so.
         model: Any = policy
-        return model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, synced_gpus=together
+        # `generate` calls these before it divides by the temperature of the config.
+        processors = (
+            []
+            if recorder is None
+            else [CutLogits(recorder, config.eos_token_id, input_ids.shape[1])]
         )
-    completions = Sampler(policy, config, packing).completions(input_ids, attention_mask)
+        return model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            synced_gpus=together,
+            logits_processor=LogitsProcessorList(processors),
+        )
+    sampler = Sampler(policy, config, packing, recorder)
+    completions = sampler.completions(input_ids, attention_mask)
     return torch.cat([input_ids, completions], dim=1)
 
 
@@ -53,6 +71,7 @@ class _Rows:
 
     Args:
         number: int64 [R], the number of each row among those that began.
+        episode: int64 [R], the number of the first completion of each row among all.
         length: int64 [R], the tokens of the prompt.
         seen: bool [R, P], the real tokens of the prompt.
         owner: int64 [R, S], the completion of each token behind the prompt.
@@ -61,6 +80,7 @@ class _Rows:
     """
 
     number: Tensor
+    episode: Tensor
     length: Tensor
     seen: Tensor
     owner: Tensor
@@ -80,11 +100,13 @@ class Sampler:
         policy: The model, in evaluation mode.
         config: Temperature, most new tokens, ends and padding.
         packing: How rows are packed for the model.
+        recorder: It cuts the logits, and remembers to which sets. None: nothing is cut off.
     """
 
     policy: PreTrainedModel
     config: GenerationConfig
     packing: Packing
+    recorder: SetRecorder | None = None
 
     @torch.no_grad()
     def completions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -105,8 +127,8 @@ class Sampler:
         ends = torch.tensor(self.config.eos_token_id, device=input_ids.device)
         columns = torch.arange(shape[1], device=input_ids.device).expand(shape[:2])
         for step in range(self.config.max_new_tokens):
-            drawn = self.draw(logits)
             grows = rows.grows.gather(1, columns)
+            drawn = self.draw(self._cut(logits, rows.episode[:, None] + columns, grows))
             kept = drawn.where(grows, self.config.pad_token_id)
             tokens[rows.number[:, None], columns, step] = kept
             rows.last = rows.last.scatter(1, columns, kept)
@@ -125,6 +147,12 @@ class Sampler:
         row = [number for number, family in enumerate(families) for _ in family.episodes]
         column = [index for family in families for index in range(len(family.episodes))]
         return tokens[row, column, : step + 1]
+
+    def _cut(self, logits: Tensor, episodes: Tensor, grows: Tensor) -> Tensor:
+        """Leave in logits [R, n, V] what is kept of them, if anything is cut off."""
+        if self.recorder is None:
+            return logits
+        return self.recorder.cut(logits, episodes, grows)
 
     def draw(self, logits: Tensor) -> Tensor:
         """Draw a token from each distribution.
@@ -171,6 +199,7 @@ class Sampler:
         seen = attention_mask[[family.first for family in families]]
         return _Rows(
             number=torch.arange(len(families), device=device),
+            episode=torch.tensor([family.episodes[0] for family in families], device=device),
             length=seen.sum(-1),
             seen=seen.bool(),
             owner=seen.new_empty(len(families), 0),

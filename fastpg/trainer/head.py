@@ -45,6 +45,9 @@ class HeadTransform:
     softcap: float | None = None
 
 
+Support = tuple[Tensor, Tensor]
+"""Kept sets as `token_logprobs` takes them: the tokens of all sets, and where each set begins."""
+
 TokenLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, fastpg.PolicyStats]]
 """What `linear_token_loss` takes: (logp, entropy, rows) -> (loss, stats)."""
 
@@ -57,6 +60,7 @@ def completion_logprobs(
     temperature: float,
     head: HeadTransform | None,
     packing: Packing | None = None,
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of completions.
 
@@ -70,6 +74,8 @@ def completion_logprobs(
         temperature: That of the log-probs.
         head: How the model makes its logits. None: the model computes them, [B, T, V].
         packing: How episodes are packed into rows. None, or no head: each is a row.
+        support: The tokens that each completion token was drawn from, as in `token_logprobs`. None:
+            the whole vocabulary.
 
     Returns:
         Log-probs and entropies [B, T], and the last hidden states [B, T, H].
@@ -78,7 +84,7 @@ def completion_logprobs(
         inputs = plain_inputs(policy, input_ids, attention_mask)
         logits, hidden = _logits(policy, inputs, labels.shape[1])
         logp, entropy = fastpg.token_logprobs(
-            logits, labels, temperature=temperature, return_entropy=True
+            logits, labels, temperature=temperature, return_entropy=True, support=support
         )
         return logp, entropy, hidden
     hidden = predicting_states(policy, input_ids, attention_mask, labels.shape[1], packing)
@@ -92,6 +98,7 @@ def completion_logprobs(
         softcap=head.softcap,
         logit_scale=head.scale,
         return_entropy=True,
+        support=support,
     )
     return logp, entropy, hidden
 
@@ -106,6 +113,7 @@ def completion_loss(
     token_loss: TokenLoss,
     level: Literal["token", "sequence"],
     packing: Packing | None = None,
+    support: Support | None = None,
 ) -> tuple[Tensor, list[fastpg.PolicyStats], Tensor]:
     """A loss of the log-probs of completions.
 
@@ -119,13 +127,14 @@ def completion_loss(
         token_loss: As in `linear_token_loss`. Without a `head` it is called once.
         level: As in `linear_token_loss`.
         packing: As in `completion_logprobs`.
+        support: As in `completion_logprobs`. With it `token_loss` is called once.
 
     Returns:
         The loss, its statistics, and the last hidden states [B, T, H].
     """
     if head is None:
         logp, entropy, hidden = completion_logprobs(
-            policy, input_ids, attention_mask, labels, temperature, head
+            policy, input_ids, attention_mask, labels, temperature, head, support=support
         )
         rows = torch.arange(labels.numel(), device=labels.device)
         loss, stats = token_loss(logp.flatten(), entropy.flatten(), rows)
@@ -142,6 +151,7 @@ def completion_loss(
         softcap=head.softcap,
         logit_scale=head.scale,
         level=level,
+        support=support,
     )
     return loss, all_stats, hidden
 

@@ -313,8 +313,8 @@ class Learner:
 
     def batch(self, rollout: Rollout) -> CompletionBatch:
         """Return episodes with all that decides how their log-probs are computed."""
-        # The head and the temperature go along, so that old, new and reference log-probs cannot be
-        # computed in different ways.
+        # The head, the temperature and the kept sets go along, so that old, new and reference
+        # log-probs cannot be computed in different ways.
         return CompletionBatch(
             input_ids=rollout.input_ids,
             attention_mask=rollout.attention_mask,
@@ -323,6 +323,7 @@ class Learner:
             head=self.paths.head,
             packing=self.paths.packing,
             value_packing=self.paths.value_packing,
+            support=None if rollout.kept is None else rollout.kept.support,
         )
 
     def _synchronized_if(self, last: bool) -> contextlib.AbstractContextManager:

@@ -21,22 +21,22 @@ def cut_by_tokens(
     Returns:
         The parts, of one row at least, as large as the order allows.
     """
-    episodes = rollout.on_cpu()
+    ids, mask = rollout.input_ids.cpu(), rollout.attention_mask.cpu()
+    width = rollout.mask.shape[1]
+
+    def size(rows: list[int]) -> int:
+        """Return the tokens of a forward over these episodes, padding included."""
+        if packing is None or not packing.holds(ids.shape[1]):
+            return ids[rows].numel()
+        return packed_size(ids[rows], mask[rows], width, packing)
+
     parts: list[list[int]] = []
     for row in rows.tolist():
-        if parts and _size(episodes, [*parts[-1], row], packing) <= budget:
+        if parts and size([*parts[-1], row]) <= budget:
             parts[-1].append(row)
         else:
             parts.append([row])
     return [torch.tensor(part) for part in parts]
-
-
-def _size(rollout: Rollout, rows: list[int], packing: Packing | None) -> int:
-    """Return the tokens of a forward over these episodes, padding included."""
-    ids, mask = rollout.input_ids[rows], rollout.attention_mask[rows]
-    if packing is None or not packing.holds(ids.shape[1]):
-        return ids.numel()
-    return packed_size(ids, mask, rollout.mask.shape[1], packing)
 
 
 def split_into(parts: list[Tensor], count: int) -> list[Tensor]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import fastpg
 from fastpg.trainer.forward import causal_lm, predicting_states
-from fastpg.trainer.head import HeadTransform, completion_logprobs, completion_loss
+from fastpg.trainer.head import HeadTransform, Support, completion_logprobs, completion_loss
 from fastpg.trainer.loading import as_input_error
 from fastpg.trainer.objective import Objective, Targets
 from fastpg.trainer.packing import Packing
@@ -37,6 +37,7 @@ class CompletionBatch:
             model computes itself are used.
         packing: How the episodes are packed into rows for the model. None: each is a row.
         value_packing: The same for a value model.
+        support: The tokens that each completion token was drawn from. None: the whole vocabulary.
     """
 
     input_ids: Tensor
@@ -46,6 +47,7 @@ class CompletionBatch:
     head: HeadTransform | None
     packing: Packing | None = None
     value_packing: Packing | None = None
+    support: Support | None = None
 
 
 class LossRequest:
@@ -159,6 +161,7 @@ class PolicyWithValue(nn.Module):
             objective.token_loss(targets),
             objective.level,
             batch.packing,
+            batch.support,
         )
         values = self._values(batch, hidden)
         if values is None:
@@ -232,6 +235,7 @@ def policy_logprobs(
         batch.temperature,
         batch.head,
         batch.packing,
+        batch.support,
     )
 
 

@@ -68,10 +68,12 @@ RANGES = (
             "missing_eos_penalty",
             "warmup_steps",
             "weight_decay",
+            "top_k",
         ),
     ),
     Range("between 0 and 1", lambda value: 0 <= value <= 1, ("gamma", "lam")),
     Range("between 0 and 1, and neither", lambda value: 0 < value < 1, ("eval_fraction",)),
+    Range("above 0 and at most 1", lambda value: 0 < value <= 1, ("top_p",)),
     # NumPy's seeds have 32 bits, and each process adds its number to this one.
     Range("between 0 and 2**31 - 1", lambda value: 0 <= value < 2**31, ("seed",)),
     Range(

@@ -11,8 +11,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from fastpg.trainer.forward import causal_lm
 from fastpg.trainer.generation import generate
+from fastpg.trainer.kept_sets import KeptSets, SetRecorder
 from fastpg.trainer.packing import Packing
 from fastpg.trainer.parsing import InputError
+from fastpg.trainer.sampling import Sampling
 
 IGNORE_INDEX = -100
 
@@ -29,12 +31,14 @@ class Rollout:
         attention_mask: int64 [B, P + T], 1 at prompt tokens and at the completion tokens of `mask`.
         mask: bool [B, T], the completion up to and including its first EOS.
         finished: bool [B], whether the completion has an EOS.
+        kept: The tokens that each completion token was drawn from. None: the whole vocabulary.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     mask: Tensor
     finished: Tensor
+    kept: KeptSets | None = None
 
     @property
     def completion_ids(self) -> Tensor:
@@ -54,11 +58,8 @@ class Rollout:
             attention_mask=torch.cat([self.attention_mask, more.long()], dim=1),
             mask=torch.cat([self.mask, more], dim=1),
             finished=self.finished,
+            kept=None if self.kept is None else self.kept.lengthened(),
         )
-
-    def on_cpu(self) -> "Rollout":
-        """Return these episodes on the CPU."""
-        return Rollout(**{name: tensor.cpu() for name, tensor in vars(self).items()})
 
     def __getitem__(self, rows: Tensor) -> "Rollout":
         """Return the episodes `rows`, int64 [n], in that order."""
@@ -67,6 +68,7 @@ class Rollout:
             attention_mask=self.attention_mask[rows],
             mask=self.mask[rows],
             finished=self.finished[rows],
+            kept=None if self.kept is None else self.kept[rows],
         )
 
 
@@ -259,8 +261,10 @@ def sample(
     temperature: float,
     packing: Packing | None,
     together: bool = False,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Rollout:
-    """Sample one completion for each prompt, from the whole distribution.
+    """Sample one completion for each prompt.
 
     Args:
         policy: The model.
@@ -273,6 +277,8 @@ def sample(
         packing: How rows are packed for the model. None: its own `generate` samples.
         together: Whether all processes go on until the last of them has ended its completions, as
             they must where they share the weights.
+        top_k: Only so many of the likeliest tokens are drawn; 0: all.
+        top_p: Only the likeliest tokens are drawn whose probabilities reach this.
 
     Returns:
         B episodes in the order of the prompts, on the device of the model.
@@ -289,14 +295,17 @@ def sample(
     config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
-        # Log-probabilities are over the whole vocabulary, so nothing is cut off it here.
+        # What is cut off has to be known to the log-probabilities, so the recorder does it.
         top_k=0,
         top_p=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,
         pad_token_id=pad,
     )
+    cut = Sampling(temperature, top_k, top_p)
+    recorder = None if cut.keeps_all else SetRecorder(cut)
     with sampling(policy, config):
-        sequences = generate(policy, ids, attention, config, packing, together)
+        sequences = generate(policy, ids, attention, config, packing, together, recorder)
     mask, finished = completion_mask(sequences[:, ids.shape[1] :], ends)
-    return Rollout(sequences, torch.cat([attention, mask.long()], dim=1), mask, finished)
+    kept = None if recorder is None else recorder.sets(mask)
+    return Rollout(sequences, torch.cat([attention, mask.long()], dim=1), mask, finished, kept)

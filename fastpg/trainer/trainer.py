@@ -326,6 +326,8 @@ class PPOTrainer:
             max_prompt_length=self.args.max_prompt_length,
             max_new_tokens=self.args.max_new_tokens,
             temperature=self.args.temperature,
+            top_k=self.args.top_k,
+            top_p=self.args.top_p,
             packing=None if is_shared else self.paths.packing,
             together=is_shared,
         )

@@ -23,8 +23,9 @@ from transformers import (
 from fastpg.cli import main
 from fastpg.doctor.mismatch_command import load_model, report_of
 from fastpg.doctor.rollouts import Rollout, load_rollouts
-from fastpg.doctor.sampling import Sampling, kept_tokens
+from fastpg.doctor.sampling import kept_tokens
 from fastpg.trainer import InputError
+from fastpg.trainer.sampling import Sampling
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<answer>", *(f"w{i}" for i in range(91))]
 KNOWN = len(WORDS)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -180,15 +181,29 @@ class Evidence:
                 ids = torch.cat([torch.tensor(prompt, device=device), tokens])[None]
                 # Without padding there is no mask to forget, and positions begin at 0.
                 logits = model(input_ids=ids, use_cache=False).logits[0, -length - 1 : -1].double()
+                logits = logits.masked_fill(~self._drawn_from(row, logits), -torch.inf)
                 for temperature, table in plain.logp.items():
                     table[row, :length] = _chosen(logits / temperature, tokens)
                 logps = (logits / self.temperatures[0]).log_softmax(-1)
-                entropy = -(logps.exp() * logps).sum(-1)
+                # A token of probability 0 adds nothing.
+                finite = logps.where(logps > -torch.inf, 0.0)
+                entropy = -(logps.exp() * finite).sum(-1)
                 plain.entropy[row, :length] = entropy
-                square = (logps.exp() * logps.square()).sum(-1)
+                square = (logps.exp() * finite.square()).sum(-1)
                 plain.variance[row, :length] = square - entropy.square()
                 plain.end[row, :length] = logps.exp()[:, ends].sum(-1)
         return plain
+
+    def _drawn_from(self, row: int, logits: Tensor) -> Tensor:
+        """Mark the tokens that those of episode `row` were drawn from, bool like logits [n, V]."""
+        if self.rollout.kept is None:
+            return torch.ones_like(logits, dtype=torch.bool)
+        marked = torch.zeros_like(logits, dtype=torch.bool)
+        token_ids, offsets = self.rollout.kept[torch.tensor([row])].support
+        for place, (begin, end) in enumerate(pairwise(offsets[: len(logits) + 1].tolist())):
+            # An empty set is the whole vocabulary.
+            marked[place, token_ids[begin:end].long() if end > begin else slice(None)] = True
+        return marked
 
     @cached_property
     def gradient(self) -> Gradient:

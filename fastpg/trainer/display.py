@@ -88,10 +88,7 @@ class Display:
             step: Its number; 0 for the evaluation before the first step.
             metrics: Its metrics.
         """
-        cells = {"step": f"{step}/{self.num_steps}"}
-        for column in COLUMNS:
-            if column.metric in metrics:
-                cells[column.heading] = column.form.format(metrics[column.metric])
+        cells = self._cells(step, metrics)
         if step > 0:
             cells["left"] = self._left(step, metrics["time/step"])
         self._lines.append(cells)
@@ -100,10 +97,33 @@ class Display:
         if self.live is not None:
             self.live.update(self._screen(), refresh=True)
             return
-        # A file or a pipe gets whole lines at once, so that `tail -f` shows them.
-        print("  ".join(f"{name} {cell:>6}" for name, cell in cells.items()), flush=True)
+        _print_line(cells)
         if self._steps == 1:
             print(self._legend(), flush=True)
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Show the evaluation after the last step.
+
+        Args:
+            step: The last step.
+            metrics: Those of the evaluation.
+        """
+        cells = self._cells(step, metrics)
+        if self.live is None:
+            _print_line(cells)
+        elif self._lines and self._lines[-1]["step"] == cells["step"]:
+            self._lines[-1] |= cells
+        else:
+            # A run that is taken up at its end has shown no step.
+            self._lines.append(cells)
+
+    def _cells(self, step: int, metrics: dict[str, float]) -> dict[str, str]:
+        """Return the cells of a line by the headings of their columns."""
+        cells = {"step": f"{step}/{self.num_steps}"}
+        for column in COLUMNS:
+            if column.metric in metrics:
+                cells[column.heading] = column.form.format(metrics[column.metric])
+        return cells
 
     def _left(self, step: int, seconds: float) -> str:
         """Return the time left, taking steps to come to be as fast as those before, on average."""
@@ -147,3 +167,8 @@ class Display:
         for cells in lines:
             table.add_row(*(cells.get(heading, "") for heading in shown))
         return table
+
+
+def _print_line(cells: dict[str, str]) -> None:
+    # A file or a pipe gets whole lines at once, so that `tail -f` shows them.
+    print("  ".join(f"{name} {cell:>6}" for name, cell in cells.items()), flush=True)

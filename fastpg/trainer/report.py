@@ -1,40 +1,22 @@
 """The end of a run: what changed, where the time went, which kernels ran, what was written."""
 
-import platform
-import shlex
-import sys
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import fastpg
 from fastpg.trainer.episodes import Episodes
 from fastpg.trainer.files import write_text
 from fastpg.trainer.plot import training_plot
-
-# The files that a run leaves in its output directory, as the report describes them.
-FILES = {
-    "model": "the policy and its tokenizer, for `from_pretrained`; the value head or model",
-    "best_model": "likewise, as it was at its best evaluation",
-    "checkpoint-*": "what `fastpg train --resume` goes on from",
-    "metrics.jsonl": "the metrics, one line a step; step 0 is the evaluation before training",
-    "completions": "samples of every step",
-    "tensorboard": "the metrics, for TensorBoard",
-    "config.yaml": "the settings as given, for `fastpg train --config`",
-    "summary.md": "this report",
-    "reward.png": "reward, evaluations and, where there is one, KL over the steps",
-}
+from fastpg.trainer.run_files import FILES
+from fastpg.trainer.start import Start
 
 NUM_SAMPLES = 6
 SAMPLE_WIDTH = 160  # characters of a prompt or completion
@@ -97,7 +79,7 @@ class Report:
         after: The evaluation after training.
         steps: The metrics of each step, and its number as "step".
         seconds: The seconds of each phase of training.
-        device: The type of the device, as `fastpg.kernels_of` writes it: "CPU", "CUDA".
+        start: What the run was started with, for the last time.
         directory: Where the files of the run are, config.yaml among them.
     """
 
@@ -106,15 +88,13 @@ class Report:
     after: Episodes
     steps: list[dict[str, Any]]
     seconds: dict[str, float]
-    device: str
+    start: Start
     directory: Path
 
     def write(self) -> None:
         """Write `summary.md` and its plot."""
         rewards = [(row["step"], row.get("eval/reward/mean")) for row in self.steps]
         evaluations = [(step, reward) for step, reward in rewards if reward is not None]
-        last = self.steps[-1]["step"] if self.steps else 0
-        evaluations.append((last, self.after.metrics()["reward/mean"]))
         title = f"{self.title}, {self.directory}"
         plot = training_plot(title, self.steps, evaluations)
         plot.savefig(self.directory / "reward.png", dpi=120)
@@ -140,7 +120,7 @@ class Report:
         for line in (
             f"Written to {self.directory}: {written}.",
             f"Time of the steps: {sum(self.seconds.values()):.0f} s ({shares}).",
-            f"Kernels on {self.device}: {kernels}; `fastpg` lists them.",
+            f"Kernels on {self.start.device}: {kernels}; `fastpg` lists them.",
         ):
             console.print(line, markup=False, style="dim")
         console.print()
@@ -154,14 +134,12 @@ class Report:
         console.print(shown.table(console.width))
 
     def _run(self) -> Section:
-        packages = ("fastpg", "torch", "transformers", "accelerate")
-        versions = [f"{name} {version(name)}" for name in packages]
-        device = "CPU" if self.device == "CPU" else torch.cuda.get_device_name()
+        versions = ", ".join(f"{name} {number}" for name, number in self.start.versions.items())
         lines = [
-            ("date", datetime.now().astimezone().isoformat(" ", timespec="seconds")),
-            ("command", f"`{shlex.join(sys.orig_argv)}`"),
-            ("versions", ", ".join([*versions, f"Python {platform.python_version()}"])),
-            ("machine", f"{device}, threads: {torch.get_num_threads()}, {platform.platform()}"),
+            ("date", self.start.date),
+            ("command", f"`{self.start.command}`"),
+            ("versions", versions),
+            ("machine", self.start.machine),
         ]
         return Section("Run", ("what", "which"), lines)
 
@@ -169,7 +147,7 @@ class Report:
         lines = [
             (name, what)
             for name, what in FILES.items()
-            if name != "best_model" or (self.directory / name).exists()
+            if name == "summary.md" or any(self.directory.glob(name))
         ]
         return Section(f"Written to {self.directory}", ("file", "what it is"), lines)
 
@@ -197,10 +175,8 @@ class Report:
         return Section("Where the time went", ("phase", "seconds", "share"), lines)
 
     def _kernels(self) -> Section:
-        kernels = fastpg.kernels_of().items()
-        # An op without a kernel for this device is served by its reference.
-        lines = [(op, devices.get(self.device, "reference")) for op, devices in kernels]
-        return Section(f"Kernels on {self.device}", ("op", "kernel"), lines)
+        lines = list(self.start.kernels.items())
+        return Section(f"Kernels on {self.start.device}", ("op", "kernel"), lines)
 
 
 def _shortened(content: Any) -> str:

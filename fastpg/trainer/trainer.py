@@ -199,7 +199,7 @@ class PPOTrainer:
                     log.doing(f"step {step}: evaluating")
                     evaluation = self._play_evaluation()
                     saver.keep_best(evaluation.metrics())
-                    metrics |= evaluation.metrics("eval/")
+                    metrics |= log.evaluated(step, evaluation)
                 log.step(step, everyone, metrics)
                 saver.after(step, stop)
             # The model is saved first: a reward that fails in the evaluation must not lose it.
@@ -209,6 +209,7 @@ class PPOTrainer:
             with saver.saving_if_stopped(self.args.num_steps), stop.at_once():
                 after = self._play_evaluation()
             saver.keep_best(after.metrics())
+            log.end(after)
         log.report(before, after, self.stopwatch.seconds)
         return after.metrics("eval/")
 

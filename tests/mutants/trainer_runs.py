@@ -11,6 +11,7 @@ EPISODES = "fastpg/trainer/episodes.py"
 LEARNER = "fastpg/trainer/learner.py"
 LOGGING = "fastpg/trainer/logging.py"
 PROMPTS = "fastpg/trainer/prompts.py"
+RUN_FILES = "fastpg/trainer/run_files.py"
 STATE = "fastpg/trainer/state.py"
 STEPS_FILE = "fastpg/trainer/steps.py"
 TRAINER = "fastpg/trainer/trainer.py"
@@ -138,7 +139,7 @@ MUTANTS = [
     ),
     Mutant(
         "one-episode-too-many-written",
-        LOGGING,
+        RUN_FILES,
         "islice(episodes.records(), self.args.num_logged_completions)",
         "islice(episodes.records(), self.args.num_logged_completions + 1)",
         METRICS,

@@ -11,8 +11,9 @@ from tiny_trainer import make_trainer
 from fastpg.tasks import reviews
 from fastpg.trainer.display import Display
 from fastpg.trainer.episodes import Episodes
-from fastpg.trainer.plot import running_mean, training_plot
+from fastpg.trainer.plot import training_plot
 from fastpg.trainer.report import Report, _shortened
+from fastpg.trainer.start import Start
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_the_report_fits_on_the_screen_and_ends_with_evaluation_and_samples(tmp_
         after=episodes(64, "another answer " * 9),
         steps=[{"step": 1, **STEP}],
         seconds={"generate": 1.0, "train": 3.0},
-        device="CPU",
+        start=Start.now(torch.device("cpu"), num_processes=1, after_step=0),
         directory=tmp_path,
     )
     console = terminal()
@@ -138,11 +139,6 @@ def test_the_report_fits_on_the_screen_and_ends_with_evaluation_and_samples(tmp_
 
 
 # The plot.
-
-
-def test_a_running_mean_looks_back():
-    assert running_mean([1, 2, 3, 6], 2) == [1, 1.5, 2.5, 4.5]
-    assert running_mean([1, 2], 1) == [1, 2]
 
 
 @pytest.mark.parametrize("has_kl", [True, False])

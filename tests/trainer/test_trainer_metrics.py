@@ -4,11 +4,18 @@ The metrics of the optimiser steps are in test_trainer_steps, beside the paramet
 """
 
 import json
+import shlex
+import sys
 import time
+from datetime import datetime
+from pathlib import Path
 
 import pytest
+import torch
 from recorded_runs import ENDS, REWARDS, moved_trainer, recording, score_by_hand, text_of
 from tiny_trainer import PROMPTS, make_trainer, metrics_of, rows_of
+
+import fastpg
 
 
 def scored(trainer, played):
@@ -48,7 +55,7 @@ def test_evaluations_come_first_last_and_every_so_many_steps(run):
     with_evaluation = [
         row["step"] for row in metrics_of(trainer.args.output_dir) if "eval/reward/mean" in row
     ]
-    assert with_evaluation == [2, 4]
+    assert with_evaluation == [2, 4, 5]
 
 
 def test_an_evaluation_is_reported_as_computed_by_hand(run):
@@ -61,6 +68,7 @@ def test_an_evaluation_is_reported_as_computed_by_hand(run):
         (rounds[0], start),
         (rounds[3], rows[1]),
         (rounds[6], rows[3]),
+        (rounds[8], rows[4]),
         (rounds[8], result),
     ):
         expected = {f"eval/{name}": x for name, x in scored(trainer, played)[2].items()}
@@ -87,8 +95,12 @@ def test_the_learning_rate_falls_from_step_to_step(run):
 
 def test_the_trackers_get_the_metrics_of_every_step(run):
     trainer, *_, sent = run
-    rows = rows_of(trainer.args.output_dir)
-    assert [step for step, _ in sent] == [row.pop("step") for row in rows] == [0, 1, 2, 3, 4, 5]
+    *others, last = rows_of(trainer.args.output_dir)
+    # The evaluation after training comes later than the last step.
+    after = {name: last[name] for name in last if name.startswith("eval/")}
+    rows = [*others, {name: x for name, x in last.items() if name not in after}]
+    rows.append({"step": 5, **after})
+    assert [step for step, _ in sent] == [row.pop("step") for row in rows] == [0, 1, 2, 3, 4, 5, 5]
     assert [values for _, values in sent] == [close(row) for row in rows]
 
 
@@ -109,6 +121,29 @@ def test_the_first_episodes_of_a_step_are_written(run):
             assert record["rewards"] == close({name: x[i] for name, x in rewards.items()})
             assert record["length"] == len(episodes[i].completion)
             assert record["finished"] is episodes[i].finished
+
+
+def test_the_first_episodes_of_every_evaluation_are_written(run):
+    trainer, rounds, *_ = run
+    folder = Path(trainer.args.output_dir, "evaluations")
+    assert len(list(folder.iterdir())) == 4
+    for step, played in ((0, rounds[0]), (2, rounds[3]), (4, rounds[6]), (5, rounds[8])):
+        lines = (folder / f"step_{step:06d}.jsonl").read_text().splitlines()
+        texts = [text_of(episode, trainer.tokenizer) for episode in played.episodes(ENDS)]
+        assert [json.loads(line)["completion"] for line in lines] == texts[:3]
+
+
+def test_what_a_run_was_started_with_is_written(run):
+    written = json.loads(Path(run[0].args.output_dir, "run.json").read_text())
+    assert (written["algorithm"], written["num_steps"]) == ("PPO", 5)
+    (start,) = written["starts"]
+    assert start["after_step"] == 0 and start["device"] == "CPU"
+    assert start["versions"]["torch"] == torch.__version__
+    assert start["command"] == shlex.join(sys.orig_argv)
+    assert start["kernels"] == {op: kernels["CPU"] for op, kernels in fastpg.kernels_of().items()}
+    assert f"threads: {torch.get_num_threads()}, processes: 1" in start["machine"]
+    age = datetime.now().astimezone() - datetime.fromisoformat(start["date"])
+    assert 0 <= age.total_seconds() < 3600
 
 
 def test_the_pace_is_that_of_the_step(run):

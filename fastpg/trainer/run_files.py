@@ -1,0 +1,208 @@
+"""The files of a run: each is complete up to the last step, whatever stops the run."""
+
+import json
+import math
+import os
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from fastpg.trainer.checkpoint import LATEST
+from fastpg.trainer.config import PPOConfig, save_config
+from fastpg.trainer.episodes import Episodes
+from fastpg.trainer.files import only_writer, write_text
+from fastpg.trainer.parsing import InputError
+from fastpg.trainer.start import Start
+
+FILES = {
+    "model": "the policy and its tokenizer, for `from_pretrained`; the value head or model",
+    "best_model": "likewise, as it was at its best evaluation",
+    "checkpoint-*": "what `fastpg train --resume` goes on from",
+    "metrics.jsonl": "the metrics, one line a step; step 0 is the evaluation before training",
+    "completions": "samples of every step",
+    "evaluations": "samples of every evaluation, of the same prompts",
+    "tensorboard": "the metrics, for TensorBoard",
+    "config.yaml": "the settings as given, for `fastpg train --config`",
+    "run.json": "command, versions, machine and kernels of every start",
+    "summary.md": "this report",
+    "reward.png": "reward, evaluations and, where there is one, KL over the steps",
+    "report.html": "what `fastpg report` makes of these files",
+}
+"""What a run leaves in its output directory. `*` stands for any number."""
+
+
+class RunFiles:
+    """Metrics, samples, settings and provenance of a run, in its output directory.
+
+    Args:
+        args: The settings of the run.
+        resumed_at: The step after which an earlier run in the same directory is taken up. None:
+            this is a new run.
+    """
+
+    def __init__(self, args: PPOConfig, resumed_at: int | None) -> None:
+        self.args = args
+        self.resumed_at = resumed_at
+        self.directory = Path(args.output_dir)
+        self.steps: list[dict[str, Any]] = []
+        """The metrics of each step, and its number as "step"."""
+        self.set_aside: Path | None = None
+        """Where the files of a run went that used the directory before, if one did."""
+        self._opened = ExitStack()
+        # Whether metrics.jsonl lacks some of the steps, for want of room.
+        self._is_behind = False
+
+    def open(self, start: Start) -> None:
+        """Make the output directory and begin or continue its files.
+
+        Args:
+            start: What the run was started with.
+
+        Raises:
+            InputError: The directory cannot be written to, or another run is writing to it.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._opened.enter_context(only_writer(self.directory))
+            if self.resumed_at is None:
+                self._set_earlier_run_aside()
+            for name in ("completions", "evaluations"):
+                (self.directory / name).mkdir(exist_ok=True)
+            # The settings are written first: they say what a run was that failed in its first step.
+            save_config(self.args, self.directory / "config.yaml")
+            self._write_start(start)
+            self._keep_until(self.resumed_at or 0)
+            self._open_metrics()
+        except OSError as error:
+            raise InputError(f"Cannot write to {error.filename}: {error.strerror}.") from error
+
+    def close(self) -> None:
+        """Close the files, and leave the directory to other runs."""
+        self._opened.close()
+
+    def _set_earlier_run_aside(self) -> None:
+        """Move the files of a run that used the directory before into `earlier-N` inside it."""
+        if not (self.directory / "metrics.jsonl").exists():
+            return
+        numbers = count(1)
+        aside = self.directory / f"earlier-{next(numbers)}"
+        while aside.exists():
+            aside = self.directory / f"earlier-{next(numbers)}"
+        aside.mkdir()
+        # Only the files of a run are moved: the directory may hold others.
+        for name in (*FILES, LATEST):
+            for path in self.directory.glob(name):
+                shutil.move(path, aside / path.name)
+        self.set_aside = aside
+
+    def _write_start(self, start: Start) -> None:
+        """Add what the run was started with to `run.json`."""
+        path = self.directory / "run.json"
+        starts = []
+        # A run of an older version has no such file.
+        if self.resumed_at is not None and path.exists():
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        run = {
+            "algorithm": self.args.resolved().algorithm.title,
+            "num_steps": self.args.num_steps,
+            "starts": [*starts, asdict(start)],
+        }
+        write_text(path, json.dumps(run, indent=2) + "\n")
+
+    def _keep_until(self, step: int) -> None:
+        """Forget what was written of later steps."""
+        path = self.directory / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        # A run that was killed may have left half a line.
+        self.steps = [row for row in map(_parsed, lines) if row is not None and row["step"] <= step]
+        for folder in ("completions", "evaluations"):
+            for samples in (self.directory / folder).glob("step_*.jsonl"):
+                if samples.stem > f"step_{step:06d}":
+                    samples.unlink()
+
+    def _open_metrics(self) -> None:
+        """Write all metrics so far to their file, and open it for those to come."""
+        path = self.directory / "metrics.jsonl"
+        write_text(path, "".join(f"{_as_json(row)}\n" for row in self.steps))
+        self._metrics = self._opened.enter_context(path.open("a", encoding="utf-8"))
+        self._is_behind = False
+
+    def flush(self) -> None:
+        """Wait until the metrics are on the disk."""
+        os.fsync(self._metrics.fileno())
+
+    def begin(self, metrics: dict[str, float]) -> None:
+        """Write step 0, which comes before the others.
+
+        Args:
+            metrics: Those of the evaluation before training.
+        """
+        self.steps.insert(0, {"step": 0, **metrics})
+        self._rewrite()
+
+    def end(self, step: int, metrics: dict[str, float]) -> None:
+        """Add metrics to the last step.
+
+        Args:
+            step: Its number.
+            metrics: Those of the evaluation after training.
+        """
+        # Someone may have removed the metrics of a run that is taken up at its end.
+        if not self.steps:
+            self.steps.append({"step": step})
+        self.steps[-1] |= metrics
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        # What cannot be written now, the next step writes.
+        self._is_behind = True
+        self._open_metrics()
+
+    def step(self, step: int, episodes: Episodes, metrics: dict[str, float]) -> None:
+        """Write a step, and first those that could not be written before.
+
+        Args:
+            step: Its number, from 1.
+            episodes: Its episodes, of which `num_logged_completions` are written.
+            metrics: Its metrics.
+        """
+        self.steps.append({"step": step, **metrics})
+        if self._is_behind:
+            self._open_metrics()
+        else:
+            # Should this fail, the next step writes both.
+            self._is_behind = True
+            print(_as_json(self.steps[-1]), file=self._metrics, flush=True)
+            self._is_behind = False
+        self.samples("completions", step, episodes)
+
+    def samples(self, folder: str, step: int, episodes: Episodes) -> None:
+        """Write the first `num_logged_completions` episodes.
+
+        Args:
+            folder: "completions" or "evaluations".
+            step: The step that they are of.
+            episodes: The episodes.
+        """
+        # Each step has a file of its own: a run that is killed leaves no half of an older one.
+        samples = islice(episodes.records(), self.args.num_logged_completions)
+        lines = [f"{json.dumps(sample)}\n" for sample in samples]
+        path = self.directory / folder / f"step_{step:06d}.jsonl"
+        path.write_text("".join(lines), encoding="utf-8")
+
+
+def _as_json(row: dict[str, Any]) -> str:
+    # JSON has no NaN and no infinity.
+    return json.dumps({name: x if math.isfinite(x) else None for name, x in row.items()})
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """Return a line of metrics; None if it is not whole."""
+    try:
+        row = json.loads(line)
+        return {name: math.nan if x is None else x for name, x in row.items()}
+    except (ValueError, AttributeError):
+        return None

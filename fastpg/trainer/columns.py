@@ -56,7 +56,8 @@ def reward_columns(
     columns["prompts"] = [example["prompt"] for example in examples]
     columns["completions"] = list(completions)
     columns["completion_ids"] = [
-        ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.mask, strict=True)
+        ids[kept].tolist()
+        for ids, kept in zip(rollout.completion_ids, rollout.attended, strict=True)
     ]
     pairs = [
         _texts(prompt, ids[kept.bool()], length, tokenizer)
@@ -64,7 +65,7 @@ def reward_columns(
             columns["prompts"],
             rollout.input_ids,
             rollout.attention_mask,
-            rollout.mask.sum(-1).tolist(),
+            rollout.attended.sum(-1).tolist(),
             strict=True,
         )
     ]

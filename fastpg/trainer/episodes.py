@@ -25,8 +25,8 @@ class Episodes:
         rewards: What each reward function gave, by its name, before weights; NaN where it does not
             apply.
         scores: What the policy is trained on.
-        lengths: Tokens of the completions, the EOS included.
-        finished: 1 where the completion has an EOS, else 0.
+        lengths: Tokens of the completions that the policy sampled, the EOS included.
+        finished: 1 where the completion has come to its end, else 0.
     """
 
     prompts: list[Any]
@@ -174,7 +174,7 @@ def score_rollout(
 def _decoded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the text of each completion, without special tokens."""
     texts = []
-    for ids, mask in zip(rollout.completion_ids, rollout.mask, strict=True):
+    for ids, kept in zip(rollout.completion_ids, rollout.attended, strict=True):
         # `decode` is typed for batches too; the tokens of one completion give one text.
-        texts.append(cast(str, tokenizer.decode(ids[mask], skip_special_tokens=True)))
+        texts.append(cast(str, tokenizer.decode(ids[kept], skip_special_tokens=True)))
     return texts

@@ -136,7 +136,8 @@ class Learner:
             logprobs_through(self.model, self.batch(longer[rows])).values
             for rows in self._micro_batches(longer, torch.arange(len(rollout.mask)))
         ]
-        after = torch.cat([value[:, -1] for value in values if value is not None])
+        ends = rollout.attended.sum(-1, keepdim=True)
+        after = torch.cat([value for value in values if value is not None]).gather(1, ends)[:, 0]
         return after.where(~rollout.finished, 0.0)
 
     def _before_update(

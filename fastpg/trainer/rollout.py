@@ -26,11 +26,16 @@ Prompt = str | list[dict[str, str]]
 class Rollout:
     """B episodes: prompts in the first P slots, padded left; completions in the last T, right.
 
+    Tokens of a tool or an environment may stand in a completion, before, between and after those
+    that the policy sampled. The policy sees them, and learns nothing about them: only the tokens of
+    `mask` have log-probs, credit and a loss.
+
     Args:
         input_ids: int64 [B, P + T].
-        attention_mask: int64 [B, P + T], 1 at prompt tokens and at the completion tokens of `mask`.
-        mask: bool [B, T], the completion up to and including its first EOS.
-        finished: bool [B], whether the completion has an EOS.
+        attention_mask: int64 [B, P + T], 1 at the tokens of prompts and completions, which stand
+            without a gap.
+        mask: bool [B, T], the tokens of the completion that the policy sampled.
+        finished: bool [B], whether the completion has come to its end.
         kept: The tokens that each completion token was drawn from. None: the whole vocabulary.
     """
 
@@ -46,17 +51,27 @@ class Rollout:
         return self.input_ids[:, -self.mask.shape[1] :]
 
     @property
+    def attended(self) -> Tensor:
+        """bool [B, T]: all tokens of the completion, whoever wrote them."""
+        return self.attention_mask[:, -self.mask.shape[1] :].bool()
+
+    @property
     def labels(self) -> Tensor:
-        """int64 [B, T]: the completion tokens, `IGNORE_INDEX` where masked."""
+        """int64 [B, T]: the sampled tokens, `IGNORE_INDEX` elsewhere."""
         return self.completion_ids.where(self.mask, IGNORE_INDEX)
 
     def lengthened(self) -> "Rollout":
-        """Return these episodes with one more token, of no meaning, behind each unfinished one."""
-        more = ~self.finished[:, None]
+        """Return these episodes with one more token, of no meaning, behind each unfinished one.
+
+        It stands in the slot `attended.sum(-1)` of the completion, and is not of `mask`.
+        """
+        ends = self.input_ids.shape[1] - self.mask.shape[1] + self.attended.sum(-1)
+        unmasked = torch.zeros_like(self.mask[:, :1])
+        attention = torch.cat([self.attention_mask, unmasked.long()], dim=1)
         return Rollout(
             input_ids=torch.cat([self.input_ids, self.input_ids[:, -1:]], dim=1),
-            attention_mask=torch.cat([self.attention_mask, more.long()], dim=1),
-            mask=torch.cat([self.mask, more], dim=1),
+            attention_mask=attention.scatter(1, ends[:, None], (~self.finished[:, None]).long()),
+            mask=torch.cat([self.mask, unmasked], dim=1),
             finished=self.finished,
             kept=None if self.kept is None else self.kept.lengthened(),
         )

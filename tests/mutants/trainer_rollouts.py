@@ -39,7 +39,7 @@ MUTANTS = [
     Mutant(
         "what-follows-the-end-is-decoded",
         EPISODES,
-        "tokenizer.decode(ids[mask], skip_special_tokens=True)",
+        "tokenizer.decode(ids[kept], skip_special_tokens=True)",
         "tokenizer.decode(ids, skip_special_tokens=True)",
         SAMPLING,
     ),

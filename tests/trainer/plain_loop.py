@@ -74,7 +74,7 @@ class PlainLoop:
         for batch in minibatches:
             self.optimizer.zero_grad()
             terms = [self._loss(episodes[i], old[i]) for i in batch]
-            shares = self._shares([len(episodes[i].completion) for i in batch])
+            shares = self._shares([len(old[i]["logp"]) for i in batch])
             loss = sum(s * t[0].sum() for s, t in zip(shares, terms, strict=True))
             value_loss = sum(s * t[1].sum() for s, t in zip(shares, terms, strict=True))
             (loss + self.settings["vf_coef"] * value_loss).backward()
@@ -95,8 +95,9 @@ class PlainLoop:
         return metrics
 
     def _tokens(self, policy, episode):
-        """Log-probs, entropies and last hidden states of the tokens of the completion."""
+        """Log-probs, entropies and values of the tokens of the completion that were sampled."""
         length = len(episode.completion)
+        sampled = torch.tensor(episode.sampled or [True] * length)
         ids = torch.tensor(episode.prompt + episode.completion)
         out = policy(ids[None], output_hidden_states=True)
         logp = (out.logits[0, -length - 1 : -1] / self.settings["temperature"]).log_softmax(-1)
@@ -107,7 +108,7 @@ class PlainLoop:
         if "critic" in self.rule:
             hidden = out.hidden_states[-1][0, -length - 1 : -1]
             result["value"] = self.value_head(hidden)[:, 0]
-        return result
+        return {name: tokens[sampled] for name, tokens in result.items()}
 
     def _credit(self, episodes, scores, old):
         """Adds `advantage` (and `return`) to each entry of `old`. Returns metrics."""

@@ -127,6 +127,8 @@ class Episode:
     prompt: list[int]
     completion: list[int]
     finished: bool
+    sampled: list[bool] | None = None
+    """Which tokens of the completion the policy sampled. None: all."""
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def test_policy_and_value_model_learn_each_from_its_own_loss(tmp_path, critic):
 def test_the_first_values_are_the_scores_of_the_reward_model(tmp_path, reward_model):
     trainer = make_trainer(tmp_path, value_model=reward_model)
     rollout = trainer._sample(trainer.train_dataset[:3])
-    longer = rollout.lengthened()  # The last value is then that of the state of the last token.
+    longer = rollout.lengthened()
     values = logprobs_through(trainer.model, trainer.learner.batch(longer)).values
     scorer = RewardModel.load(reward_model)
     ids = [row[kept.bool()].tolist() for row, kept in zip(*rollout_tokens(rollout), strict=True)]

@@ -8,16 +8,20 @@ import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from recorded_runs import trained_parameters
+from test_packing import WHOLE
 from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from two_processes import ENGINES, in_two_processes
 
+from fastpg.tasks import reviews
 from fastpg.trainer import InputError
 from fastpg.trainer.engine import is_deepspeed, is_zero3, whole_state
+from fastpg.trainer.micro_batches import cut_by_tokens
 from fastpg.trainer.rollout import Rollout
 
 CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
 EPISODES, PROMPT, LENGTH, GROUP = 20, 3, 6, 5
+BUDGET = 16  # tokens of a micro-batch
 
 
 def fixed_rollout():
@@ -58,18 +62,49 @@ CASES = {
     "dr_grpo": {"algorithm": "dr_grpo"},
     # None of the episodes of the second process has ended, so nothing of it counts.
     "masked": {"algorithm": "ppo", "mask_truncated_completions": True},
+    # The second process has shorter episodes, and fills fewer micro-batches.
+    "tokens": {"algorithm": "grpo", "micro_batch_size": None, "micro_batch_tokens": BUDGET},
+    "value model": {"algorithm": "ppo", "value_learning_rate": 1e-2},
 }
 
 
+HALVES = torch.arange(EPISODES).chunk(2)
+
+
+def settings(name, folder):
+    """Those of a case, whose critic is in a folder."""
+    has_model = name == "value model"
+    return CASES[name] | ({"value_model": f"{folder}/critic"} if has_model else {})
+
+
 def own_half(folder, cases):
-    rows = torch.arange(EPISODES).chunk(2)[torch.distributed.get_rank()]
-    return {name: step(folder, rows=rows, **CASES[name]) for name in cases}
+    rows = HALVES[torch.distributed.get_rank()]
+    return {name: step(folder, rows=rows, **settings(name, folder)) for name in cases}
 
 
+@pytest.fixture
+def critic(tmp_path):
+    """A model of values of another shape than the policy, whose first values are not 0."""
+    torch.manual_seed(1)
+    config = tiny_model(num_hidden_layers=1, hidden_size=16, intermediate_size=32).config
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path / "critic")
+    reviews.build_tokenizer().save_pretrained(tmp_path / "critic")
+
+
+def test_the_processes_have_different_numbers_of_micro_batches():
+    """In the case "tokens"."""
+    rollout, _ = fixed_rollout()
+    assert [len(cut_by_tokens(rollout, half, BUDGET, WHOLE)) for half in HALVES] == [5, 3]
+
+
+@pytest.mark.usefixtures("critic")
 @pytest.mark.parametrize(
     ("engine", "cases"),
     [
-        ("fsdp", ["masked"]),
+        ("fsdp", ["masked", "tokens"]),
         pytest.param("fsdp", list(CASES), marks=pytest.mark.slow),
         pytest.param("ddp", list(CASES), marks=pytest.mark.slow),
     ],
@@ -78,20 +113,24 @@ def test_two_processes_make_the_step_of_one(tmp_path, engine, cases):
     """Parameters and every metric, also where nothing of a process counts."""
     ranks = in_two_processes(own_half, tmp_path, cases, engine=engine)
     for name in cases:
-        parameters, metrics = step(tmp_path, rows=torch.arange(EPISODES), **CASES[name])
+        rows = torch.arange(EPISODES)
+        parameters, metrics = step(tmp_path, rows=rows, **settings(name, tmp_path))
         for theirs, their_metrics in (rank[name] for rank in ranks):
             torch.testing.assert_close(theirs, parameters, rtol=0, atol=1e-6)
             assert their_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("critic")
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_two_processes_of_deepspeed_make_the_step_of_one(tmp_path, engine):
     """In two micro-batches a process, of which DeepSpeed must make one step."""
     pytest.importorskip("deepspeed")
-    ranks = in_two_processes(own_half, tmp_path, ["masked", "grpo"], engine=engine)
-    for name in ("masked", "grpo"):
-        parameters, metrics = step(tmp_path, rows=torch.arange(EPISODES), **CASES[name])
+    cases = ["masked", "grpo", "tokens", "value model"]
+    ranks = in_two_processes(own_half, tmp_path, cases, engine=engine)
+    for name in cases:
+        rows = torch.arange(EPISODES)
+        parameters, metrics = step(tmp_path, rows=rows, **settings(name, tmp_path))
         for theirs, their_metrics in (rank[name] for rank in ranks):
             assert their_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
             # Under ZeRO-3 the main process alone has the whole weights.

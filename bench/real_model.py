@@ -4,8 +4,8 @@ MODEL is a directory for `from_pretrained`; CASE a word in the name of the cases
 the one with a wide head takes the tokenizer alone from MODEL. Each trainer is a process of its own,
 which keeps its model; they take a step in turn. TRL comes from `.integrations/trl-1.16.0`, which
 `make test-integrations` lays out. Both train in float32, with a reference of weight 0.04, one
-optimiser step on a rollout, and the same sizes. The time of a row is that of the process on the CPU,
-all threads together: other work on the machine hardly shows in it. The memory is the process's peak.
+optimiser step on a rollout, and the same sizes. The time of a row is that of the process on the
+CPU, all threads together: other work on the machine hardly shows in it. The memory is the peak.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The engine of a run: one process, or several that share its episodes, and maybe its weights."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,12 @@ from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, broadcast_object_list
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    str_to_bool,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -46,6 +52,7 @@ def make_accelerator(args: EngineSettings) -> Accelerator:
         log_with="tensorboard",
         project_dir=args.output_dir,
     )
+    _check_processes(accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
@@ -60,6 +67,22 @@ def make_accelerator(args: EngineSettings) -> Accelerator:
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise InputError("Megatron-LM is not supported; DDP, FSDP2 and DeepSpeed are.")
     return accelerator
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    """Refuse processes that accelerate would not let share the work as they were told to."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise InputError(
+            f"{started} processes were started, but each would train alone, for there is no GPU; "
+            "ACCELERATE_USE_CPU=true in the environment lets them train together."
+        )
+    wants_fsdp = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+    if wants_fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        raise InputError(
+            "accelerate has FSDP on GPUs only; without it every process holds the whole model, as "
+            "examples/accelerate/ddp.yaml says."
+        )
 
 
 def shares_weights(accelerator: Accelerator) -> bool:

@@ -122,6 +122,8 @@ def test_two_processes_make_the_step_of_one(tmp_path, engine, cases):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("critic")
+# DeepSpeed calls functions of torch by their older names.
+@pytest.mark.filterwarnings("ignore:.torch.distributed.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_two_processes_of_deepspeed_make_the_step_of_one(tmp_path, engine):
     """In two micro-batches a process, of which DeepSpeed must make one step."""
@@ -148,6 +150,22 @@ def test_accelerate_takes_the_configurations_that_are_shipped(path):
     else:
         assert not config.fsdp_config
     assert (config.distributed_type == DistributedType.DEEPSPEED) == path.stem.startswith("zero")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("WORLD_SIZE", "2", "2 processes were started, but each would train alone, for there is"),
+        ("ACCELERATE_USE_FSDP", "true", "accelerate has FSDP on GPUs only; without it every"),
+    ],
+)
+def test_processes_that_would_not_share_as_they_were_told_are_refused(
+    tmp_path, monkeypatch, name, value, sentence
+):
+    """As `accelerate launch` starts them where there is no GPU, and FSDP on CPUs."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=sentence):
+        make_trainer(tmp_path)
 
 
 RUN = {"num_steps": 3, "save_steps": 1, "save_total_limit": None}

@@ -30,7 +30,6 @@ from .__main__ import Results
 
 FOLDERS = [f".integrations/{name}/site-packages" for name in ("trl-1.16.0", "datasets")]
 WORDS = "time year people way day woman life child world school state family".split()  # noqa: SIM905
-STEPS = 2  # of which the first is left out
 WIDE = "the head of Qwen2.5-0.5B, V=151936, on 2 of its layers"
 
 
@@ -46,6 +45,7 @@ class Case:
     target: str = ""  # for TRL's time, in units of ours
     memory_target: str = ""
     model: str = "SmolLM2-135M"
+    steps: int = 2  # of which the first is left out, if it is not the only one
 
 
 def make_cases() -> dict[str, Case]:
@@ -64,7 +64,7 @@ def make_cases() -> dict[str, Case]:
         ),
         # TRL's memory for 16 of these would be 20 GB.
         "1 prompt of 512 x 16 of 64, TRL in micro-batches of 4": Case(
-            stories, 16, 16, 64, {"fastpg": 16, "TRL": 4}, ">= 2.86"
+            stories, 16, 16, 64, {"fastpg": 16, "TRL": 4}, ">= 2.86", steps=1
         ),
         "4 prompts of 44 x 8 of 64, one micro-batch": Case(
             sums, 32, 8, 64, {"fastpg": 32, "TRL": 32}, "", "<= TRL * 0.5", WIDE
@@ -108,7 +108,7 @@ def run_fastpg(model: str, case: Case, folder: str) -> None:
     from fastpg.trainer import PPOConfig, PPOTrainer
 
     args = PPOConfig(
-        algorithm="grpo", output_dir=folder, num_steps=STEPS, rollout_batch_size=case.batch,
+        algorithm="grpo", output_dir=folder, num_steps=case.steps, rollout_batch_size=case.batch,
         num_generations=case.group, max_new_tokens=case.tokens, num_ppo_epochs=1,
         num_mini_batches=1, micro_batch_size=case.micro["fastpg"], learning_rate=1e-6,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def run_trl(model: str, case: Case, folder: str) -> None:
             wait()
 
     args = GRPOConfig(
-        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=case.micro["TRL"],
+        output_dir=folder, max_steps=case.steps, per_device_train_batch_size=case.micro["TRL"],
         gradient_accumulation_steps=case.batch // case.micro["TRL"], num_generations=case.group,
         max_completion_length=case.tokens, beta=0.04, loss_type="grpo", learning_rate=1e-6,
         bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none",
@@ -190,7 +190,7 @@ def measure(model: str, name: str) -> None:
     cpu = {trainer: answer(process)["cpu"] for trainer, process in processes.items()}
     seconds: dict[str, list[float]] = {trainer: [] for trainer in processes}
     peaks: dict[str, float] = {}
-    for _ in range(STEPS):
+    for _ in range(make_cases()[name].steps):
         for trainer, process in processes.items():
             taken, state = take_step(process)
             seconds[trainer].append(state["cpu"] - cpu[trainer])
@@ -202,11 +202,12 @@ def measure(model: str, name: str) -> None:
 
 
 def write(name: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -> None:
-    """Add a row for each trainer to the results, the first step left out."""
+    """Add a row for each trainer to the results, the first step left out if there are more."""
     case, rows = make_cases()[name], []
-    for trainer, times in seconds.items():
-        later = sorted(times[1:])
-        ratios = [t / ours for t, ours in zip(times[1:], seconds["fastpg"][1:], strict=True)]
+    counted = {trainer: times[1:] or times for trainer, times in seconds.items()}
+    for trainer, times in counted.items():
+        later = sorted(times)
+        ratios = [t / ours for t, ours in zip(times, counted["fastpg"], strict=True)]
         rows.append(
             {
                 "op": "grpo_step", "case": f"{case.model}, {name}, fp32", "candidate": trainer,

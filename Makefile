@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up: a .venv with the tested versions, or, where $(PY)
 # already has all it takes, that Python as it is (no download, no isolation).
 PY ?= python3
-NEEDED := torch, transformers, accelerate, pytest, pybind11, ninja, setuptools
+NEEDED := torch, transformers, accelerate, pytest, ninja, setuptools
 HAVE := $(shell $(PY) -c "import $(NEEDED)" 2>/dev/null && echo 1)
 RUN := $(if $(HAVE),$(PY),.venv/bin/python)
 CPP := $(shell find csrc -type f)
@@ -103,7 +103,7 @@ endif
 	$(PY) -m venv .venv-newest
 	.venv-newest/bin/pip install -q torch==2.14.1
 	grep -vE "^(torch|triton)==" constraints.txt > .venv-newest/constraints.txt
-	.venv-newest/bin/pip install -q -c .venv-newest/constraints.txt numpy scipy hypothesis pybind11 \
+	.venv-newest/bin/pip install -q -c .venv-newest/constraints.txt numpy scipy hypothesis \
 	  pytest pytest-xdist pytest-benchmark
 	touch .venv-newest
 

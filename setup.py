@@ -1,5 +1,8 @@
 """Builds fastpg._C (and fastpg._cuda, given CUDA sources and an nvcc) with ninja, without torch.
 
+Both are modules of Python's stable ABI: built once, they serve Python 3.10 and every later version.
+
+CXX                    the compiler: GCC 11 or later, or clang; on Windows clang or MinGW
 FASTPG_CUDA=auto|0|1   use nvcc when found (auto), never (0), or fail without it (1)
 FASTPG_STRICT=1        a failed build stops the installation; else fastpg runs on its references
 """
@@ -10,22 +13,35 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import ninja
 from ninja.ninja_syntax import Writer
-from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+# Such as linux-x86_64, macosx-11.0-arm64, win-amd64. _PYTHON_HOST_PLATFORM may name another system
+# than this one; CXX is a compiler for that then.
+TARGET = sysconfig.get_platform()
+WINDOWS = TARGET.startswith("win")
 # -fno-trapping-math lets GCC turn the selects of csrc/simd into masks, and -fno-tree-pre keeps it
 # from splitting a loop at a select of a constant: without either, such a loop would be scalar, ten
 # times slower.
 CXXFLAGS = [
-    *("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-tree-pre"),
+    "-Wno-ignored-optimization-argument",  # of clang, which knows no -fno-tree-pre
 ]
-X86 = platform.machine() in ("x86_64", "AMD64")
+if not WINDOWS:
+    CXXFLAGS.append("-fPIC")
+SHARED = {
+    "macosx": ["-bundle", "-undefined", "dynamic_lookup"],
+    "win": ["-shared", "-static", f"-L{sys.base_prefix}/libs", "-lpython3"],
+}.get(TARGET.partition("-")[0], ["-shared"])
+# A Python that is a universal2 of macOS gets what this machine takes.
+MACHINE = platform.machine() if TARGET.endswith("universal2") else TARGET
+X86 = MACHINE.endswith(("x86_64", "amd64"))
 # A file `<op>_simd.cpp` is compiled once for each of these.
 ISA_FLAGS = {
     "baseline": [],
@@ -51,10 +67,16 @@ def find_nvcc():
         sys.exit(f"FASTPG_CUDA must be auto, 0 or 1, not {wanted!r}")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     found = next((f"{h}/bin/nvcc" for h in homes if h and Path(h, "bin/nvcc").exists()), None)
-    nvcc = found or shutil.which("nvcc")
+    # On Windows nvcc takes MSVC alone, which does not know these flags.
+    nvcc = None if WINDOWS else found or shutil.which("nvcc")
     if wanted == "1" and not nvcc:
         sys.exit("FASTPG_CUDA=1, but nvcc was not found: set CUDA_HOME")
     return None if wanted == "0" else nvcc
+
+
+def joined(words):
+    """Words as one command line of this system's shell."""
+    return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
 
 
 def sources(suffix):
@@ -82,6 +104,13 @@ class Build(build_ext):
             ext.optional = True
             print(f"fastpg: {ext.name} was NOT built ({error})", file=sys.stderr)
 
+    def copy_extensions_to_source(self):
+        """For an editable install. A module for one Python, of an earlier build, would go first."""
+        for ext in self.extensions:
+            for earlier in Path().glob(f"{ext.name.replace('.', '/')}.cpython-*"):
+                earlier.unlink()
+        super().copy_extensions_to_source()
+
     def ninja(self, ext):
         folder = Path(self.build_temp, ext.name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,21 +122,16 @@ class Build(build_ext):
 
     def write(self, out, ext, folder, target):
         """The whole build: a rule per compiler, an edge per source, one link."""
-        cxx, nvcc = os.environ.get("CXX", "c++"), find_nvcc()
-        includes = [
-            f"-I{shlex.quote(str(d))}"
-            for d in (*ext.include_dirs, *self.include_dirs, Path("csrc").absolute())
-        ]
-        shared = (
-            ["-shared"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
-        )
+        cxx, nvcc = os.environ.get("CXX", "clang++" if WINDOWS else "c++"), find_nvcc()
+        folders = (*ext.include_dirs, *self.include_dirs, Path("csrc").absolute())
+        includes = [joined([f"-I{folder}"]) for folder in folders]
         out.variable("includes", includes)
         for rule, command in (
             ("cxx", f"{cxx} {' '.join(CXXFLAGS)} $flags $includes -MMD -MF $out.d"),
             ("nvcc", f"{nvcc} {' '.join(NVCCFLAGS + GENCODE)} $includes -MD"),
         ):
             out.rule(rule, f"{command} -c $in -o $out", depfile="$out.d", deps="gcc")
-        out.rule("link", f"{cxx} {' '.join(shared)} $in -o $out")
+        out.rule("link", f"{cxx} $in {joined(SHARED)} -o $out")
         # The static runtime: no CUDA library is needed to import the module.
         out.rule("link_cuda", f"{nvcc} -shared -cudart static $in -o $out")
         objects = []
@@ -124,10 +148,14 @@ def extensions():
     """fastpg._C, and fastpg._cuda where there are CUDA sources and an nvcc."""
     cuda, nvcc = sources(".cu"), find_nvcc()
     cpu = [f for f in sources(".cpp") if Path(f).stem != "bind_cuda"]
-    found = [Pybind11Extension("fastpg._C", cpu)]
+    found = [Extension("fastpg._C", cpu, py_limited_api=True)]
     if cuda and nvcc:
-        found.append(Pybind11Extension("fastpg._cuda", [*cuda, "csrc/bind_cuda.cpp"]))
+        found.append(Extension("fastpg._cuda", [*cuda, "csrc/bind_cuda.cpp"], py_limited_api=True))
     return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

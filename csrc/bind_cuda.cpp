@@ -2,7 +2,9 @@
 // GPU.
 #include "common/module.h"
 
-PYBIND11_MODULE(_cuda, m) {
-  fpg::add_ops(m);
-  m.attr("gpus") = FPG_GPUS;
+PyMODINIT_FUNC PyInit__cuda() {
+  PyObject* module = fpg::make_module("fastpg._cuda");
+  if (module != nullptr && PyModule_AddStringConstant(module, "gpus", FPG_GPUS) != 0)
+    Py_CLEAR(module);
+  return module;
 }

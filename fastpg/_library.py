@@ -137,7 +137,8 @@ def _kept_scalar(
 
 def _share_thread_pool(extension: ModuleType) -> None:
     """Hands torch's parallel loop to the extension, so that torch.set_num_threads holds for it."""
-    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    names = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
+    name = names.get(sys.platform, "libtorch_cpu.so")
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
     extension.set_parallel_for(ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value)
 

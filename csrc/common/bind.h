@@ -3,6 +3,8 @@
 // torch is not linked: a tensor is asked for its address as Python would ask it.
 #pragma once
 
+// Only what Python 3.10 promises to keep: one build serves it and every later version.
+#define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
 #include <stdexcept>
@@ -27,7 +29,7 @@ struct HasFields<T, std::void_t<decltype(std::declval<T&>().fields())>> : std::t
 inline void* memory_of_empty(PyObject* tensor) {
   static PyObject* const name = PyUnicode_InternFromString("numel");
   static char byte;
-  PyObject* count = PyErr_Occurred() ? nullptr : PyObject_CallMethodNoArgs(tensor, name);
+  PyObject* count = PyErr_Occurred() ? nullptr : PyObject_CallMethodObjArgs(tensor, name, nullptr);
   if (count == nullptr) return nullptr;
   if (PyLong_AsLongLong(count) > 0)
     PyErr_SetString(PyExc_RuntimeError, "fastpg: a tensor with elements has no memory");
@@ -81,7 +83,7 @@ class FieldReader {
   // The tensor itself if it is contiguous. A copy lives as long as this reader.
   PyObject* contiguous(PyObject* tensor) {
     static PyObject* const name = PyUnicode_InternFromString("contiguous");
-    PyObject* copy = PyErr_Occurred() ? nullptr : PyObject_CallMethodNoArgs(tensor, name);
+    PyObject* copy = PyErr_Occurred() ? nullptr : PyObject_CallMethodObjArgs(tensor, name, nullptr);
     if (copy != nullptr) copies_.push_back(copy);
     return copy;
   }
@@ -89,7 +91,7 @@ class FieldReader {
   static void* address(PyObject* tensor) {
     static PyObject* const name = PyUnicode_InternFromString("data_ptr");
     if (tensor == nullptr || PyErr_Occurred()) return nullptr;
-    PyObject* number = PyObject_CallMethodNoArgs(tensor, name);
+    PyObject* number = PyObject_CallMethodObjArgs(tensor, name, nullptr);
     if (number == nullptr) return nullptr;
     void* data = PyLong_AsVoidPtr(number);
     Py_DECREF(number);

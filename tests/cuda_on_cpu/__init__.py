@@ -13,8 +13,6 @@ from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-import pybind11
-
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w", '-DFPG_GPUS="CPU"']
@@ -40,7 +38,7 @@ def load(folder: Path):
 def build(sources: list[Path], target: Path) -> None:
     """Each source in its own process, then one link; renamed when complete."""
     compiler = os.environ.get("CXX", "c++")
-    includes = [HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [HERE, CSRC, sysconfig.get_path("include")]
     command = [compiler, *FLAGS, *(f"-I{path}" for path in includes), "-c", "-x", "c++"]
     objects = [target.with_name(f"{source.stem}.o") for source in sources]
     running = [

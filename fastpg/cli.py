@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import fastpg
 from fastpg.bench.command import bench
-from fastpg.doctor.installed import checkup, kernels
+from fastpg.doctor.installed import TRAINER, absent_packages, checkup, kernels
 from fastpg.integrations.verify_command import verify
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 # Exit codes besides 0: for input that cannot be used; for a signal, whose number is added.
 REJECTED = 2
 STOPPED = 128
-
-# Packages whose name is not that of their module.
-PACKAGES = {"yaml": "pyyaml"}
 
 DESCRIPTION = "Without a command, print which kernel serves which op on which device."
 
@@ -173,10 +170,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     try:
         from fastpg.trainer import InputError
     except ImportError as error:
-        module = (error.name or "").partition(".")[0]
+        packages = absent_packages(TRAINER) or [str(error.name)]
         print(
-            f"fastpg {command} needs {PACKAGES.get(module, module)}: install the trainer's "
-            "packages with pip install '.[trainer]' in the clone of fastpg.",
+            f"fastpg {command} needs {', '.join(packages)}: pip install {' '.join(packages)}",
             file=sys.stderr,
         )
         return REJECTED

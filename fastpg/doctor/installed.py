@@ -18,16 +18,18 @@ PACKAGES = (
     "openrlhf",
 )  # fmt: skip
 
-# The modules that a use needs, and how to get them. matplotlib and tensorboard are for the report.
+# The modules that a use needs. matplotlib and tensorboard are for the trainer's report.
 TRAINER = "transformers accelerate safetensors rich tensorboard matplotlib yaml".split()  # noqa: SIM905
 NEEDS = {
-    "fastpg train, fastpg reward-model, fastpg doctor mismatch": (TRAINER, "'.[trainer]'"),
-    "LoRA in the trainer": (["peft"], "peft"),
-    "datasets from parquet, the Hub or save_to_disk": (["datasets", "pyarrow"], "datasets"),
-    "fastpg.integrations.trl": (["trl"], "trl"),
-    "fastpg.integrations.verl": (["verl"], "verl"),
-    "fastpg.integrations.openrlhf": (["openrlhf"], "openrlhf"),
+    "fastpg train, fastpg reward-model, fastpg doctor mismatch": TRAINER,
+    "LoRA in the trainer": ["peft"],
+    "datasets from parquet, the Hub or save_to_disk": ["datasets", "pyarrow"],
+    "fastpg.integrations.trl": ["trl"],
+    "fastpg.integrations.verl": ["verl"],
+    "fastpg.integrations.openrlhf": ["openrlhf"],
 }
+# The packages whose name is not that of their module.
+PACKAGE_OF = {"yaml": "pyyaml"}
 
 # Parts of the names of shared libraries that replace malloc.
 ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
@@ -98,11 +100,15 @@ def missing_parts() -> list[str]:
         found.append("CUDA C++ kernels: install fastpg where there is an nvcc; Triton's serve")
     if torch.cuda.is_available() and find_spec("triton") is None:
         found.append("Triton, for the kernels on this GPU: pip install triton")
-    for use, (modules, name) in NEEDS.items():
-        absent = [module for module in modules if find_spec(module) is None]
-        if absent:
-            found.append(f"{', '.join(absent)}, for {use}: pip install {name}")
+    for use, modules in NEEDS.items():
+        if packages := absent_packages(modules):
+            found.append(f"{', '.join(packages)}, for {use}: pip install {' '.join(packages)}")
     return found
+
+
+def absent_packages(modules: list[str]) -> list[str]:
+    """The packages to install for those of the modules that are not here."""
+    return [PACKAGE_OF.get(module, module) for module in modules if find_spec(module) is None]
 
 
 def allocator() -> str:

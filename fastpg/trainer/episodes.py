@@ -156,16 +156,46 @@ def score_rollout(
     rewards = score(reward_funcs, columns)
     # Everything about rewards is on the CPU: they come from Python and go to files.
     weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
-    finished = rollout.finished.float().cpu()
     # A reward that does not apply to a completion adds nothing to its score.
     weighted = weights @ torch.stack(list(rewards.values())).nan_to_num(nan=0.0)
+    prompts = [example["prompt"] for example in examples]
+    return _scored(rollout, prompts, texts, rewards, weighted, args)
+
+
+def episodes_as_given(
+    rollout: Rollout, scores: Tensor, tokenizer: PreTrainedTokenizerBase, args: PPOConfig
+) -> Episodes:
+    """Return episodes that were scored elsewhere, with the texts of their tokens.
+
+    Args:
+        rollout: B episodes.
+        scores: float32 [B], on the CPU.
+        tokenizer: The tokenizer that decodes prompts and completions.
+        args: The settings, for `reward_clip` and `missing_eos_penalty`.
+    """
+    behind = rollout.mask.shape[1]
+    ids, kept = rollout.input_ids[:, :-behind], rollout.attention_mask[:, :-behind].bool()
+    prompts = _texts(ids, kept, tokenizer)
+    return _scored(rollout, prompts, _decoded(rollout, tokenizer), {}, scores, args)
+
+
+def _scored(
+    rollout: Rollout,
+    prompts: list[Any],
+    completions: list[str],
+    rewards: dict[str, Tensor],
+    scores: Tensor,
+    args: PPOConfig,
+) -> Episodes:
+    """Return the episodes, with what the settings make of their scores."""
+    finished = rollout.finished.float().cpu()
     if args.reward_clip is not None:
-        weighted = weighted.clamp(-args.reward_clip, args.reward_clip)
+        scores = scores.clamp(-args.reward_clip, args.reward_clip)
     return Episodes(
-        prompts=[example["prompt"] for example in examples],
-        completions=texts,
+        prompts=prompts,
+        completions=completions,
         rewards=rewards,
-        scores=weighted - args.missing_eos_penalty * (1 - finished),
+        scores=scores - args.missing_eos_penalty * (1 - finished),
         lengths=rollout.mask.sum(-1).float().cpu(),
         finished=finished,
     )
@@ -173,8 +203,12 @@ def score_rollout(
 
 def _decoded(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the text of each completion, without special tokens."""
-    texts = []
-    for ids, kept in zip(rollout.completion_ids, rollout.attended, strict=True):
-        # `decode` is typed for batches too; the tokens of one completion give one text.
-        texts.append(cast(str, tokenizer.decode(ids[kept], skip_special_tokens=True)))
-    return texts
+    return _texts(rollout.completion_ids, rollout.attended, tokenizer)
+
+
+def _texts(ids: Tensor, kept: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    # `decode` is typed for batches too; the tokens of one row give one text.
+    return [
+        cast(str, tokenizer.decode(row[mask], skip_special_tokens=True))
+        for row, mask in zip(ids, kept, strict=True)
+    ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from fastpg.trainer.sampling import Sampling
 
 IGNORE_INDEX = -100
 
-Prompt = str | list[dict[str, str]]
-"""Text, or chat messages."""
+Prompt = str | list[dict[str, str]] | list[int]
+"""Text, chat messages, or token ids."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def encode(
 
 
 def encode_one(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, what: str) -> list[int]:
-    """Turn a prompt into tokens.
+    """Turn a prompt into tokens; token ids are returned as they are.
 
     A text gets no EOS at its end, also where the tokenizer would append one. A chat that ends with
     a message of the assistant is continued there; any other gets the beginning of such a message.
@@ -188,13 +188,15 @@ def encode_one(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, what: str) ->
     Raises:
         InputError: There is no chat template, or tokenizer or template refuse the prompt.
     """
+    if _is_token_ids(prompt):
+        return prompt
     if not isinstance(prompt, str) and tokenizer.chat_template is None:
         raise InputError("The prompts are chat messages, but the tokenizer has no chat template.")
     try:
         ids = (
             _text_ids(prompt, tokenizer)
             if isinstance(prompt, str)
-            else _chat_ids(prompt, tokenizer)
+            else _chat_ids(cast(list[dict[str, str]], prompt), tokenizer)
         )
     except Exception as error:
         # Templates raise errors of jinja, tokenizers plain exceptions of their own.
@@ -203,6 +205,10 @@ def encode_one(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, what: str) ->
     if not ids:
         raise InputError(f"{what} has no tokens: {prompt!r}.")
     return ids
+
+
+def _is_token_ids(prompt: Prompt) -> TypeGuard[list[int]]:
+    return bool(prompt) and isinstance(prompt[0], int)
 
 
 def _text_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

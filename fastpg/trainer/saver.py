@@ -124,26 +124,36 @@ class Saver:
         except StorageError as error:
             self.log.say(f"The best model so far is not saved: {error}")
 
-    def after(self, step: int, stop: StopSignals) -> None:
+    def after(self, step: int, stop: StopSignals | None = None) -> None:
         """Save what is due after a step, and end the run if a signal has asked for it.
 
         Args:
             step: The step.
-            stop: The signals.
+            stop: The signals. None: they end no loop of a user's own.
 
         Raises:
             Interrupted: A signal has come, on any process. Checkpoint and model are saved.
         """
-        if self._asked_to_stop(stop):
+        if stop is not None and self._asked_to_stop(stop):
             self._save_stopped(step, random_state())
             raise Interrupted(stop.requested or SIGTERM)
         every = self.args.save_steps
         if step == self.args.num_steps or (every is not None and step % every == 0):
-            try:
-                self._write(step, random_state())
-            except StorageError as error:
-                # The next one may succeed, and the one before is whole.
-                self.log.say(f"There is no checkpoint of step {step}: {error}")
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of a step, unless it is there or there is no room for it.
+
+        Args:
+            step: The step.
+        """
+        if step == self.saved_step:
+            return
+        try:
+            self._write(step, random_state())
+        except StorageError as error:
+            # The next one may succeed, and the one before is whole.
+            self.log.say(f"There is no checkpoint of step {step}: {error}")
 
     def end(self) -> None:
         """Save the model of a run that has made all its steps.

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import skip_first_batches
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.assembly import assemble, write_models
-from fastpg.trainer.checkpoint import Checkpoint, load_checkpoint
+from fastpg.trainer.checkpoint import Checkpoint
 from fastpg.trainer.checks import (
     check_dataset,
     check_policy,
@@ -35,35 +36,36 @@ from fastpg.trainer.loading import load_policy, load_tokenizer
 from fastpg.trainer.logging import RunLog, Stopwatch
 from fastpg.trainer.models import policy_through
 from fastpg.trainer.optimizer import make_optimizer, make_schedule
+from fastpg.trainer.own_loop import OwnLoop
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.prompts import Example, prompt_loader
 from fastpg.trainer.reward_model import RewardModel
 from fastpg.trainer.rewards import RewardFunction, name_of
-from fastpg.trainer.rollout import Rollout, sample
+from fastpg.trainer.rollout import Rollout, encode_one, sample, vocabulary_size
 from fastpg.trainer.saver import Saver
 from fastpg.trainer.signals import StopSignals
 from fastpg.trainer.state import TrainingState, origin_of_run, restore_random_state
-from fastpg.trainer.steps import pace_metrics
 from fastpg.trainer.value_model import load_value_model
 
 Dataset = Sequence[Example]
 """Dicts with a "prompt", text or chat messages, and any other columns."""
 
 
-class PPOTrainer:
+class PPOTrainer(OwnLoop):
     """Trains a causal language model on rewards of its own completions.
 
-    It trains any algorithm of `fastpg.algorithms`; PPO is only the default.
+    It trains any algorithm of `fastpg.algorithms`; PPO is only the default. With a dataset and
+    reward functions, `train` does it all; a loop of your own calls `step`, and needs neither.
 
     Args:
         model: A directory or name for `from_pretrained`, or the module itself, trained in place.
         reward_funcs: One or several functions `reward(prompts, completions, **columns)` that
             return a list of floats, one for each completion, or None where they do not apply; each
             may be async, a `RewardModel`, a text that `load_reward` understands, or written for
-            verl or OpenRLHF.
+            verl or OpenRLHF. None: `step` is given scores.
         args: The settings. None: those of `PPOConfig()`.
         train_dataset: A sequence of dicts with a "prompt", text or chat messages. The other
-            columns go to the reward functions by name.
+            columns go to the reward functions by name. None: `step` is given episodes.
         eval_dataset: The same for evaluation. None: the first training prompts.
         processing_class: The tokenizer. None: the one saved with the model.
 
@@ -88,22 +90,21 @@ class PPOTrainer:
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: RewardFunction | str | Sequence[RewardFunction | str],
+        reward_funcs: RewardFunction | str | Sequence[RewardFunction | str] | None = None,
         args: PPOConfig | None = None,
         *,
-        train_dataset: Dataset,
+        train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.args = args or PPOConfig()
         self.resolved = self.args.resolved()
-        self.train_dataset = train_dataset
-        self.eval_dataset = train_dataset if eval_dataset is None else eval_dataset
+        self.train_dataset: Dataset = [] if train_dataset is None else train_dataset
+        self.eval_dataset = self.train_dataset if eval_dataset is None else eval_dataset
         # Cheap checks come before the model is loaded.
         self.reward_funcs = checked_rewards(reward_funcs, self.args)
-        datasets = {"train": self.train_dataset}
-        if eval_dataset is not None:
-            datasets["eval"] = eval_dataset
+        given = {"train": train_dataset, "eval": eval_dataset}
+        datasets = {name: dataset for name, dataset in given.items() if dataset is not None}
         for name, dataset in datasets.items():
             check_dataset(name, dataset, self.reward_funcs)
         loaded = load_policy(model, self.args.trust_remote_code, self.args.dtype)
@@ -121,7 +122,10 @@ class PPOTrainer:
                 reward.to(self.accelerator.device)
         self.assembled = assemble(loaded, value_model, self.args, self.accelerator.device)
         self._prepare()
-        check_repeatable(self.learner, self.tokenizer, self.train_dataset[0]["prompt"])
+        ids = list(range(min(64, vocabulary_size(policy))))
+        if len(self.train_dataset):
+            ids = encode_one(self.train_dataset[0]["prompt"], self.tokenizer, "A prompt")
+        check_repeatable(self.learner, ids)
 
     def _prepare(self) -> None:
         """Make the optimiser, its schedule, the loader of prompts and the learner."""
@@ -172,14 +176,18 @@ class PPOTrainer:
             The metrics of the last evaluation, as `evaluate` returns them.
 
         Raises:
-            InputError: This trainer has trained already, a reward is no list of finite numbers,
-                a prompt cannot be encoded, `output_dir` cannot be written to, or there is no
-                checkpoint of this run.
+            InputError: There is no dataset or no reward function, this trainer has trained already,
+                a reward is no list of finite numbers, a prompt cannot be encoded, `output_dir`
+                cannot be written to, or there is no checkpoint of this run.
             Interrupted: A signal has stopped the run; this is a `KeyboardInterrupt`.
         """
+        self._require_data("train", train_dataset=self.train_dataset)
         if self.scheduler.last_epoch > 0:
             raise InputError("This trainer has trained already; make a new one to train further.")
-        saved = self._load(resume_from_checkpoint)
+        place = resume_from_checkpoint
+        saved = None
+        if place is not False:
+            saved = self._load(self.args.output_dir if place is True else place)
         self.seed()
         log = RunLog(self.accelerator, self.args, None if saved is None else saved.step)
         lost = naming_lost_processes(Path(self.args.output_dir))
@@ -213,20 +221,20 @@ class PPOTrainer:
         log.report(before, after, self.stopwatch.seconds)
         return after.metrics("eval/")
 
+    def _require_data(self, name: str, **dataset: Dataset) -> None:
+        """Refuse what needs a dataset and reward functions, if one of them was not given."""
+        data: dict[str, Sequence[Any]] = {**dataset, "reward_funcs": self.reward_funcs}
+        missing = [argument for argument, given in data.items() if len(given) == 0]
+        if missing:
+            raise InputError(
+                f"{name}() needs {' and '.join(missing)}, which this trainer was not given; step() "
+                "does without."
+            )
+
     def seed(self) -> None:
         """Set every generator to where a run begins."""
         # Each process draws its own numbers: the same ones would sample the same completions.
         set_seed(self.args.seed, device_specific=True)
-
-    def _load(self, place: bool | str | Path) -> Checkpoint | None:
-        """Read a checkpoint of this run and take up what it holds."""
-        if place is False:
-            return None
-        saved = load_checkpoint(Path(self.args.output_dir if place is True else place))
-        self.state.check(saved)
-        self.state.restore(saved)
-        self.stopwatch.resume(saved.state["seconds"])
-        return saved
 
     def _batches(self, saved: Checkpoint | None) -> Iterator[tuple[int, list[Example]]]:
         """Yield the number and the examples of each step to come."""
@@ -251,8 +259,10 @@ class PPOTrainer:
             "eval/completions/finished" and "eval/completions/distinct" (fractions).
 
         Raises:
-            InputError: A reward is no list of finite numbers, or a prompt cannot be encoded.
+            InputError: There is no dataset or no reward function, a reward is no list of finite
+                numbers, or a prompt cannot be encoded.
         """
+        self._require_data("evaluate", eval_dataset=self.eval_dataset)
         return self._play_evaluation().metrics("eval/")
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
@@ -303,20 +313,6 @@ class PPOTrainer:
             rollout = self._sample(examples)
         with self.stopwatch("score"):
             return rollout, self._score(examples, rollout)
-
-    def learn(self, rollout: Rollout, episodes: Episodes) -> tuple[Episodes, dict[str, float]]:
-        """Learn from a rollout. Returns the episodes of all processes, and the step's metrics."""
-        with self.stopwatch("logprob"):
-            experience, credit = self.learner.experience(rollout, episodes.scores)
-        with self.stopwatch("train"):
-            update = self.learner.update(experience)
-        # Metrics and samples are those of all processes; learning needed only its own episodes.
-        everyone = Episodes.concatenate(gather_object([episodes]))
-        # The rate is read before the schedule moves on: it is that of the step that ends.
-        rate = {"learning_rate": float(self.scheduler.get_last_lr()[0])}
-        self.scheduler.step()
-        pace = pace_metrics(self.stopwatch.lap(), everyone)
-        return everyone, everyone.metrics() | credit | update | rate | pace
 
     def _sample(self, examples: Dataset) -> Rollout:
         is_shared = shares_weights(self.accelerator)

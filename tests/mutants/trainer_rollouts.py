@@ -39,8 +39,8 @@ MUTANTS = [
     Mutant(
         "what-follows-the-end-is-decoded",
         EPISODES,
-        "tokenizer.decode(ids[kept], skip_special_tokens=True)",
-        "tokenizer.decode(ids, skip_special_tokens=True)",
+        "tokenizer.decode(row[mask], skip_special_tokens=True)",
+        "tokenizer.decode(row, skip_special_tokens=True)",
         SAMPLING,
     ),
     Mutant(

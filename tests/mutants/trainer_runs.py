@@ -14,6 +14,7 @@ PROMPTS = "fastpg/trainer/prompts.py"
 RUN_FILES = "fastpg/trainer/run_files.py"
 STATE = "fastpg/trainer/state.py"
 STEPS_FILE = "fastpg/trainer/steps.py"
+OWN_LOOP = "fastpg/trainer/own_loop.py"
 TRAINER = "fastpg/trainer/trainer.py"
 
 MUTANTS = [
@@ -183,7 +184,7 @@ MUTANTS = [
     ),
     Mutant(
         "metrics-of-the-own-episodes",
-        TRAINER,
+        OWN_LOOP,
         "everyone = Episodes.concatenate(gather_object([episodes]))",
         "everyone = episodes",
         PROCESSES,

@@ -12,6 +12,7 @@ LEARNER = "fastpg/trainer/learner.py"
 MODELS = "fastpg/trainer/models.py"
 OBJECTIVE = "fastpg/trainer/objective.py"
 OPTIMIZER = "fastpg/trainer/optimizer.py"
+OWN_LOOP = "fastpg/trainer/own_loop.py"
 TRAINER = "fastpg/trainer/trainer.py"
 OPTIMISER_STEP = """\
         self.optimizer.step()
@@ -153,10 +154,10 @@ MUTANTS = [
     Mutant("weight-decay", OPTIMIZER, "weight_decay=0.0", "weight_decay=0.01", STEPS),
     Mutant("second-beta-of-torch", OPTIMIZER, "(0.9, 0.95)", "(0.9, 0.999)", STEPS),
     Mutant("epsilon-of-torch", OPTIMIZER, "        eps=args.adam_epsilon,\n", "", STEPS),
-    Mutant("rate-constant", TRAINER, "        self.scheduler.step()\n", "", STEPS),
+    Mutant("rate-constant", OWN_LOOP, "        self.scheduler.step()\n", "", STEPS),
     Mutant(
         "rate-logged-after-its-step",
-        TRAINER,
+        OWN_LOOP,
         '        rate = {"learning_rate": float(self.scheduler.get_last_lr()[0])}\n'
         "        self.scheduler.step()\n",
         "        self.scheduler.step()\n"
@@ -180,7 +181,7 @@ MUTANTS = [
     ),
     Mutant(
         "rate-moves-by-the-number-of-processes",
-        TRAINER,
+        OWN_LOOP,
         "        self.scheduler.step()\n",
         "        for _ in range(self.accelerator.num_processes):\n"
         "            self.scheduler.step()\n",

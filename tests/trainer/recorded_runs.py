@@ -65,12 +65,17 @@ def moved_trainer(folder, algorithm, **changes):
     model = tiny_model()
     model.generation_config.eos_token_id = sorted(ENDS - {1})
     trainer = make_trainer(folder, REWARDS, model=model, **settings)
+    move(trainer)
+    return trainer, settings
+
+
+def move(trainer):
+    """Let the policy differ from the reference, and the value head from 0."""
     reshard(trainer.model)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainer.accelerator.unwrap_model(trainer.model).parameters():
             parameter += shared_like(0.1 * torch.randn(parameter.shape, generator=g), parameter)
-    return trainer, settings
 
 
 def trained_parameters(trainer):

@@ -36,7 +36,7 @@ def chat_tokenizer(template="{% for m in messages %}{{ m.content }} {% endfor %}
         ("rm", "A reward is module:function or the directory of a reward model, not 'rm'."),
         ([share_of_praise, "./rm"], "Cannot load a reward model from './rm': there is no such"),
         ([share_of_praise, 3], "A reward is a function of prompts and completions, not 3."),
-        (None, "A reward is a function of prompts and completions, not None."),
+        ([None], "A reward is a function of prompts and completions, not None."),
         (torch.nn.Linear(2, 1), "is a module, which fastpg.trainer.RewardModel("),
     ],
 )
@@ -83,7 +83,7 @@ class Frame:
         return {"prompt": ["the", "story"]}[name]
 
 
-@pytest.mark.parametrize("dataset", [None, 3, Frame(), {"train": PROMPTS, "test": PROMPTS}])
+@pytest.mark.parametrize("dataset", [3, Frame(), {"train": PROMPTS, "test": PROMPTS}])
 def test_what_is_no_sequence_of_dicts_is_no_dataset(tmp_path, dataset):
     kind = type(dataset).__name__
     with pytest.raises(InputError, match=f"train dataset must be a sequence of dicts, not {kind}"):

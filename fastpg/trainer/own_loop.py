@@ -1,0 +1,229 @@
+"""What a user's own loop calls of a trainer, and what it shares with the loop of `train`."""
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastpg.trainer.assembly import Assembled
+from fastpg.trainer.checkpoint import Checkpoint, load_checkpoint
+from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.episodes import Episodes, episodes_as_given
+from fastpg.trainer.given import (
+    Tokens,
+    check_counts,
+    check_room,
+    given_queries,
+    given_rollout,
+    given_scores,
+)
+from fastpg.trainer.learner import Learner
+from fastpg.trainer.logging import RunLog, Stopwatch
+from fastpg.trainer.parsing import InputError
+from fastpg.trainer.rollout import Rollout
+from fastpg.trainer.saver import Saver
+from fastpg.trainer.state import TrainingState, restore_random_state
+from fastpg.trainer.steps import pace_metrics
+
+
+class OwnLoop(ABC):
+    """The part of `PPOTrainer` that needs neither a dataset nor reward functions."""
+
+    args: PPOConfig
+    tokenizer: PreTrainedTokenizerBase
+    accelerator: Accelerator
+    assembled: Assembled
+    learner: Learner
+    scheduler: LambdaLR
+    state: TrainingState
+    stopwatch: Stopwatch
+    _resumed: Checkpoint | None = None
+    _saver: Saver | None = None  # of a loop that has begun
+    _is_finished = False
+    _close: weakref.finalize  # closes its files
+
+    @property
+    @abstractmethod
+    def policy(self) -> PreTrainedModel:
+        """The language model being trained."""
+
+    @abstractmethod
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write the model; see `PPOTrainer`."""
+
+    @abstractmethod
+    def _model_writer(self) -> Any:
+        """Gather the weights; see `PPOTrainer`."""
+
+    @abstractmethod
+    def _sample(self, examples: Sequence[dict[str, Any]]) -> Rollout:
+        """Sample a completion for each example; see `PPOTrainer`."""
+
+    def generate(self, queries: Sequence[Tokens]) -> list[Tensor]:
+        """Sample a response to each query from the policy, as `train` samples completions.
+
+        Args:
+            queries: Token ids, 1-D tensors or lists of integers. Where equal queries stand one
+                after the other, the model reads them once for all.
+
+        Returns:
+            Token ids of the responses, each int64 [T] on the CPU, of `max_new_tokens` at most and
+            with the EOS at their end.
+
+        Raises:
+            InputError: A query is empty, too long, or no list of token ids of the model.
+        """
+        prompts = given_queries(queries, self.policy, self.args)
+        check_room(prompts, [self.args.max_new_tokens] * len(prompts), [self.policy], self.args)
+        with self.stopwatch("generate"):
+            rollout = self._sample([{"prompt": prompt} for prompt in prompts])
+        pairs = zip(rollout.completion_ids.cpu(), rollout.mask.cpu(), strict=True)
+        return [ids[mask] for ids, mask in pairs]
+
+    def step(
+        self,
+        queries: Sequence[Tokens],
+        responses: Sequence[Tokens],
+        scores: Tensor | Sequence[Any],
+        response_masks: Sequence[Tokens] | None = None,
+    ) -> dict[str, float]:
+        """Learn from episodes that a loop of your own has played: one step of `num_steps`.
+
+        It makes the optimiser steps of the settings, and writes metrics, samples, checkpoints and,
+        after the last step, the model into `output_dir`. It draws from torch's generators, which
+        `seed` sets.
+
+        Args:
+            queries: Token ids of B prompts, 1-D tensors or lists of integers. Any number of
+                episodes goes; algorithms that compare responses need `num_generations` of each
+                query, one after the other.
+            responses: Token ids of what followed each query, in all turns. They count as sampled at
+                the `temperature` of the settings, from the whole vocabulary.
+            scores: What each episode earned, a tensor [B] or numbers. `reward_clip` and
+                `missing_eos_penalty` apply; the last token that the policy sampled is credited.
+            response_masks: For each response 1 at the tokens that the policy sampled, and 0 at
+                those of a tool or an environment, which it sees and learns nothing about. None: it
+                sampled all of them, in one turn.
+
+        Returns:
+            The metrics of the step, as `metrics.jsonl` has them.
+
+        Raises:
+            InputError: The arguments do not fit together, `num_steps` steps are made already, or
+                `output_dir` cannot be written to.
+        """
+        numbers = given_scores(scores)
+        check_counts(
+            queries=queries, responses=responses, scores=numbers, response_masks=response_masks
+        )
+        value_model = self.accelerator.unwrap_model(self.learner.model).value_model
+        readers = [model for model in (self.policy, value_model) if model is not None]
+        rollout = given_rollout(
+            queries, responses, response_masks, readers, self.tokenizer, self.args
+        )
+        number = self.scheduler.last_epoch + 1
+        if number > self.args.num_steps:
+            raise InputError(
+                f"All num_steps={self.args.num_steps} steps are made, by which the learning rate "
+                "was planned; a longer loop needs a larger num_steps."
+            )
+        if self._is_finished:
+            raise InputError("This loop is finished; resume() of a new trainer goes on from it.")
+        saver = self._saver or self._open()
+        episodes = episodes_as_given(rollout, numbers, self.tokenizer, self.args)
+        everyone, metrics = self.learn(rollout, episodes)
+        saver.log.step(number, everyone, metrics)
+        saver.after(number)
+        if number == self.args.num_steps:
+            self.finish()
+        return metrics
+
+    def _open(self) -> Saver:
+        """Begin or continue the files of the loop."""
+        resumed = self._resumed
+        log = RunLog(self.accelerator, self.args, None if resumed is None else resumed.step)
+        log.__enter__()
+        # The files are closed when the trainer is gone, at the latest at the end of the process.
+        self._close = weakref.finalize(self, log.__exit__, None, None, None)
+        self.stopwatch.announce = log.doing
+        # A saver that held the trainer would keep it there.
+        this = weakref.proxy(self)
+        saver = Saver(
+            self.state, log, lambda: this.save_model(), lambda: this._model_writer(), resumed
+        )
+        try:
+            saver.begin(self.stopwatch.seconds)
+        except BaseException:
+            self._close()
+            raise
+        self._saver, self._resumed = saver, None
+        return saver
+
+    def finish(self) -> None:
+        """End a loop of `step`: write its last checkpoint and the model, and close its files.
+
+        After `num_steps` steps that is done by itself.
+
+        Raises:
+            InputError: No loop of `step` has begun, or the model cannot be written.
+        """
+        if self._saver is None:
+            raise InputError("There is no loop of step() to finish.")
+        saver, self._saver, self._is_finished = self._saver, None, True
+        try:
+            saver.save(self.scheduler.last_epoch)
+            saver.end()
+            saver.log.say(f"The model is in {saver.log.directory / 'model'}.")
+        finally:
+            self.stopwatch.announce = lambda phase: None
+            self._close()
+
+    def resume(self, checkpoint: str | Path | None = None) -> int:
+        """Take up a loop of `step` where a checkpoint of it was written.
+
+        Weights, optimiser, learning rate and every generator of random numbers are as they were
+        after that step; what else the loop keeps is its own to restore.
+
+        Args:
+            checkpoint: The checkpoint. None: the newest one in `output_dir`.
+
+        Returns:
+            The number of steps that are made.
+
+        Raises:
+            InputError: There is no such checkpoint, or it is of another run.
+        """
+        if self.scheduler.last_epoch > 0:
+            raise InputError("resume() has to come before the first step().")
+        self._resumed = self._load(checkpoint or self.args.output_dir)
+        restore_random_state(self.state.own_random_state(self._resumed))
+        return self._resumed.step
+
+    def _load(self, place: str | Path) -> Checkpoint:
+        """Read a checkpoint of this run and take up what it holds."""
+        saved = load_checkpoint(Path(place))
+        self.state.check(saved)
+        self.state.restore(saved)
+        self.stopwatch.resume(saved.state["seconds"])
+        return saved
+
+    def learn(self, rollout: Rollout, episodes: Episodes) -> tuple[Episodes, dict[str, float]]:
+        """Learn from a rollout. Returns the episodes of all processes, and the step's metrics."""
+        with self.stopwatch("logprob"):
+            experience, credit = self.learner.experience(rollout, episodes.scores)
+        with self.stopwatch("train"):
+            update = self.learner.update(experience)
+        # Metrics and samples are those of all processes; learning needed only its own episodes.
+        everyone = Episodes.concatenate(gather_object([episodes]))
+        # The rate is read before the schedule moves on: it is that of the step that ends.
+        rate = {"learning_rate": float(self.scheduler.get_last_lr()[0])}
+        self.scheduler.step()
+        pace = pace_metrics(self.stopwatch.lap(), everyone)
+        return everyone, everyone.metrics() | credit | update | rate | pace

@@ -124,11 +124,12 @@ def test_two_processes_make_the_step_of_one(tmp_path, engine, cases):
 @pytest.mark.usefixtures("critic")
 # DeepSpeed calls functions of torch by their older names.
 @pytest.mark.filterwarnings("ignore:.torch.distributed.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("cases", [["masked", "grpo"], ["tokens", "value model"]])
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_two_processes_of_deepspeed_make_the_step_of_one(tmp_path, engine):
-    """In two micro-batches a process, of which DeepSpeed must make one step."""
+def test_two_processes_of_deepspeed_make_the_step_of_one(tmp_path, engine, cases):
+    """In two micro-batches a process or more, of which DeepSpeed must make one step."""
     pytest.importorskip("deepspeed")
-    cases = ["masked", "grpo", "tokens", "value model"]
+    # An engine of DeepSpeed takes buffers of 2 GB, so that few cases fit into a process.
     ranks = in_two_processes(own_half, tmp_path, cases, engine=engine)
     for name in cases:
         rows = torch.arange(EPISODES)
@@ -138,7 +139,7 @@ def test_two_processes_of_deepspeed_make_the_step_of_one(tmp_path, engine):
             # Under ZeRO-3 the main process alone has the whole weights.
             if theirs is not None:
                 torch.testing.assert_close(theirs, parameters, rtol=0, atol=1e-6)
-    assert ranks[0]["grpo"][0] is not None
+        assert ranks[0][name][0] is not None
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)

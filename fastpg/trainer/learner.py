@@ -18,6 +18,7 @@ from fastpg.trainer.adapters import WithoutAdapter
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.experience import Experience
 from fastpg.trainer.fast_paths import FastPaths
+from fastpg.trainer.memory import one_gradient
 from fastpg.trainer.micro_batches import cut_by_tokens, split_into
 from fastpg.trainer.models import (
     CompletionBatch,
@@ -256,7 +257,8 @@ class Learner:
         for i, part in enumerate(parts, start=1):
             episodes = experience[part]
             targets = self._targets(episodes, denom)
-            with self._synchronized_if(i == len(parts)):
+            in_place = one_gradient(self.accelerator, self.model)
+            with self._synchronized_if(i == len(parts)), in_place:
                 result = self._loss(episodes, targets)
                 # Processes average their gradients, but the losses are parts of a sum.
                 self.accelerator.backward(result.loss * self.accelerator.num_processes)

@@ -26,6 +26,7 @@ from fastpg.trainer.given import (
 )
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.logging import RunLog, Stopwatch
+from fastpg.trainer.memory import give_back_freed
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.rollout import Rollout
 from fastpg.trainer.saver import Saver
@@ -219,6 +220,7 @@ class OwnLoop(ABC):
         with self.stopwatch("logprob"):
             experience, credit = self.learner.experience(rollout, episodes.scores)
         with self.stopwatch("train"):
+            give_back_freed()
             update = self.learner.update(experience)
         # Metrics and samples are those of all processes; learning needed only its own episodes.
         everyone = Episodes.concatenate(gather_object([episodes]))

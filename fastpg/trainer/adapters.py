@@ -1,12 +1,15 @@
 """LoRA through peft: what is trained, and the reference that it leaves untouched."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.forward import causal_lm
 from fastpg.trainer.parsing import InputError
 
 
@@ -66,3 +69,44 @@ def with_adapter(
         base = str(Path(model.name_or_path).resolve())
         adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
+
+
+@torch.no_grad()
+def merged_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a language model as if it had no adapter but its own weights.
+
+    Args:
+        policy: The model, with or without an adapter. It is not changed, to the bit.
+
+    Yields:
+        The name of each weight in the model without an adapter, and the weight.
+    """
+    model = causal_lm(policy)
+    # Layers with an adapter hold the layer without it as this.
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    for name, weight in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        layer = owner.removesuffix(".base_layer")
+        if owner != layer and layer in adapted:
+            yield f"{layer}.{leaf}", _merged(model.get_submodule(layer), leaf)
+        # peft keeps the original beside a module that is trained whole.
+        elif ".original_module." not in name and not _is_part(name, adapted):
+            yield name.replace(".modules_to_save.default.", "."), weight.detach()
+
+
+def _is_part(name: str, layers: set[str]) -> bool:
+    """Return whether a weight of this name is inside one of these layers."""
+    return any(name.startswith(f"{layer}.") for layer in layers)
+
+
+def _merged(layer: Any, leaf: str) -> Tensor:
+    """Return a weight of peft's layer with the active adapter in it."""
+    base = layer.get_base_layer()
+    before = {name: weight.detach().clone() for name, weight in base.named_parameters()}
+    layer.merge()
+    merged = base.get_parameter(leaf).detach().clone()
+    layer.unmerge()
+    # Subtracting what was added does not give the same bits.
+    for name, weight in base.named_parameters():
+        weight.copy_(before[name])
+    return merged

@@ -19,6 +19,7 @@ from fastpg.trainer.settings import (
     ModelSettings,
     OptimizerSettings,
     ScoreSettings,
+    VllmSettings,
     WatchSettings,
     option,
 )
@@ -66,7 +67,13 @@ class RunSettings:
 # The fields of the last base come first, in help and config.yaml.
 @dataclass
 class PPOConfig(
-    WatchSettings, ScoreSettings, CreditSettings, OptimizerSettings, ModelSettings, RunSettings
+    WatchSettings,
+    ScoreSettings,
+    CreditSettings,
+    OptimizerSettings,
+    VllmSettings,
+    ModelSettings,
+    RunSettings,
 ):
     """Settings of `PPOTrainer`. The names are those of TRL where it has them.
 
@@ -102,6 +109,8 @@ class PPOConfig(
         micro_batch_tokens: Tokens per forward and backward at most, padding included; a sequence of
             more has one of its own. A prompt that sequences share counts once. None:
             `micro_batch_size` counts.
+        use_vllm, vllm_gpu_memory_utilization, vllm_importance_sampling_clip_max: See
+            `VllmSettings`.
         learning_rate, value_learning_rate, lr_scheduler_type, warmup_steps, weight_decay,
             adam_epsilon, max_grad_norm: See `OptimizerSettings`.
         dtype, gradient_checkpointing, value_model, lora_rank, lora_alpha, lora_target_modules: See
@@ -157,6 +166,11 @@ class PPOConfig(
         for name in ("lora_alpha", "lora_target_modules"):
             if getattr(self, name) is not None and self.lora_rank is None:
                 raise InputError(f"{name} means nothing without lora_rank.")
+        if self.use_vllm and self.top_p < 1 and self.top_k == 0:
+            raise InputError(
+                f"top_p={self.top_p} with use_vllm needs a top_k, without which vLLM does not "
+                "return the sets of tokens that it kept."
+            )
         if self.adaptive_kl_target is not None and self.resolved().algorithm.kl_coef == 0:
             raise InputError("adaptive_kl_target needs a kl_coef to begin with, above 0.")
         if self.rollout_batch_size > self.adaptive_kl_horizon:

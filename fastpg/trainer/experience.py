@@ -18,6 +18,7 @@ class Experience:
         ref_logp: Log-probs under the reference, if there is one.
         advantages: The credit of each token.
         returns: The targets of the values.
+        importance: The weight of each token where another engine has sampled it. None: 1.
     """
 
     rollout: Rollout
@@ -26,6 +27,7 @@ class Experience:
     ref_logp: Tensor | None
     advantages: Tensor
     returns: Tensor
+    importance: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "Experience":
         """Return the episodes `rows`, int64 [n], in that order."""
@@ -36,4 +38,5 @@ class Experience:
             ref_logp=None if self.ref_logp is None else self.ref_logp[rows],
             advantages=self.advantages[rows],
             returns=self.returns[rows],
+            importance=None if self.importance is None else self.importance[rows],
         )

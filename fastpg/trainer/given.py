@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastpg.trainer.checks import most_positions
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.parsing import InputError
-from fastpg.trainer.rollout import Rollout, eos_ids, pad_id, vocabulary_size
+from fastpg.trainer.rollout import Rollout, eos_ids, known_pad_id, vocabulary_size
 
 Tokens = Tensor | Sequence[int]
 """Token ids, or a mask of them: a 1-D tensor or a list of integers."""
@@ -97,6 +97,8 @@ def given_rollout(
             f"step() takes log-probs over the whole vocabulary, so top_k has to be 0 and top_p 1, "
             f"not {args.top_k} and {args.top_p:g}."
         )
+    if args.use_vllm:
+        raise InputError("step() gets no log-probs of vLLM to correct by: turn use_vllm off.")
     policy = readers[0]
     size, ends = vocabulary_size(policy), set(eos_ids(policy, tokenizer))
     before = given_queries(queries, policy, args)
@@ -108,7 +110,7 @@ def given_rollout(
         masks = [_given_mask(i, response, mask) for i, (response, mask) in enumerate(pairs)]
     _check_steps(before, args)
     check_room(before, [len(response) for response in behind], readers, args)
-    pad = pad_id(tokenizer) if pad_id(tokenizer) < size else min(ends)
+    pad = known_pad_id(policy, tokenizer)
     left, right = max(map(len, before)), max(map(len, behind))
     ids, attention = [], []
     for query, response in zip(before, behind, strict=True):

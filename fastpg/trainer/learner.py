@@ -20,6 +20,7 @@ from fastpg.trainer.experience import Experience
 from fastpg.trainer.fast_paths import FastPaths
 from fastpg.trainer.memory import one_gradient
 from fastpg.trainer.micro_batches import cut_by_tokens, split_into
+from fastpg.trainer.mismatch import correct
 from fastpg.trainer.models import (
     CompletionBatch,
     CompletionLoss,
@@ -116,7 +117,9 @@ class Learner:
             # These values were not yet fitted to the returns, so this says how well they foresee.
             _, stats = fastpg.value_loss(values, returns, fastpg.token_weights(mask))
             metrics["value/explained_variance"] = self._merge([stats])["explained_variance"]
-        return Experience(rollout, logp, values, ref_logp, advantages, returns), metrics
+        importance, mismatch = correct(rollout, logp, self.args, self.accelerator)
+        credited = Experience(rollout, logp, values, ref_logp, advantages, returns, importance)
+        return credited, metrics | mismatch
 
     def _adapt_penalty(self, kl: float, count: int) -> float:
         """Put the coefficient of the controller to use, and move it on for the next rollout."""
@@ -151,7 +154,7 @@ class Learner:
             # may round differently for another number of them.
             for rows in self._micro_batches(rollout, minibatch):
                 batch = self.batch(rollout[rows])
-                if self._needs_old_logp:
+                if self._needs_old_logp or rollout.behavior_logp is not None:
                     results = logprobs_through(self.model, batch)
                     logp.append(results.logp)
                     if results.values is not None:
@@ -286,6 +289,7 @@ class Learner:
             ref_logp=experience.ref_logp,
             old_values=experience.values,
             new_logp=torch.zeros_like(weight),
+            importance=experience.importance,
         )
 
     def _loss(self, experience: Experience, targets: Targets) -> CompletionLoss:

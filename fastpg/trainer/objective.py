@@ -21,6 +21,8 @@ class Targets:
         ref_logp: Log-probs under the reference, if there is one.
         old_values: Values before the first update, if there is a critic.
         new_logp: The loss writes the log-probs here that it is made of; 0 where masked.
+        importance: What the weight of every token is multiplied with in the policy loss, where
+            another engine has sampled it. The value loss does without.
     """
 
     # The name is not "weight": that is the matrix of the LM head, on the same way to the loss.
@@ -31,6 +33,7 @@ class Targets:
     ref_logp: Tensor | None
     old_values: Tensor | None
     new_logp: Tensor
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,12 @@ class Objective:
             The function (logp, entropy, rows) -> (loss, stats). `rows` are int64 indices of
             tokens in the flattened batch. At level "sequence" they must be all tokens, in order.
         """
+        weight = targets.token_weight
+        if targets.importance is not None:
+            weight = weight * targets.importance
         # A ratio of a whole completion needs to know where completions begin; the chunks of
         # tokens that `linear_token_loss` makes at level "token" have no such shape.
-        shape = targets.token_weight.shape if self.level == "sequence" else (-1,)
+        shape = weight.shape if self.level == "sequence" else (-1,)
 
         def chosen(tokens: Tensor, rows: Tensor) -> Tensor:
             return tokens.flatten()[rows].view(shape)
@@ -83,7 +89,7 @@ class Objective:
             return self.algorithm.loss(
                 logp.view(shape),
                 chosen(targets.advantages, rows),
-                chosen(targets.token_weight, rows),
+                chosen(weight, rows),
                 old_logp=chosen_if_any(targets.old_logp, rows),
                 ref_logp=chosen_if_any(targets.ref_logp, rows),
                 entropy=entropy.view(shape),

@@ -16,6 +16,7 @@ from fastpg.trainer.settings import (
     ModelSettings,
     OptimizerSettings,
     ScoreSettings,
+    VllmSettings,
     WatchSettings,
     option,
 )
@@ -72,6 +73,7 @@ GROUPS = {
     RunConfig: "your run",
     RunSettings: "algorithm, steps and rollouts",
     ModelSettings: "model",
+    VllmSettings: "vLLM",
     OptimizerSettings: "optimizer",
     CreditSettings: "credit and loss",
     ScoreSettings: "from rewards to scores",

@@ -29,6 +29,7 @@ from fastpg.trainer.logging import RunLog, Stopwatch
 from fastpg.trainer.memory import give_back_freed
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.rollout import Rollout
+from fastpg.trainer.rollout_engine import RolloutEngine
 from fastpg.trainer.saver import Saver
 from fastpg.trainer.state import TrainingState, restore_random_state
 from fastpg.trainer.steps import pace_metrics
@@ -42,6 +43,7 @@ class OwnLoop(ABC):
     accelerator: Accelerator
     assembled: Assembled
     learner: Learner
+    engine: RolloutEngine
     scheduler: LambdaLR
     state: TrainingState
     stopwatch: Stopwatch
@@ -212,6 +214,7 @@ class OwnLoop(ABC):
         saved = load_checkpoint(Path(place))
         self.state.check(saved)
         self.state.restore(saved)
+        self.engine.update_weights()
         self.stopwatch.resume(saved.state["seconds"])
         return saved
 
@@ -222,6 +225,8 @@ class OwnLoop(ABC):
         with self.stopwatch("train"):
             give_back_freed()
             update = self.learner.update(experience)
+        with self.stopwatch("generate"):
+            self.engine.update_weights()
         # Metrics and samples are those of all processes; learning needed only its own episodes.
         everyone = Episodes.concatenate(gather_object([episodes]))
         # The rate is read before the schedule moves on: it is that of the step that ends.

@@ -53,6 +53,7 @@ RANGES = (
             "adaptive_kl_horizon",
             "target_kl",
             "reward_clip",
+            "vllm_importance_sampling_clip_max",
         ),
     ),
     Range(
@@ -72,7 +73,11 @@ RANGES = (
         ),
     ),
     Range("between 0 and 1", lambda value: 0 <= value <= 1, ("gamma", "lam")),
-    Range("between 0 and 1, and neither", lambda value: 0 < value < 1, ("eval_fraction",)),
+    Range(
+        "between 0 and 1, and neither",
+        lambda value: 0 < value < 1,
+        ("eval_fraction", "vllm_gpu_memory_utilization"),
+    ),
     Range("above 0 and at most 1", lambda value: 0 < value <= 1, ("top_p",)),
     # NumPy's seeds have 32 bits, and each process adds its number to this one.
     Range("between 0 and 2**31 - 1", lambda value: 0 <= value < 2**31, ("seed",)),

@@ -37,6 +37,8 @@ class Rollout:
         mask: bool [B, T], the tokens of the completion that the policy sampled.
         finished: bool [B], whether the completion has come to its end.
         kept: The tokens that each completion token was drawn from. None: the whole vocabulary.
+        behavior_logp: float32 [B, T], the log-probs of an engine that samples by other ones than
+            training computes. At masked tokens they mean nothing. None: there is no such engine.
     """
 
     input_ids: Tensor
@@ -44,6 +46,7 @@ class Rollout:
     mask: Tensor
     finished: Tensor
     kept: KeptSets | None = None
+    behavior_logp: Tensor | None = None
 
     @property
     def completion_ids(self) -> Tensor:
@@ -63,7 +66,8 @@ class Rollout:
     def lengthened(self) -> "Rollout":
         """Return these episodes with one more token, of no meaning, behind each unfinished one.
 
-        It stands in the slot `attended.sum(-1)` of the completion, and is not of `mask`.
+        It stands in the slot `attended.sum(-1)` of the completion, and is not of `mask`. What an
+        engine gave for log-probs is left out, for nothing but values is asked of them.
         """
         ends = self.input_ids.shape[1] - self.mask.shape[1] + self.attended.sum(-1)
         unmasked = torch.zeros_like(self.mask[:, :1])
@@ -84,6 +88,7 @@ class Rollout:
             mask=self.mask[rows],
             finished=self.finished[rows],
             kept=None if self.kept is None else self.kept[rows],
+            behavior_logp=None if self.behavior_logp is None else self.behavior_logp[rows],
         )
 
 
@@ -243,6 +248,37 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def known_pad_id(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Choose a token to pad with that a model knows, which it may not the tokenizer's."""
+    pad = pad_id(tokenizer)
+    return pad if pad < vocabulary_size(policy) else eos_ids(policy, tokenizer)[0]
+
+
+def encode_for(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    max_length: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Turn prompts into tokens that a model knows, padding included, on its device.
+
+    Args:
+        policy: The model.
+        tokenizer: As in `encode`.
+        prompts: As in `encode`.
+        max_length: As in `encode`.
+
+    Returns:
+        As `encode`.
+
+    Raises:
+        InputError: As in `encode`.
+    """
+    ids, attention = encode(prompts, tokenizer, max_length)
+    ids, attention = ids.to(policy.device), attention.to(policy.device)
+    return ids.where(attention.bool(), known_pad_id(policy, tokenizer)), attention
+
+
 @contextmanager
 def sampling(policy: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Let a model sample as one generation config says, and restore it afterwards.
@@ -307,12 +343,8 @@ def sample(
     Raises:
         InputError: A prompt cannot be encoded.
     """
-    ids, attention = encode(prompts, tokenizer, max_prompt_length)
-    ids, attention = ids.to(policy.device), attention.to(policy.device)
+    ids, attention = encode_for(policy, tokenizer, prompts, max_prompt_length)
     ends = eos_ids(policy, tokenizer)
-    # The model may not know the token that the tokenizer pads with; masked as it is, another does.
-    pad = pad_id(tokenizer) if pad_id(tokenizer) < vocabulary_size(policy) else ends[0]
-    ids = ids.where(attention.bool(), pad)
     config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -321,7 +353,7 @@ def sample(
         top_p=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,
-        pad_token_id=pad,
+        pad_token_id=known_pad_id(policy, tokenizer),
     )
     cut = Sampling(temperature, top_k, top_p)
     recorder = None if cut.keeps_all else SetRecorder(cut)

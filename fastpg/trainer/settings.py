@@ -69,6 +69,25 @@ class ModelSettings:
 
 
 @dataclass
+class VllmSettings:
+    """Rollouts by vLLM. The names are those of TRL.
+
+    Args:
+        use_vllm: Whether vLLM samples, in this process and on the same device. Its log-probs are
+            not those of training, to rounding and more; truncated importance sampling corrects the
+            policy loss for that.
+        vllm_gpu_memory_utilization: The share of the GPU's memory that vLLM takes for itself.
+        vllm_importance_sampling_clip_max: The largest weight of a token in that correction.
+    """
+
+    use_vllm: bool = option(False, "sample with vLLM, beside the model on the same GPU")
+    vllm_gpu_memory_utilization: float = option(0.3, "share of the GPU's memory for vLLM")
+    vllm_importance_sampling_clip_max: float = option(
+        2.0, "largest weight of a token, by which its log-prob in training corrects that of vLLM"
+    )
+
+
+@dataclass
 class OptimizerSettings:
     """AdamW and its learning rates.
 

@@ -25,7 +25,6 @@ from fastpg.trainer.engine import (
     make_accelerator,
     naming_lost_processes,
     on_main_process,
-    shares_weights,
     whole_state,
 )
 from fastpg.trainer.episodes import Episodes, score_rollout
@@ -34,14 +33,14 @@ from fastpg.trainer.files import write_model
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.loading import load_policy, load_tokenizer
 from fastpg.trainer.logging import RunLog, Stopwatch
-from fastpg.trainer.models import policy_through
 from fastpg.trainer.optimizer import make_optimizer, make_schedule
 from fastpg.trainer.own_loop import OwnLoop
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.prompts import Example, prompt_loader
 from fastpg.trainer.reward_model import RewardModel
 from fastpg.trainer.rewards import RewardFunction, name_of
-from fastpg.trainer.rollout import Rollout, encode_one, sample, vocabulary_size
+from fastpg.trainer.rollout import Rollout, encode_one, vocabulary_size
+from fastpg.trainer.rollout_engine import check_engine, make_engine
 from fastpg.trainer.saver import Saver
 from fastpg.trainer.signals import StopSignals
 from fastpg.trainer.state import TrainingState, origin_of_run, restore_random_state
@@ -103,6 +102,7 @@ class PPOTrainer(OwnLoop):
         self.eval_dataset = self.train_dataset if eval_dataset is None else eval_dataset
         # Cheap checks come before the model is loaded.
         self.reward_funcs = checked_rewards(reward_funcs, self.args)
+        check_engine(self.args)
         given = {"train": train_dataset, "eval": eval_dataset}
         datasets = {name: dataset for name, dataset in given.items() if dataset is not None}
         for name, dataset in datasets.items():
@@ -146,6 +146,9 @@ class PPOTrainer(OwnLoop):
         )
         self.model, optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         self.learner = Learner(self.accelerator, self.model, reference, optimizer, args, self.paths)
+        self.engine = make_engine(
+            self.model, self.tokenizer, args, self.accelerator, self.paths.packing
+        )
         self.state = TrainingState(
             self.accelerator,
             self.model,
@@ -315,20 +318,7 @@ class PPOTrainer(OwnLoop):
             return rollout, self._score(examples, rollout)
 
     def _sample(self, examples: Dataset) -> Rollout:
-        is_shared = shares_weights(self.accelerator)
-        sample_from = functools.partial(
-            sample,
-            tokenizer=self.tokenizer,
-            prompts=[example["prompt"] for example in examples],
-            max_prompt_length=self.args.max_prompt_length,
-            max_new_tokens=self.args.max_new_tokens,
-            temperature=self.args.temperature,
-            top_k=self.args.top_k,
-            top_p=self.args.top_p,
-            packing=None if is_shared else self.paths.packing,
-            together=is_shared,
-        )
-        return policy_through(self.model, sample_from) if is_shared else sample_from(self.policy)
+        return self.engine.sample([example["prompt"] for example in examples])
 
     def _score(self, examples: Dataset, rollout: Rollout) -> Episodes:
         return score_rollout(rollout, examples, self.reward_funcs, self.tokenizer, self.args)

@@ -4,9 +4,12 @@ from . import Mutant
 
 STEPS = ("tests/trainer/test_trainer_steps.py",)
 SAMPLING = ("tests/trainer/test_trainer_sampling.py",)
+SETS = ("tests/trainer/test_kept_sets.py",)
+VLLM = ("tests/trainer/test_vllm_engine.py",)
 EPISODES = "fastpg/trainer/episodes.py"
 PROMPTS = "fastpg/trainer/prompts.py"
 ROLLOUT = "fastpg/trainer/rollout.py"
+ROLLOUT_ENGINE = "fastpg/trainer/rollout_engine.py"
 TRAINER = "fastpg/trainer/trainer.py"
 
 MUTANTS = [
@@ -78,12 +81,50 @@ MUTANTS = [
     ),
     Mutant(
         "evaluations-at-temperature-1",
-        TRAINER,
+        ROLLOUT_ENGINE,
         "temperature=self.args.temperature,",
-        "temperature=self.args.temperature if len(rows) != self.args.num_eval_samples else 1.0,",
+        "temperature=self.args.temperature if len(prompts) != self.args.num_eval_samples else 1.0,",
         SAMPLING,
     ),
     Mutant("greedy", ROLLOUT, "do_sample=True", "do_sample=False", SAMPLING),
+    # Kept sets.
+    Mutant(
+        "log-probs-over-the-whole-vocabulary",
+        "fastpg/trainer/learner.py",
+        "support=None if rollout.kept is None else rollout.kept.support,",
+        "support=None,",
+        SETS,
+    ),
+    Mutant(
+        "sets-of-other-episodes",
+        "fastpg/trainer/kept_sets.py",
+        "order = places.argsort()",
+        "order = torch.arange(len(places))",
+        SETS,
+    ),
+    Mutant(
+        "sets-before-the-temperature",
+        "fastpg/trainer/sampling.py",
+        "z = logits / sampling.temperature",
+        "z = logits",
+        SETS,
+    ),
+    Mutant(
+        "weights-of-vllm-never-pushed",
+        "fastpg/trainer/own_loop.py",
+        """            self.engine.update_weights()
+        # Metrics""",
+        """            pass
+        # Metrics""",
+        VLLM,
+    ),
+    Mutant(
+        "vllm-not-corrected",
+        "fastpg/trainer/objective.py",
+        "weight = weight * targets.importance",
+        "pass",
+        VLLM,
+    ),
     Mutant(
         "one-token-less",
         ROLLOUT,
@@ -94,7 +135,7 @@ MUTANTS = [
     Mutant("sampling-in-the-mode-of-training", ROLLOUT, "    policy.eval()\n", "", SAMPLING),
     Mutant(
         "prompts-at-their-full-length",
-        TRAINER,
+        ROLLOUT_ENGINE,
         "max_prompt_length=self.args.max_prompt_length",
         "max_prompt_length=512",
         SAMPLING,

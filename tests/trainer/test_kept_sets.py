@@ -31,6 +31,7 @@ def rolled_out(folder, way="shared prompts", **settings):
         folder, model=model, dataset=prompts, max_new_tokens=8, **{**CUT, **settings}
     )
     trainer.paths = trainer.learner.paths = WAYS[way](trainer.paths)
+    trainer.engine.packing = trainer.paths.packing
     rollout, _ = trainer.roll_out(prompts)
     return trainer, rollout
 

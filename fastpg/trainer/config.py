@@ -12,7 +12,7 @@ import yaml
 
 from fastpg.algorithms import ALGORITHMS, Algorithm, AlgorithmName, GaeOptions, SurrogateOptions
 from fastpg.trainer.files import write_text
-from fastpg.trainer.parsing import InputError, convert, convert_all, did_you_mean
+from fastpg.trainer.parsing import InputError, Verbatim, convert, convert_all, did_you_mean
 from fastpg.trainer.ranges import MixedPrecision, check_ranges
 from fastpg.trainer.settings import (
     CreditSettings,
@@ -51,6 +51,9 @@ class RunSettings:
     top_k: int = option(0, "sample of so many likeliest tokens, to which log-probs hold; 0: of all")
     top_p: float = option(
         1.0, "sample of the likeliest tokens that reach this probability, likewise"
+    )
+    stop_strings: list[Verbatim] | None = field(
+        default=None, metadata={"help": "strings that end a completion, besides the EOS"}
     )
     num_ppo_epochs: int | None = option(
         None, "passes over each rollout; by default 4, or 1 if the surrogate is reinforce"
@@ -102,6 +105,8 @@ class PPOConfig(
             and entropy is then that of the distribution over the tokens that were left.
         top_p: Only the likeliest tokens are sampled whose probabilities reach this, after `top_k`;
             above 0 and up to 1, and with the same consequence.
+        stop_strings: Strings that end a completion as an EOS does. The token that completes one is
+            its last.
         num_ppo_epochs: Passes over each rollout. None: 4, or 1 if the surrogate is "reinforce".
         num_mini_batches: Optimiser steps per pass. None: 2, or 1 if the surrogate is "reinforce".
         micro_batch_size: Sequences per forward and backward. None: 16, unless `micro_batch_tokens`

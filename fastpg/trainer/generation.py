@@ -5,6 +5,8 @@ token sees the prompt and what its own completion has so far. So a prompt goes t
 once, its cache is kept once, and a completion that has ended costs nothing any more.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +17,42 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
+    StoppingCriteriaList,
 )
 
+from fastpg.trainer.forward import causal_lm
 from fastpg.trainer.kept_sets import CutLogits, SetRecorder
 from fastpg.trainer.packing import Family, Packing, find_families
+from fastpg.trainer.stop_strings import EndAtStrings, StopRecorder
+
+
+@contextmanager
+def sampling(policy: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Let a model sample as one generation config says, and restore it afterwards.
+
+    Inside, the model is in evaluation mode and makes no gradients.
+
+    Args:
+        policy: The model.
+        config: The only generation config that counts inside.
+    """
+    modes = [(module, module.training) for module in policy.modules()]
+    # `generate` fills what a passed config leaves open from the model's own (a
+    # `repetition_penalty`, say), and then samples from another distribution than that of the
+    # log-probabilities. So the model's own config is set aside.
+    own_configs = {model: model.generation_config for model in (policy, causal_lm(policy))}
+    policy.eval()
+    for model in own_configs:
+        model.generation_config = config
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model, own_config in own_configs.items():
+            model.generation_config = own_config
+        # Not policy.train(): some modules may have been in evaluation mode before.
+        for module, training in modes:
+            module.training = training
 
 
 def generate(
@@ -29,6 +63,7 @@ def generate(
     packing: Packing | None,
     together: bool = False,
     recorder: SetRecorder | None = None,
+    stops: StopRecorder | None = None,
 ) -> Tensor:
     """Sample a completion of each prompt.
 
@@ -41,6 +76,7 @@ def generate(
         packing: How rows are packed for the model. None: the model's own `generate` samples.
         together: Whether `generate` goes on until those of all processes have ended.
         recorder: It cuts the logits, and remembers to which sets. None: nothing is cut off.
+        stops: It ends completions at strings, and remembers where. None: only tokens end them.
 
     Returns:
         Prompts and completions, int64 [B, P + T]. What follows the end of a completion is padding.
@@ -48,19 +84,18 @@ def generate(
     if packing is None or not packing.holds(input_ids.shape[1] + config.max_new_tokens):
         # Every causal language model has `generate`, but the type PreTrainedModel does not say so.
         model: Any = policy
+        width = input_ids.shape[1]
         # `generate` calls these before it divides by the temperature of the config.
-        processors = (
-            []
-            if recorder is None
-            else [CutLogits(recorder, config.eos_token_id, input_ids.shape[1])]
-        )
+        cuts = [] if recorder is None else [CutLogits(recorder, config.eos_token_id, width)]
+        strings = [] if stops is None else [EndAtStrings(stops, width)]
         return model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             synced_gpus=together,
-            logits_processor=LogitsProcessorList(processors),
+            logits_processor=LogitsProcessorList(cuts),
+            stopping_criteria=StoppingCriteriaList(strings),
         )
-    sampler = Sampler(policy, config, packing, recorder)
+    sampler = Sampler(policy, config, packing, recorder, stops)
     completions = sampler.completions(input_ids, attention_mask)
     return torch.cat([input_ids, completions], dim=1)
 
@@ -101,12 +136,14 @@ class Sampler:
         config: Temperature, most new tokens, ends and padding.
         packing: How rows are packed for the model.
         recorder: It cuts the logits, and remembers to which sets. None: nothing is cut off.
+        stops: It ends completions at strings, and remembers where. None: only tokens end them.
     """
 
     policy: PreTrainedModel
     config: GenerationConfig
     packing: Packing
     recorder: SetRecorder | None = None
+    stops: StopRecorder | None = None
 
     @torch.no_grad()
     def completions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -127,12 +164,16 @@ class Sampler:
         ends = torch.tensor(self.config.eos_token_id, device=input_ids.device)
         columns = torch.arange(shape[1], device=input_ids.device).expand(shape[:2])
         for step in range(self.config.max_new_tokens):
-            grows = rows.grows.gather(1, columns)
-            drawn = self.draw(self._cut(logits, rows.episode[:, None] + columns, grows))
+            grows, episodes = rows.grows.gather(1, columns), rows.episode[:, None] + columns
+            drawn = self.draw(self._cut(logits, episodes, grows))
             kept = drawn.where(grows, self.config.pad_token_id)
             tokens[rows.number[:, None], columns, step] = kept
             rows.last = rows.last.scatter(1, columns, kept)
-            rows.grows = rows.grows.scatter(1, columns, grows & ~torch.isin(drawn, ends))
+            grows = grows & ~torch.isin(drawn, ends)
+            if self.stops is not None:
+                texts = tokens[rows.number[:, None], columns, : step + 1]
+                grows &= ~self.stops.ended(texts, episodes, grows)
+            rows.grows = rows.grows.scatter(1, columns, grows)
             # This is the only place where a GPU is waited for.
             counts = rows.grows.sum(1).tolist()
             if step + 1 == self.config.max_new_tokens or not any(counts):

@@ -86,7 +86,7 @@ def given_rollout(
 
     Returns:
         The rollout, on the device of the policy. An episode has come to its end if the last token
-        that the policy sampled in it is an EOS.
+        that the policy sampled in it is an EOS, or completes one of `stop_strings`.
 
     Raises:
         InputError: There are too few episodes or no whole groups, one is no list of token ids or
@@ -117,17 +117,29 @@ def given_rollout(
         padding, rest = left - len(query), right - len(response)
         ids.append([pad] * padding + query + response + [pad] * rest)
         attention.append([0] * padding + [1] * (len(query) + len(response)) + [0] * rest)
-    last = [
-        [token for token, is_sampled in zip(response, mask, strict=True) if is_sampled][-1]
+    sampled = [
+        [token for token, is_sampled in zip(response, mask, strict=True) if is_sampled]
         for response, mask in zip(behind, masks, strict=True)
+    ]
+    strings = args.stop_strings or []
+    finished = [
+        tokens[-1] in ends or _completes_one_of(strings, tokens, tokenizer) for tokens in sampled
     ]
     device = policy.device
     return Rollout(
         input_ids=torch.tensor(ids, device=device),
         attention_mask=torch.tensor(attention, device=device),
         mask=torch.tensor([mask + [False] * (right - len(mask)) for mask in masks], device=device),
-        finished=torch.tensor([token in ends for token in last], device=device),
+        finished=torch.tensor(finished, device=device),
     )
+
+
+def _completes_one_of(
+    strings: Sequence[str], tokens: list[int], tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Return whether the last of these tokens completes a string; an earlier turn may have one."""
+    text, before = str(tokenizer.decode(tokens)), str(tokenizer.decode(tokens[:-1]))
+    return any(text.count(string) > before.count(string) for string in strings)
 
 
 def check_counts(**given: Sized | None) -> None:

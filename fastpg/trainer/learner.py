@@ -234,9 +234,8 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         # DeepSpeed gives a number.
-        return step._replace(
-            grad_norm=torch.as_tensor(norm, dtype=torch.float32, device=step.kl.device)
-        )
+        grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=step.kl.device)
+        return step._replace(grad_norm=grad_norm)
 
     def accumulate(self, experience: Experience, rows: Tensor) -> Step:
         """Add the gradient of an optimiser step to the weights; its micro-batches add up exactly.

@@ -27,7 +27,7 @@ def correct(
         The weights, min(e^(logp − behavior_logp), the largest), float32 [B, T]; None where no
         engine gave log-probs. And how far the two are apart over all processes, as metrics:
         "sampling/logp_difference/mean" and ".../max", nats; "sampling/kl", k3 of the engine to the
-        policy, nats a token; "sampling/weight_clipped", the share of weights held at it.
+        policy, nats a token; "sampling/weight_clipped", the share of weights that were held.
     """
     if rollout.behavior_logp is None or logp is None:
         return None, {}

@@ -14,9 +14,8 @@ from fastpg.trainer.forward import (
     predicting_states,
     takes_positions,
 )
-from fastpg.trainer.generation import Sampler
+from fastpg.trainer.generation import Sampler, sampling
 from fastpg.trainer.packing import Packing
-from fastpg.trainer.rollout import sampling
 
 _WINDOWS = ("sliding_window", "attention_window", "attention_chunk_size", "window_size")
 """The names that configs give to the number of tokens that a layer sees."""

@@ -4,9 +4,12 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NewType, get_args, get_origin, get_type_hints
 
 import yaml
+
+Verbatim = NewType("Verbatim", str)
+"""A text of a list that is taken as it is; commas do not part it, and no spaces are taken off."""
 
 
 class InputError(ValueError):
@@ -62,8 +65,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     Args:
         name: The name of the setting, for the error.
         value: A value of any type; text is parsed.
-        hint: int, float, bool, str, a list of floats or texts, a Literal of strings, or one
-            of these `| None`.
+        hint: int, float, bool, str, a list of floats, texts or `Verbatim`, a Literal of strings,
+            or one of these `| None`.
 
     Returns:
         The value as `hint` says. Whether a string is one of a Literal is not checked here.
@@ -142,6 +145,13 @@ def _numbers(value: Any) -> list[float]:
     return [_number(value)]
 
 
+def _verbatim(value: Any) -> list[str]:
+    elements = value if isinstance(value, list | tuple) else [value]
+    if not elements or not all(isinstance(text, str) and text for text in elements):
+        raise ValueError
+    return list(elements)
+
+
 def _texts(value: Any) -> list[str]:
     elements = value if isinstance(value, list | tuple) else [value]
     # None of these texts has a comma of its own: `--lora_target_modules q_proj,v_proj`.
@@ -163,4 +173,5 @@ _PARSERS: dict[Any, _Parser] = {
     str: _Parser("text", _text),
     list[float]: _Parser("a list of numbers such as 1,0.5", _numbers),
     list[str]: _Parser("text or a list of texts", _texts),
+    list[Verbatim]: _Parser("text or a list of texts, none of them empty", _verbatim),
 }

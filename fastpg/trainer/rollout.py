@@ -1,20 +1,25 @@
 """Samples completions of prompts, as tensors."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StopStringCriteria,
+)
 
 from fastpg.trainer.forward import causal_lm
-from fastpg.trainer.generation import generate
+from fastpg.trainer.generation import generate, sampling
 from fastpg.trainer.kept_sets import KeptSets, SetRecorder
 from fastpg.trainer.packing import Packing
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.sampling import Sampling
+from fastpg.trainer.stop_strings import StopRecorder
 
 IGNORE_INDEX = -100
 
@@ -279,35 +284,6 @@ def encode_for(
     return ids.where(attention.bool(), known_pad_id(policy, tokenizer)), attention
 
 
-@contextmanager
-def sampling(policy: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Let a model sample as one generation config says, and restore it afterwards.
-
-    Inside, the model is in evaluation mode and makes no gradients.
-
-    Args:
-        policy: The model.
-        config: The only generation config that counts inside.
-    """
-    modes = [(module, module.training) for module in policy.modules()]
-    # `generate` fills what a passed config leaves open from the model's own (a
-    # `repetition_penalty`, say), and then samples from another distribution than that of the
-    # log-probabilities. So the model's own config is set aside.
-    own_configs = {model: model.generation_config for model in (policy, causal_lm(policy))}
-    policy.eval()
-    for model in own_configs:
-        model.generation_config = config
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for model, own_config in own_configs.items():
-            model.generation_config = own_config
-        # Not policy.train(): some modules may have been in evaluation mode before.
-        for module, training in modes:
-            module.training = training
-
-
 def sample(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -320,6 +296,7 @@ def sample(
     together: bool = False,
     top_k: int = 0,
     top_p: float = 1.0,
+    stop: StopStringCriteria | None = None,
 ) -> Rollout:
     """Sample one completion for each prompt.
 
@@ -336,6 +313,8 @@ def sample(
             they must where they share the weights.
         top_k: Only so many of the likeliest tokens are drawn; 0: all.
         top_p: Only the likeliest tokens are drawn whose probabilities reach this.
+        stop: It finds the strings that end a completion besides EOS; the token that completes one
+            is its last.
 
     Returns:
         B episodes in the order of the prompts, on the device of the model.
@@ -357,8 +336,11 @@ def sample(
     )
     cut = Sampling(temperature, top_k, top_p)
     recorder = None if cut.keeps_all else SetRecorder(cut)
+    stops = None if stop is None else StopRecorder(stop, ids.new_zeros(len(ids)))
     with sampling(policy, config):
-        sequences = generate(policy, ids, attention, config, packing, together, recorder)
+        sequences = generate(policy, ids, attention, config, packing, together, recorder, stops)
     mask, finished = completion_mask(sequences[:, ids.shape[1] :], ends)
+    if stops is not None:
+        mask, finished = stops.cut(mask, finished)
     kept = None if recorder is None else recorder.sets(mask)
     return Rollout(sequences, torch.cat([attention, mask.long()], dim=1), mask, finished, kept)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.engine import shares_weights
@@ -16,6 +16,7 @@ from fastpg.trainer.models import policy_through
 from fastpg.trainer.packing import Packing
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.rollout import Prompt, Rollout, sample
+from fastpg.trainer.stop_strings import stop_criteria
 
 
 class RolloutEngine(Protocol):
@@ -66,12 +67,19 @@ class HFEngine:
             temperature=self.args.temperature,
             top_k=self.args.top_k,
             top_p=self.args.top_p,
+            stop=self._stop,
             packing=None if is_shared else self.packing,
             together=is_shared,
         )
         if is_shared:
             return policy_through(self.model, sample_from)
         return sample_from(self.accelerator.unwrap_model(self.model).policy)
+
+    @functools.cached_property
+    def _stop(self) -> StopStringCriteria | None:
+        # It looks at every token that the tokenizer knows, so it is made once.
+        strings = self.args.stop_strings
+        return None if strings is None else stop_criteria(self.tokenizer, strings)
 
     def update_weights(self) -> None:
         """Do nothing: the weights are those that are trained."""

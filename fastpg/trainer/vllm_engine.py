@@ -46,9 +46,10 @@ class VllmEngine:
         with tempfile.TemporaryDirectory() as directory:
             # vLLM learns the shape of the model here, and gets its weights below.
             _config_of(policy).save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
             self.llm = LLM(
                 model=directory,
-                skip_tokenizer_init=True,
+                skip_tokenizer_init=args.stop_strings is None,
                 load_format="dummy",
                 dtype=str(_DTYPES.get(args.mixed_precision, policy.dtype)).removeprefix("torch."),
                 seed=args.seed,
@@ -89,7 +90,9 @@ class VllmEngine:
             stop_token_ids=self.ends,
             seed=seed,
             logprobs=0,  # those of the sampled tokens alone
-            detokenize=False,
+            stop=self.args.stop_strings,
+            # vLLM finds strings in the text that it makes of the tokens.
+            detokenize=self.args.stop_strings is not None,
         )
 
     def _rollout(self, ids: Tensor, attention: Tensor, completions: list[Any]) -> Rollout:
@@ -105,7 +108,7 @@ class VllmEngine:
             attention_mask=torch.cat([attention, mask.long()], dim=1),
             mask=mask,
             finished=torch.tensor(
-                [each.token_ids[-1] in self.ends for each in completions], device=ids.device
+                [each.finish_reason == "stop" for each in completions], device=ids.device
             ),
             kept=_kept_sets(completions, mask),
             behavior_logp=logp,

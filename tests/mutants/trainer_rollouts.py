@@ -6,6 +6,7 @@ STEPS = ("tests/trainer/test_trainer_steps.py",)
 SAMPLING = ("tests/trainer/test_trainer_sampling.py",)
 SETS = ("tests/trainer/test_kept_sets.py",)
 VLLM = ("tests/trainer/test_vllm_engine.py",)
+GENERATION = "fastpg/trainer/generation.py"
 EPISODES = "fastpg/trainer/episodes.py"
 PROMPTS = "fastpg/trainer/prompts.py"
 ROLLOUT = "fastpg/trainer/rollout.py"
@@ -132,7 +133,7 @@ MUTANTS = [
         "        max_new_tokens=max_new_tokens - 1,\n        eos_token_id",
         SAMPLING,
     ),
-    Mutant("sampling-in-the-mode-of-training", ROLLOUT, "    policy.eval()\n", "", SAMPLING),
+    Mutant("sampling-in-the-mode-of-training", GENERATION, "    policy.eval()\n", "", SAMPLING),
     Mutant(
         "prompts-at-their-full-length",
         ROLLOUT_ENGINE,

@@ -233,8 +233,8 @@ MUTANTS = [
     Mutant(
         "returns-are-advantages",
         LEARNER,
-        "ref_logp, advantages, returns), metrics",
-        "ref_logp, advantages, advantages), metrics",
+        "ref_logp, advantages, returns, importance)",
+        "ref_logp, advantages, advantages, importance)",
         STEPS,
     ),
     Mutant(

@@ -10,11 +10,11 @@ from transformers import BloomConfig, GenerationConfig, MistralConfig
 
 from fastpg.trainer import generation
 from fastpg.trainer.forward import predicting_states
-from fastpg.trainer.generation import Sampler
+from fastpg.trainer.generation import Sampler, sampling
 from fastpg.trainer.head import completion_logprobs, find_head
 from fastpg.trainer.packable import CannotPack, find_packing
 from fastpg.trainer.packing import Packing, find_families, pack
-from fastpg.trainer.rollout import completion_mask, sampling
+from fastpg.trainer.rollout import completion_mask
 
 WHOLE = Packing(additive=False, token_cost=1e9)
 """A packing that puts any number of completions behind a prompt."""

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fastpg.tasks import reviews
 from fastpg.trainer import InputError, PPOTrainer
-from fastpg.trainer.rollout import completion_mask, encode, sample, sampling
+from fastpg.trainer.generation import sampling
+from fastpg.trainer.rollout import completion_mask, encode, sample
 
 
 def test_saved_model_loads(tmp_path):

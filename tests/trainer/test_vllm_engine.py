@@ -26,7 +26,6 @@ def vllm(monkeypatch):
     """Lets `import vllm` give the stub."""
     monkeypatch.setattr(vllm_stub.LLM, "off", 0.0)
     monkeypatch.setitem(sys.modules, "vllm", vllm_stub)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     sys.modules.pop("fastpg.trainer.vllm_engine", None)
     yield vllm_stub
     sys.modules.pop("fastpg.trainer.vllm_engine", None)

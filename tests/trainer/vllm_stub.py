@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 RECORD = Path(__file__).with_name("vllm_api.txt")
 SOURCES = {
@@ -126,7 +126,7 @@ class LLM:
 
     def __init__(self, **given):
         _check("LLM.__init__", given)
-        assert given["skip_tokenizer_init"] and given["load_format"] == "dummy"
+        assert given["load_format"] == "dummy"
         assert given["logprobs_mode"] == "processed_logprobs"
         self.options = given
         torch.manual_seed(99)  # dummy weights are not those of the trainer
@@ -134,6 +134,9 @@ class LLM:
         assert config.architectures == ["Qwen3ForCausalLM"]
         self.model = _Model(AutoModelForCausalLM.from_config(config).eval())
         self.resets = 0
+        self.tokenizer = None
+        if not given["skip_tokenizer_init"]:
+            self.tokenizer = AutoTokenizer.from_pretrained(given["model"])
 
     def apply_model(self, func):
         return [func(self.model)]
@@ -150,7 +153,8 @@ class LLM:
     def _complete(self, number, prompt, params):
         g = torch.Generator().manual_seed(params.seed)
         ids, tokens, logprobs, masks = prompt["prompt_token_ids"], [], [], []
-        while len(tokens) < params.max_tokens and not set(tokens) & set(params.stop_token_ids):
+        is_ended = False
+        while len(tokens) < params.max_tokens and not is_ended:
             logits = self.model.model(torch.tensor([ids + tokens])).logits[0, -1]
             order = logits.argsort(descending=True)[: params.top_k or None]
             p = (logits[order] / params.temperature).softmax(0)
@@ -161,7 +165,10 @@ class LLM:
             logprobs.append({int(order[drawn]): Logprob(float(p[drawn].log()) + noise, drawn + 1)})
             masks.append(order.tolist())
             tokens.append(int(order[drawn]))
-        is_ended = tokens[-1] in params.stop_token_ids
+            is_ended = tokens[-1] in params.stop_token_ids
+            if params.detokenize:
+                text = self.tokenizer.decode(tokens)
+                is_ended |= any(string in text for string in params.stop or ())
         mask = SamplingMask(masks) if self.options.get("return_sampling_mask") else None
         total = sum(each.logprob for place in logprobs for each in place.values())
         output = CompletionOutput(

@@ -95,18 +95,27 @@ class Evidence:
         return 0.3 if self.is_half else 1e-3
 
     @cached_property
+    def ends(self) -> set[int]:
+        """The tokens that end a completion."""
+        return set(eos_ids(self.trainer.policy, self.trainer.tokenizer))
+
+    @cached_property
     def lengths(self) -> list[int]:
-        """The tokens of each completion up to its first EOS, counted one by one."""
-        ends = set(eos_ids(self.trainer.policy, self.trainer.tokenizer))
+        """The tokens of each completion up to its first end, counted one by one."""
         lengths = []
         for tokens in self.rollout.completion_ids.tolist():
             length = 0
             for token in tokens:
                 length += 1
-                if token in ends:
+                if token in self.ends or self._has_stop_string(tokens[:length]):
                     break
             lengths.append(length)
         return lengths
+
+    def _has_stop_string(self, tokens: list[int]) -> bool:
+        strings = self.trainer.args.stop_strings or []
+        text = self.trainer.tokenizer.decode(tokens) if strings else ""
+        return any(string in text for string in strings)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -173,7 +182,6 @@ class Evidence:
         empty = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(6)]
         logp = dict(zip(self.temperatures, empty, strict=False))
         plain = Plain(logp, *empty[3:])
-        ends = eos_ids(policy, self.trainer.tokenizer)
         model: Any = policy
         with _evaluating(policy):
             for row, (prompt, length) in enumerate(zip(self.prompts, self.lengths, strict=True)):
@@ -191,7 +199,7 @@ class Evidence:
                 plain.entropy[row, :length] = entropy
                 square = (logps.exp() * finite.square()).sum(-1)
                 plain.variance[row, :length] = square - entropy.square()
-                plain.end[row, :length] = logps.exp()[:, ends].sum(-1)
+                plain.end[row, :length] = logps.exp()[:, sorted(self.ends)].sum(-1)
         return plain
 
     def _drawn_from(self, row: int, logits: Tensor) -> Tensor:

@@ -120,7 +120,10 @@ def sampled_distribution(evidence: Evidence) -> Finding:
 
 def ends(evidence: Evidence) -> Finding:
     """Do as many completions end as their probabilities of ending say?"""
-    expected, found = evidence.plain.end.sum().item(), int(evidence.rollout.finished.sum())
+    expected = evidence.plain.end.sum().item()
+    completions = evidence.rollout.completion_ids.tolist()
+    pairs = zip(completions, evidence.lengths, strict=True)
+    found = sum(tokens[length - 1] in evidence.ends for tokens, length in pairs)
     variance = evidence.plain.end * (1 - evidence.plain.end)
     deviation = _standardised(found - expected, variance, evidence.mask.sum().item())
     return Finding(

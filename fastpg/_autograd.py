@@ -73,14 +73,12 @@ class Differentiable(Generic[InputsT, SavedT]):
         self.name, self.constants, self.selective = name, constants, selective
         self.forward, self.backward = forward, backward
         self.inputs, self.saved = Layout(inputs), Layout(saved)
-        names = list(self.inputs.types)
-        self.places = [names.index(field) for field in differentiable]
+        self.tensors = self.inputs.chosen(differentiable)
         self.function = _function(self)
 
     def __call__(self, x: InputsT) -> tuple:
         """The results; differentiable, unless no input wants a gradient."""
-        values = self.inputs.flatten(x)
-        tensors = [values[place] for place in self.places]
+        tensors = self.tensors(x)
         if self.inputs.has_lists:
             tensors = without_lists(tensors)
         if needs_no_gradient(*tensors):

@@ -102,6 +102,7 @@ class Op(Generic[InputsT, OutputsT]):
     ) -> None:
         self.name, self.page = name, page
         self.inputs, self.outputs = Layout(inputs), Layout(outputs)
+        self.tensors = self.inputs.chosen(self.inputs.tensors)
         self.reference, self.allocate = reference, allocate
         self.sizes, self.statistics, self.scratch = sizes, statistics, scratch
         names = list(self.inputs.types)
@@ -118,7 +119,7 @@ class Op(Generic[InputsT, OutputsT]):
     def __call__(self, x: InputsT) -> OutputsT:
         """Runs the fastest kernel that there is for the device of the inputs."""
         if self.kernels and not is_dynamo_compiling():
-            tensors, _ = self.inputs.split(x)
+            tensors = self.tensors(x)
             first = tensors[0]
             kernel = self.kernels.get("cpu" if first.is_cpu else first.device.type)
             if kernel is not None and are_plain(tensors):

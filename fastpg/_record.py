@@ -21,7 +21,9 @@ class Layout(Generic[RecordT]):
     Attributes:
         types: The type of each flat field, by its name. The record of an op's inputs or outputs has
             a name once; only a saved record may hold two records with a name in common.
+        names: The name of each flat field.
         kinds: The type of each flat field.
+        tensors: The names of the flat fields that hold tensors, lists of them included.
         has_lists: Whether a field is a list of tensors.
         flatten: Gives every value of a record, in the order of `types`.
         restore: Gives the record that holds these values.
@@ -33,15 +35,20 @@ class Layout(Generic[RecordT]):
         self.record = record
         self.nested: dict[str, Layout] = {}
         self.types: dict[str, Any] = {}
+        self.names: list[str] = []
         self.kinds: list[Any] = []
         for name, kind in get_type_hints(record).items():
             if inspect.isclass(kind) and issubclass(kind, tuple):
                 self.nested[name] = Layout(kind)
                 self.types |= self.nested[name].types
+                self.names += self.nested[name].names
                 self.kinds += self.nested[name].kinds
             else:
                 self.types[name] = kind
+                self.names.append(name)
                 self.kinds.append(kind)
+        flat = zip(self.names, self.kinds, strict=True)
+        self.tensors = [name for name, kind in flat if _holds_tensors(kind)]
         self.has_lists = list[Tensor] in self.kinds
         self.flatten: Callable[[RecordT], Sequence]
         self.restore: Callable[[Sequence], RecordT]
@@ -73,6 +80,12 @@ class Layout(Generic[RecordT]):
         self.join = eval(f"lambda tensors, others: {joined}", names)
         if not self.nested:
             self.flatten = lambda record: record
+
+    def chosen(self, names: Sequence[str]) -> Callable[[RecordT], Sequence]:
+        """The function that gives these flat fields of a record; the first of two with one name."""
+        in_record = _places(self)
+        members = [in_record[self.names.index(name)] for name in names]
+        return eval(f"lambda record: {_tuple(members)}")
 
     def flatten_coded(self, tables: Mapping[int, Mapping]) -> Callable[[RecordT], Sequence]:
         """`flatten`, but of the flat fields that have a table, by their places, what it has for

@@ -101,11 +101,13 @@ def alike(op: str, optional: tuple[str, ...] = (), /, **tensors: Any) -> list:
         The tensors in their order.
     """
     # One loop looks at all tensors; only where some differ are they asked again, for the message.
-    beside, first = next(iter(tensors.items()))
-    check_tensor(op, beside, first)
+    items = iter(tensors.items())
+    beside, first = next(items)
+    if type(first) not in PLAIN_TENSORS:
+        check_tensor(op, beside, first)
     shape, device, dtype = first.shape, first.device, first.dtype
     others = []
-    for name, x in tensors.items():
+    for name, x in items:
         if x is None and name in optional:
             continue
         if type(x) not in PLAIN_TENSORS:

@@ -192,8 +192,10 @@ def kl_estimate(
     logp, ref_logp = alike("kl_estimate", logp=logp, ref_logp=ref_logp)
     check_choice("kl_estimate", "kind", kind, KINDS)
     check_bound("kl_estimate", max_log_ratio, beyond)
-    most = math.inf if max_kl is None else max_kl
-    check_number("kl_estimate", "max_kl", most)
-    if not most > 0:
-        raise ValueError(f"kl_estimate: max_kl must be > 0, got {max_kl}")
-    return _kl_estimate(Inputs(logp, ref_logp, kind, float(max_log_ratio), float(most), beyond))[0]
+    most = math.inf
+    if max_kl is not None:
+        check_number("kl_estimate", "max_kl", max_kl)
+        if not max_kl > 0:
+            raise ValueError(f"kl_estimate: max_kl must be > 0, got {max_kl}")
+        most = float(max_kl)
+    return _kl_estimate(Inputs(logp, ref_logp, kind, float(max_log_ratio), most, beyond))[0]

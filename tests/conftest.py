@@ -55,6 +55,14 @@ def kernel(request, monkeypatch):
         yield kind
 
 
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def compiler(request):
+    """A backend of torch.compile: both trace forward and backward; inductor also makes C++ of them,
+    which it compiles for seconds."""
+    torch._dynamo.reset()
+    return request.param
+
+
 def surroundings(kind, monkeypatch, module):
     """Where the tests of a kind of kernel run: on the GPU, if it needs one and there is one."""
     if kind == "triton" and not kernels.GPU:

@@ -135,8 +135,8 @@ def test_registration():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
-def test_compile():
-    @torch.compile(fullgraph=True, dynamic=True)
+def test_compile(compiler):
+    @torch.compile(backend=compiler, fullgraph=True, dynamic=True)
     def compiled(rewards, values, mask, bootstrap):
         advantages, returns = gae(rewards, values, mask, gamma=0.9, lam=0.8, bootstrap=bootstrap)
         return (advantages * returns.cos()).sum()
@@ -154,7 +154,7 @@ def test_compile():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
-def test_compile_packed():
+def test_compile_packed(compiler):
     rewards, values, mask = inputs((20,), torch.float32)
     truncated = torch.rand(20) < 0.3
     terminated = torch.arange(len(CU) - 1) % 2 == 0
@@ -163,7 +163,7 @@ def test_compile_packed():
     def run(function):
         return function(rewards, values, mask, gamma=0.9, cu_seqlens=CU, **options)
 
-    compiled = torch.compile(gae, fullgraph=True, dynamic=True)
+    compiled = torch.compile(gae, backend=compiler, fullgraph=True, dynamic=True)
     for ours, eager in zip(run(compiled), run(gae), strict=True):
         torch.testing.assert_close(ours, eager)
 

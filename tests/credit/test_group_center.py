@@ -53,8 +53,8 @@ def test_gradients(baseline, scale):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
-def test_compile():
-    @torch.compile(fullgraph=True, dynamic=True)
+def test_compile(compiler):
+    @torch.compile(backend=compiler, fullgraph=True, dynamic=True)
     def compiled(scores, group):
         return group_center(scores, group, baseline="loo", scale="std").cos().sum()
 

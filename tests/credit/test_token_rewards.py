@@ -96,8 +96,8 @@ def test_registration():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
-def test_compile():
-    @torch.compile(fullgraph=True, dynamic=True)
+def test_compile(compiler):
+    @torch.compile(backend=compiler, fullgraph=True, dynamic=True)
     def compiled(scores, kl, mask, coef):
         return token_rewards(scores, mask, kl=kl, kl_coef=coef).cos().sum()
 

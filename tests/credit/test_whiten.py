@@ -74,8 +74,8 @@ def test_registration():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
-def test_compile():
-    @torch.compile(fullgraph=True, dynamic=True)
+def test_compile(compiler):
+    @torch.compile(backend=compiler, fullgraph=True, dynamic=True)
     def compiled(x, mask):
         return whiten(x, mask, eps=0.1).cos().sum()
 

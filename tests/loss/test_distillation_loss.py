@@ -91,8 +91,8 @@ def test_registration(layout):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch compiles by its own old parts
-def test_compile():
-    compiled = torch.compile(distillation_loss, fullgraph=True, dynamic=True)
+def test_compile(compiler):
+    compiled = torch.compile(distillation_loss, backend=compiler, fullgraph=True, dynamic=True)
     for stance, count in [("default", 8), ("fail_on_recompile", 11)]:
         logp, teacher_logp, weight = sample((count,), dtype=torch.float32)
         ours, eager = leaves(logp, logp)

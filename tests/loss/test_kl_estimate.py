@@ -65,9 +65,8 @@ def test_registration(layout, kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch compiles by its own old parts
-def test_compile():
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+def test_compile(compiler):
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(kl_estimate, backend=counter, fullgraph=True, dynamic=True)
     compilations = []
     for n in (50, 77):

@@ -234,10 +234,9 @@ def test_the_legal_strings_are_those_of_the_tables():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
-def test_compile():
+def test_compile(compiler):
     """One graph for all numbers, those of a clip that is absent aside."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(policy_loss, backend=counter, fullgraph=True, dynamic=True)
     compilations = []
     for n, low, dual_clip, kl_coef, entropy_coef in (

@@ -154,14 +154,13 @@ def test_registration(layout):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
-def test_compile():
+def test_compile(compiler):
     """One graph for all numbers; whether anything is in place is for the compiler to say."""
 
     def of_leaf(x, *args, **options):
         return policy_loss_from_logits(x * 1, *args, **options, inplace=True)
 
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(of_leaf, backend=counter, fullgraph=True, dynamic=True)
     compilations = []
     for rows, vocab, coef in [(4, 300, 0.1), (6, 500, 0.3), (5, 400, 0.2)]:

@@ -44,8 +44,8 @@ def test_gradients(wanted):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
-def test_compile():
-    compiled = torch.compile(preference_loss, fullgraph=True, dynamic=True)
+def test_compile(compiler):
+    compiled = torch.compile(preference_loss, backend=compiler, fullgraph=True, dynamic=True)
     for stance, count in [("default", 8), ("fail_on_recompile", 11)]:
         chosen, rejected, _ = sample(torch.float32, count)
         ours, eager = leaves(chosen, chosen)

@@ -148,9 +148,8 @@ def test_registration(layout, clip):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
-def test_compile():
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+def test_compile(compiler):
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(value_loss, backend=counter, fullgraph=True, dynamic=True)
     compilations = []
     for n in (50, 77):

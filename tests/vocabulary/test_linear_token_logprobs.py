@@ -128,9 +128,8 @@ def test_registration(with_bias):
         check_registration(page.linear_token_logprobs_backward_op, gradient)
 
 
-def test_compile():
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+def test_compile(compiler):
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(linear_token_logprobs, backend=counter, fullgraph=True, dynamic=True)
     compilations = []
     for rows, vocab, temperature in [(4, 150, 0.7), (6, 130, 0.9), (5, 140, 1.1)]:

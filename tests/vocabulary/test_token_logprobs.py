@@ -115,9 +115,8 @@ def test_the_dispatcher_brings_cuda_tensors_to_triton(kernel, monkeypatch):
     assert all(map(torch.equal, dispatched, page.token_logprobs_op(x)))
 
 
-def test_compile():
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+def test_compile(compiler):
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(token_logprobs, backend=counter, fullgraph=True, dynamic=True)
     for rows, vocab, temperature in [(4, 300, 0.7), (6, 500, 0.9), (5, 400, 1.1)]:
         logits, labels = logits_and_labels(rows, vocab)

@@ -110,8 +110,8 @@ def test_registration():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts
-def test_compile():
-    compiled = torch.compile(importance_weights, fullgraph=True, dynamic=True)
+def test_compile(compiler):
+    compiled = torch.compile(importance_weights, backend=compiler, fullgraph=True, dynamic=True)
     for stance, shape in [("default", (3, 7)), ("fail_on_recompile", (5, 11))]:
         *tensors, _ = sample(dtype=torch.float32, shape=shape)
         with torch.compiler.set_stance(stance):

@@ -7,7 +7,7 @@
         differentiable=("logp", "entropy"),  # the inputs that may have a gradient
         forward=forward,                     # Inputs -> (results, Saved)
         backward=backward,                   # (Saved, a gradient for each result) -> Gradients
-        constants=(1,),                      # the places of the results that have no gradient
+        constants=1,                         # how many results, the last ones, have no gradient
     )
 
 No op has a second derivative: a backward with create_graph=True raises. torch's once_differentiable
@@ -51,9 +51,9 @@ class Differentiable(Generic[InputsT, SavedT]):
         saved: The record of what backward needs.
         differentiable: The names of the inputs that may have a gradient: tensors, or lists of them.
         forward: Takes the inputs; returns the results, a tuple, and the saved record.
-        backward: Takes the saved record and one gradient for each result, None for a result that
-            nothing was made of; returns the record of gradients.
-        constants: The places of the results that have no gradient.
+        backward: Takes the saved record and one gradient for each result that has one, None where
+            nothing was made of the result; returns the record of gradients.
+        constants: How many results have no gradient. They are the last ones.
         selective: Whether backward also takes `wanted`, a list of bool: for each differentiable
             input, in one list, whether its gradient is asked for. The others may then be None.
     """
@@ -67,7 +67,7 @@ class Differentiable(Generic[InputsT, SavedT]):
         differentiable: tuple[str, ...],
         forward: Callable[[InputsT], tuple[tuple, SavedT]],
         backward: Callable[..., tuple],
-        constants: tuple[int, ...] = (),
+        constants: int = 0,
         selective: bool = False,
     ) -> None:
         self.name, self.constants, self.selective = name, constants, selective
@@ -96,7 +96,7 @@ def _function(op: Differentiable[InputsT, SavedT]) -> type[torch.autograd.Functi
             _save(ctx, op.saved, saved)
             ctx.set_materialize_grads(False)  # zeros for a result nobody used would be a launch
             if op.constants:
-                ctx.mark_non_differentiable(*[results[place] for place in op.constants])
+                ctx.mark_non_differentiable(*results[-op.constants :])
             return results
 
         @staticmethod
@@ -108,7 +108,7 @@ def _function(op: Differentiable[InputsT, SavedT]) -> type[torch.autograd.Functi
                     f"{op.name}: its gradient is not differentiable, double backward is not "
                     f"supported; call it without create_graph=True"
                 )
-            return None, *_gradients(op, ctx, grads)
+            return None, *_gradients(op, ctx, grads[: len(grads) - op.constants])
 
     return Function
 

@@ -166,7 +166,7 @@ def _forward(x: Inputs) -> tuple[tuple[Tensor, Tensor], Saved]:
     return (outputs.loss, outputs.stats), Saved(outputs.coefficient)
 
 
-def _backward(saved: Saved, grad_loss: Tensor, _grad_stats: None) -> Gradients:
+def _backward(saved: Saved, grad_loss: Tensor) -> Gradients:
     return Gradients(grad_loss * saved.coefficient)
 
 
@@ -177,7 +177,7 @@ _distillation_loss = Differentiable(
     differentiable=("logp",),
     forward=_forward,
     backward=_backward,
-    constants=(1,),
+    constants=1,
 )
 
 

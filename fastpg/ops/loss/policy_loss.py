@@ -246,7 +246,7 @@ def _forward(x: Inputs) -> tuple[tuple[Tensor, Tensor], Saved]:
     return (outputs.loss, outputs.stats), saved
 
 
-def _backward(saved: Saved, grad_loss: Tensor, _grad_stats: None) -> Gradients:
+def _backward(saved: Saved, grad_loss: Tensor) -> Gradients:
     grad_logp, grad_entropy = grad_loss * saved.coefficient, None
     if saved.weight is not None:
         entropy_coef: float | Tensor = saved.entropy_coef
@@ -263,7 +263,7 @@ _policy_loss = Differentiable(
     differentiable=("logp", "entropy"),
     forward=_forward,
     backward=_backward,
-    constants=(1,),
+    constants=1,
 )
 
 

@@ -204,7 +204,7 @@ def _forward(x: Call) -> tuple[tuple[Tensor, Tensor], Saved]:
     return (outputs.loss, outputs.stats), Saved(out, once)
 
 
-def _backward(saved: Saved, grad_loss: Tensor, _grad_stats: None) -> Gradients:
+def _backward(saved: Saved, grad_loss: Tensor) -> Gradients:
     if saved.handed_over is None:
         return Gradients(saved.gradient * grad_loss)
     if saved.handed_over.done:
@@ -222,7 +222,7 @@ _policy_loss_from_logits = Differentiable(
     differentiable=("logits",),
     forward=_forward,
     backward=_backward,
-    constants=(1,),
+    constants=1,
 )
 
 

@@ -114,7 +114,7 @@ def _backward(
     x: Saved,
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
-    *_statistics: None,
+    *,
     wanted: list[bool],
 ) -> tuple[list[Tensor | None]]:
     if grad_logp is None:
@@ -137,7 +137,7 @@ _several_labels = Differentiable(
     differentiable=("hidden", "head_weight", "bias"),
     forward=_forward,
     backward=_backward,
-    constants=(2, 3, 4),
+    constants=3,
     selective=True,
 )
 

@@ -90,15 +90,11 @@ def _forward(x: Inputs) -> tuple[tuple[Tensor, ...], Saved]:
     return (logp, entropy, sum_p_squared, is_top1, mean_logit), Saved(x, entropy, stats)
 
 
-def _backward(
-    x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_statistics: None
-) -> Gradient:
+def _backward(x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradient:
     return page.backward(x, grad_logp, grad_entropy)
 
 
-def _backward_inplace(
-    x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_statistics: None
-) -> Gradient:
+def _backward_inplace(x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradient:
     return page.backward_inplace(x, grad_logp, grad_entropy)
 
 
@@ -109,7 +105,7 @@ _differentiable = partial(
     saved=Saved,
     differentiable=("logits",),
     forward=_forward,
-    constants=(2, 3, 4),
+    constants=3,
 )
 _with_statistics = _differentiable(backward=_backward)
 _with_statistics_inplace = _differentiable(backward=_backward_inplace)

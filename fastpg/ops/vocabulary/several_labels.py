@@ -311,17 +311,13 @@ def _write_gradient(
     return Gradient(out)
 
 
-def _backward(
-    x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_statistics: None
-) -> Gradient:
+def _backward(x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradient:
     logits = x.inputs.logits
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return _write_gradient(out, x, grad_logp, grad_entropy)
 
 
-def _backward_inplace(
-    x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_statistics: None
-) -> Gradient:
+def _backward_inplace(x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradient:
     return _write_gradient(x.inputs.logits.detach(), x, grad_logp, grad_entropy)
 
 
@@ -332,7 +328,7 @@ _differentiable = partial(
     saved=Saved,
     differentiable=("logits",),
     forward=_forward,
-    constants=(2, 3, 4),
+    constants=3,
 )
 _several_labels = _differentiable(backward=_backward)
 _several_labels_inplace = _differentiable(backward=_backward_inplace)

@@ -34,6 +34,8 @@ def latest(given: tl.tensor, x: tl.tensor, given_then: tl.tensor, x_then: tl.ten
 def scan_affine(a: tl.tensor, b: tl.tensor, carry: tl.tensor, REVERSE: tl.constexpr):
     """x = b + a x_before at each token of a block, with x_before = carry at its edge."""
     a, b = tl.associative_scan((a, b), 0, affine, reverse=REVERSE)
+    # The carry has passed through every factor of the block so far. Where one was 0 it is cut
+    # off, and not multiplied: it may be infinite.
     return tl.where(a == 0, b, b + a * carry)
 
 
@@ -154,6 +156,7 @@ def forward_kernel(
     begin, end = sequence_bounds(tl.program_id(0), length, tokens, cu_seqlens)
     next_advantage, next_value = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
     if bootstrap is not None and truncated is None:
+        # Without truncation there is one bootstrap a sequence, the value after its last token.
         next_value += tl.load(bootstrap + tl.program_id(0)).to(tl.float64)
     blocks = (end - begin + BLOCK - 1) // BLOCK  # The last may be part empty, never the first.
     for i in range(0, blocks):
@@ -178,6 +181,7 @@ def forward_kernel(
         if mask is None:
             value_from = tl.where(kept, value, next_value)  # A scan would find the same.
         else:
+            # A masked token has no value of its own, but that of the next token that is kept.
             value_from = scan_latest(kept, value, next_value, True)
         after = shifted(value_from, next_value, 1, BLOCK)
         if bootstrap is not None and truncated is not None:
@@ -249,6 +253,7 @@ def backward_kernel(
         reward = tl.where(kept, token_rho * grad, 0.0)
         tl.store(grad_rewards + token, reward, mask=token < end)
         if grad_values is not None:
+            # A value is taken off in its own delta, and added in that of the token before.
             value = to_return - reward + shifted(sent, sent_before, -1, BLOCK)
             tl.store(grad_values + token, tl.where(kept, value, 0.0), mask=token < end)
         if grad_bootstrap is not None and truncated is not None:

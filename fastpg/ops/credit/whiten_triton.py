@@ -133,6 +133,7 @@ def gradient_kernel(
     mean_grad = tl.load(sums) / tl.maximum(n, 1.0)
     # The part through the variance is proportional to the deviation, with this slope.
     slope = scale * scale * scale * tl.load(sums + 1) / tl.maximum(n - 1.0, 1.0)
+    # The mean takes its part of the gradient off; without centring it also hands one back.
     constant = (-scale if CENTER else 1.0 - scale) * mean_grad
     grad = load_kept(grad_y, offset, kept).to(tl.float64)
     value = scale * grad + constant - slope * deviation(x, offset, kept, mean)
@@ -148,6 +149,7 @@ def whiten_moments(inputs: MomentsInputs) -> MomentsOutputs:
         moments_kernel[(blocks,)](
             x=inputs.x, mask=inputs.mask, parts=parts, count=inputs.x.numel(), **OPTIONS
         )
+    # It is launched for an empty batch too, whose moments have to be written.
     merge_kernel[(1,)](parts=parts, moments=outputs.moments, blocks=blocks, **OPTIONS)
     return outputs
 
@@ -158,6 +160,7 @@ def whiten(inputs: Inputs) -> Outputs:
     if inputs.moments is None:
         used = whiten_moments(MomentsInputs(inputs.x, inputs.mask)).moments
     else:
+        # An operator of torch may not return its own input.
         used = inputs.moments.clone()
     y = empty_like(inputs.x)
     if blocks := blocks_of(inputs.x):

@@ -70,6 +70,7 @@ def divergence_of(
         d = finite_log_ratio(log_p, log_q)
         return p * d, d
     else:
+        # m is the mixture of both: it is 0 only where both are.
         log_m = tl.log((1.0 - beta) * p + beta * q)
         d = finite_log_ratio(log_p, log_m)
         of_teacher = q * finite_log_ratio(log_q, log_m)
@@ -98,6 +99,7 @@ def forward_kernel(
     log_q = tl.load(teacher_logp + offset, mask=live, other=-INFINITY).to(tl.float64)
     p, q, share = tl.exp(log_p), tl.exp(log_q), number(beta, w)
     p_tail, q_tail = tail_of(log_p, p, place), tail_of(log_q, q, place)
+    # All tokens that were not kept make one more bucket.
     tail, u_tail = divergence_of(p_tail, q_tail, tl.log(p_tail), tl.log(q_tail), share, KIND)
     terms, u = divergence_of(p, q, log_p, log_q, share, KIND)
     value = tl.sum(terms, 0) + tail

@@ -39,6 +39,7 @@ def estimate(
     else:
         _, value = exp_excess(-d)
         slope = (d - value) * d_slope  # 1 - e^-d without its cancellation
+    # A value beyond its bound does not move. NaN is not beyond, and stays NaN.
     return bounded(value, most), tl.where((value > most) | (value < -most), 0.0, slope)
 
 

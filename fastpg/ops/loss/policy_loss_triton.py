@@ -135,6 +135,7 @@ def forward_kernel(
     put_sum(part, CLIPPED_DUAL, dual)
     put_sum(part, REF_KL, ref_kl)
     put_sum(part, ENTROPY, h)
+    # Whether these two sums were computed is for merge_stats to know: 0 is a sum as well.
     tl.store(part + HAS_REF_KL, 0.0 if ref_logp is None else 1.0)
     tl.store(part + HAS_ENTROPY, 0.0 if entropy is None else 1.0)
 
@@ -144,6 +145,7 @@ def merge_kernel(parts: tl.tensor, stats: tl.tensor, loss: tl.tensor, rows: tl.i
     """The statistics of all blocks, from a row of parts for each; and the loss among them."""
     field = tl.arange(0, FIELDS)
     total = tl.zeros([ROWS, FIELDS], tl.float64)
+    # Of every field the sum and the extremes are taken: at the end each keeps the one it wants.
     least, most = total + INFINITY, total - INFINITY
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]

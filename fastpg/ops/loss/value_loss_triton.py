@@ -59,6 +59,7 @@ def forward_kernel(
     kept = w != 0
     value = load_kept(values, offset, kept)
     target = load_kept(returns, offset, kept)
+    # A masked token has loaded zeros, so that its error is 0, whatever its memory holds.
     error = value - target
     clipped, taken = tl.zeros([BLOCK], tl.int1), error
     if old_values is not None:  # Where clipping enlarges the error, V is held: it has no gradient.
@@ -73,6 +74,7 @@ def forward_kernel(
     tl.store(part + WEIGHT, tl.sum(w.to(tl.float64), 0))
     tl.store(part + LOSS, tl.sum((w * (0.5 * taken * taken)).to(tl.float64), 0))
     tl.store(part + CLIPPED, tl.sum(clipped.to(tl.float64), 0))
+    # The explained variance compares how far the returns, and these residuals, spread.
     mean, m2 = block_moments(target, kept, n)
     tl.store(part + RETURN_MEAN, mean)
     tl.store(part + RETURN_M2, m2)

@@ -26,6 +26,7 @@ def of_all_ranks(
     """
     tensors = [x for x in given if x is not None]
     spread = [x for x in tensors if is_dtensor(x) or is_of_zero3(x)]
+    # A graph that torch compiles cannot hold what an exception decides.
     if not spread or torch.compiler.is_compiling():
         return nullcontext()
     return _together(op, groups_of(spread), gathered)
@@ -46,6 +47,7 @@ def groups_of(spread: Sequence[Tensor]) -> list[dist.ProcessGroup]:
             groups += [mesh.get_group(axis) for axis in range(mesh.ndim)]
         else:
             groups.append(x.ds_process_group)  # type: ignore[attr-defined]
+    # Weight and bias are often in the same group, which is asked once.
     return list(dict.fromkeys(groups))
 
 
@@ -62,6 +64,7 @@ def all_or_none(op: str, groups: list[dist.ProcessGroup], device: torch.device) 
     try:
         yield
     except Exception:
+        # The others ask the same question at their end, and learn of it.
         _any_failed(groups, failed=True)
         raise
     if _any_failed(groups, failed=False):

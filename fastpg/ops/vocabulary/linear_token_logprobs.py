@@ -186,6 +186,7 @@ def linear_token_logprobs(
     """
     several = has_several(labels, hidden)
     names = checked_statistics(OP, row_statistics)
+    # The kernels of these take a whole head: one that lies in parts is gathered for them.
     gathers_whole = several or bool(names) or support is not None
     inputs = head_inputs(
         OP,
@@ -204,6 +205,7 @@ def linear_token_logprobs(
     if in_shards(inputs.head_weight):
         logp, entropy = (x.view(labels.shape) for x in sharded_head.logprobs(inputs))
         return (logp, entropy) if return_entropy else logp
+    # A label that one rank refuses has to stop the ranks that hold the other parts, too.
     with of_all_ranks(OP, [*as_list(weight), bias], inputs.head):
         return _of_whole_head(
             inputs,
@@ -232,6 +234,7 @@ def _of_whole_head(
     if support is not None:
         sets = checked_support(OP, support, labels, inputs.group)
         logp, entropy = linear_support.logprobs(inputs, sets)
+    # With a frozen head forward makes the gradient as well, which saves a product.
     elif not return_entropy and frozen_head.serves(inputs):
         return frozen_head.logprobs(inputs).view(labels.shape)
     else:

@@ -57,12 +57,14 @@ def merge_sums(top, squares, logits, lowest, padding, scale, LANES: tl.constexpr
     factor = tl.exp2(exponent((top - finite_max(tl.max(top, 0))) * scale, True))
     square = tl.sum(fold(factor * factor * squares, 1, LANES), 0)
     logit = tl.sum(fold(logits, 1, LANES), 0)
+    # More -inf than there is padding are logits of the row, and then so is their sum.
     return square, tl.where(tl.sum(lowest, 0) > padding, -INFINITY, logit)
 
 
 @triton.jit
 def row_means(square, logit, log_sum, vocab, inv_temperature):
     """The sum of p squared and the mean of z, from what `merge_sums` makes; NaN if the row is."""
+    # The sum of e^2d over the square of the sum of e^d, whose logarithm is log_sum.
     p_squared = square * tl.exp2(log_sum * LOG2E * -2.0)
     p_squared = tl.where(p_squared > 1.0, 1.0, p_squared)  # rounding makes it larger
     mean = tl.div_rn(logit, vocab.to(tl.float32)) * inv_temperature
@@ -75,9 +77,11 @@ def leads_row(x, label, y, c, others, length, softcap, BLOCK: tl.constexpr):
 
     y, c: The label's logit before and after softcap; others: the maximum of the others after it.
     """
+    # Softcap flattens large logits: two that differ before it may be equal after it.
     clear = c > others + softcap * UNCLEAR
     near = (c >= others - softcap * UNCLEAR) & (c != -INFINITY)
     beaten = 0
+    # A row whose label clearly leads, or clearly does not, is not read again.
     for start in range(0, tl.where(near & ~clear, length, 0), BLOCK):
         place = start + tl.arange(0, BLOCK)
         other = tl.load(x + place, place < length, other=-INFINITY).to(tl.float32)
@@ -173,6 +177,7 @@ def statistics_kernel(
         x, length, softcap, scale, ENTROPY, SOFTCAP, ALIGNED, VECTORS, LANES, VECTOR
     )
     TILE: tl.constexpr = VECTORS * VECTOR * LANES
+    # What lies beyond the end of the row was loaded as -inf, up to a whole tile.
     padding = tl.cdiv(length, TILE) * TILE - length
     square, logit = merge_sums(top, squares, sum_logits, lowest, padding, scale, LANES)
     place = tl.where(here, label, 0).to(tl.int32)

@@ -40,6 +40,7 @@ def finite_max(top):
 @triton.jit
 def fold(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sums [ROWS] of x [ROWS, COLUMNS], in pairs: a + b is b + a, whatever the layout."""
+    # Each turn halves the columns: it adds neighbours, which a reshape to pairs puts on one axis.
     if COLUMNS == 1:
         x = tl.reshape(x, [ROWS])
     for i in tl.static_range(16):
@@ -51,6 +52,7 @@ def fold(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def tanh(x):
     """An odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
+    # The coefficients are those of tanhf in Cephes, for |x| < 0.625, the square of which is 0.39.
     z = x * x
     p = -5.70498872745e-3
     p = p * z + 2.06390887954e-2
@@ -125,6 +127,7 @@ def load_vectors(
     lane = tl.arange(0, LANES)[:, None]
     for vector in tl.static_range(VECTORS):
         if x.dtype.element_ty == tl.bfloat16:
+            # An offset counts words, of two logits each.
             offsets = (vector * LANES + lane) * PAIRS + tl.arange(0, PAIRS)
             inside = None if left is None else offsets * 2 < left
             pairs = tl.load(words(x) + offsets, inside, eviction_policy=EVICTION)
@@ -158,6 +161,7 @@ def load_singly(
     lane = tl.arange(0, LANES)[:, None] * VECTOR
     HALVES: tl.constexpr = 2 if (x.dtype.element_ty == tl.bfloat16 and VECTOR > 1) else 1
     for i in tl.static_range(VECTORS * VECTOR):
+        # The half of a word runs fastest, then the vector, then the column.
         vector = i // HALVES % VECTORS
         column = i // (HALVES * VECTORS) * HALVES + i % HALVES
         offsets = vector * LANES * VECTOR + column + lane
@@ -213,6 +217,7 @@ def add_tile(top, total, weighted, parts, scale, ENTROPY: tl.constexpr):
 
     `total` and `weighted` are RowStats::sum and weighted of C++, the latter in units of log2.
     """
+    # One maximum serves the whole tile, so that the lane rescales its sums once.
     most = parts[0]
     for i in tl.static_range(1, len(parts)):
         most = tl.maximum(most, parts[i])
@@ -228,6 +233,7 @@ def add_tile(top, total, weighted, parts, scale, ENTROPY: tl.constexpr):
     shift = exponent((top - origin) * scale, ENTROPY)
     factor = tl.exp2(shift)
     if ENTROPY:
+        # e^(d + s) (d + s) is e^s (e^d d + s e^d): both sums go below the new maximum at once.
         weighted = factor * (weighted + shift * total) + sum_parts(products)
     return new_top, factor * total + sum_parts(exponentials), weighted
 
@@ -248,6 +254,7 @@ def merge_lanes(top, total, weighted, scale, LANES: tl.constexpr, ENTROPY: tl.co
 @triton.jit
 def record_label(flag, row, label):
     """Counts a bad label, and keeps the first one for fastpg.check()."""
+    # Only the program that counts first writes, so that row and label belong together.
     if tl.atomic_add(flag, 1, sem="relaxed") == 0:
         tl.store(flag + 1, row)
         tl.store(flag + 2, label)

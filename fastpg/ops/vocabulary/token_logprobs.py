@@ -124,6 +124,7 @@ def _forward(x: Inputs) -> tuple[tuple[Tensor, ...], Saved]:
 def _backward_inputs(
     x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None
 ) -> BackwardInputs:
+    # A loss of the entropy alone sends nothing through the log-probs.
     if grad_logp is None:
         grad_logp = torch.zeros_like(x.stats[0])
     return BackwardInputs(x.inputs, grad_logp, grad_entropy, x.entropy, x.stats)

@@ -110,6 +110,7 @@ def token_kernel(
 ):
     """The weights of a block of tokens, and its statistics."""
     token = block_offsets()
+    # The estimates of the KL are of d; the weight and its own statistics are of its ratio.
     d, kept = log_ratios(logp, behavior_logp, mask, token, count)
     ratio, excess = exp_excess(d)
     weighed, below, above = weight_of(ratio, low, high, ZERO)

@@ -43,19 +43,22 @@ def test_the_loss_shares_no_memory_with_the_statistics(kernel):
 
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens(kernel):
-    """Ratios 0.5, 0.905, 1.105, 2 and 2 within [0.8, 1.28]; a loss without the detach gives 0."""
-    logp = torch.tensor([0.5, 0.905, 1.105, 2.0, 2.0], dtype=torch.float64).log()
-    logp = leaves(logp - 2.0)[0]
-    advantages = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
+    """Ratios within [0.8, 1.28] and beyond; a loss without the detach gives 0.
+
+    Two tokens have no advantage: they count as tokens, but are not clipped.
+    """
+    ratios = torch.tensor([0.5, 0.905, 1.105, 2.0, 2.0, 0.5, 2.0, 1.0], dtype=torch.float64)
+    logp = leaves(ratios.log() - 2.0)[0]
+    advantages = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
     loss, stats = policy_loss(
         logp, advantages, torch.ones_like(logp), old_logp=torch.full_like(logp, -2.0),
         surrogate="cispo", clip=(0.2, 0.28),
     )  # fmt: skip
     loss.backward()
-    expected = torch.tensor([-0.8, -0.905, -1.105, -1.28, 1.28], dtype=torch.float64)
-    torch.testing.assert_close(logp.grad, expected)
+    held = torch.tensor([0.8, 0.905, 1.105, 1.28, 1.28, 0.8, 1.28, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(logp.grad, -held * advantages)
     merged = merge_stats(stats)
-    assert (merged["clip_frac_low"], merged["clip_frac_high"]) == (0.2, 0.4)
+    assert (merged["clip_frac_low"], merged["clip_frac_high"]) == (1 / 8, 2 / 8)
 
 
 def test_dual_clip_caps_the_loss_of_negative_advantages(kernel):

@@ -24,7 +24,12 @@ LOGPROBS_TESTS = (
     *IN_CPP,
 )
 GAE_TESTS = ("tests/credit/test_gae.py", "tests/credit/test_gae_laws.py", *IN_CPP)
-POLICY_TESTS = ("tests/loss/test_policy_loss.py", "tests/loss/test_policy_loss_laws.py", *IN_CPP)
+POLICY_TESTS = (
+    "tests/loss/test_policy_loss.py",
+    "tests/loss/test_policy_loss_laws.py",
+    "tests/loss/test_policy_loss_bounds.py",
+    *IN_CPP,
+)
 VALUE_TESTS = ("tests/loss/test_value_loss.py", *IN_CPP)
 WHITEN_TESTS = ("tests/credit/test_whiten.py", *IN_CPP)
 IMPORTANCE_TESTS = ("tests/weight/test_importance_weights.py", *IN_CPP)

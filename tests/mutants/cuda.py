@@ -10,7 +10,12 @@ VALUE_LOSS = "csrc/loss/value_loss.cu"
 
 IN_CUDA = ("-k", "cuda-on-cpu")
 GAE_TESTS = ("tests/credit/test_gae_laws.py", "tests/credit/test_gae.py", *IN_CUDA)
-POLICY_TESTS = ("tests/loss/test_policy_loss_laws.py", "tests/loss/test_policy_loss.py", *IN_CUDA)
+POLICY_TESTS = (
+    "tests/loss/test_policy_loss_laws.py",
+    "tests/loss/test_policy_loss_bounds.py",
+    "tests/loss/test_policy_loss.py",
+    *IN_CUDA,
+)
 VALUE_TESTS = ("tests/loss/test_value_loss.py", *IN_CUDA)
 
 MUTANTS = [

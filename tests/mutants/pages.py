@@ -28,6 +28,7 @@ GAE_TESTS = ("tests/credit/test_gae.py", "tests/credit/test_gae_laws.py", *ON_RE
 POLICY_TESTS = (
     "tests/loss/test_policy_loss.py",
     "tests/loss/test_policy_loss_laws.py",
+    "tests/loss/test_policy_loss_bounds.py",
     *ON_REFERENCE,
 )
 LOGPROBS_TESTS = ("tests/vocabulary/test_token_logprobs.py", *ON_REFERENCE)

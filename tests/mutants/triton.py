@@ -23,7 +23,12 @@ IMPORTANCE_BLOCKS = (
     *IN_TRITON,
 )
 POLICY_BLOCKS = ("tests/loss/test_policy_loss_laws.py::test_every_block_is_merged", *IN_TRITON)
-POLICY_TESTS = ("tests/loss/test_policy_loss_laws.py", "tests/loss/test_policy_loss.py", *IN_TRITON)
+POLICY_TESTS = (
+    "tests/loss/test_policy_loss_laws.py",
+    "tests/loss/test_policy_loss_bounds.py",
+    "tests/loss/test_policy_loss.py",
+    *IN_TRITON,
+)
 
 MUTANTS = [
     Mutant(

@@ -219,10 +219,17 @@ MISTAKES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def sound_findings(tmp_path_factory):
+    """What each check finds in a run without a mistake."""
+    evidence = gather_evidence(make_trainer(tmp_path_factory.mktemp("sound"), kl_coef=0.1))
+    return {name: check(evidence) for name, check in CHECK.items()}
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_found(tmp_path, monkeypatch, mistake):
+def test_a_mistake_is_found(tmp_path, monkeypatch, mistake, sound_findings):
     spoil, name, verdict = MISTAKES[mistake]
-    sound = CHECK[name](gather_evidence(make_trainer(tmp_path, kl_coef=0.1)))
+    sound = sound_findings[name]
     assert sound is None or sound.verdict == "pass"
     settings, change = spoil(monkeypatch)
     spoiled = make_trainer(tmp_path, **settings)

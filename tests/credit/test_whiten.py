@@ -204,4 +204,6 @@ def rank_main(rank, folder):
 
 
 def test_ranks_whiten_together(tmp_path):
-    torch.multiprocessing.start_processes(rank_main, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(
+        rank_main, (str(tmp_path),), nprocs=2, start_method="fork"
+    )

@@ -104,7 +104,8 @@ def test_gradients(kernel, form, wanted):
     def run(r, v, b):
         return gae(r, v, bootstrap=b, gamma=0.9, lam=0.8, **options)
 
-    assert gradcheck(run, tensors, fast_mode=kernel == "triton")
+    # All three together are looked at element by element, fewer along a random direction.
+    assert gradcheck(run, tensors, fast_mode=kernel == "triton" or wanted < 7)
     if wanted == 7 and cu is None:  # an expanded and a strided grad_output
         advantages, returns = run(*tensors)
         weight = torch.randn(shape[::-1], dtype=torch.float64).t()

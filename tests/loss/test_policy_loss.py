@@ -199,7 +199,9 @@ def test_gradients(kernel, case):
         def loss(*tensors, names=names):
             return 3 * policy_loss(**{**x, **dict(zip(names, tensors, strict=False))}, **options)[0]
 
-        assert not inputs or torch.autograd.gradcheck(loss, inputs, fast_mode=kernel == "triton")
+        # Both together are looked at element by element, one alone along a random direction.
+        fast = kernel == "triton" or len(names) == 1
+        assert not inputs or torch.autograd.gradcheck(loss, inputs, fast_mode=fast)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "empty"])

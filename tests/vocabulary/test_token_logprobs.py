@@ -63,8 +63,8 @@ def test_gradients(kernel, softcap):
 
     (x,) = leaves(logits)
     assert torch.autograd.gradcheck(both, x)
-    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, labels, **options), x)
-    assert torch.autograd.gradcheck(lambda x: both(x)[1], x)
+    for one in (lambda x: token_logprobs(x, labels, **options), lambda x: both(x)[1]):
+        assert torch.autograd.gradcheck(one, x, fast_mode=True)
     assert not token_logprobs(logits, labels).requires_grad
 
 

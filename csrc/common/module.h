@@ -42,16 +42,20 @@ inline PyObject* statistics() {
 
 // The module with its ops, and `more` functions; null if Python raised.
 inline PyObject* make_module(const char* name, std::vector<PyMethodDef> more = {}) {
-  // Python keeps the addresses of both.
-  static std::vector<PyMethodDef> functions;
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT};
+  static std::vector<PyMethodDef> functions;  // Python keeps its address, and the definition's.
   for (const Binding& binding : Binding::all()) functions.push_back(binding.method);
   functions.push_back({"fields", fields, METH_O, "The names of the fields of an op."});
   functions.insert(functions.end(), more.begin(), more.end());
   functions.push_back({nullptr, nullptr, 0, nullptr});
-  definition.m_name = name;
-  definition.m_size = -1;
-  definition.m_methods = functions.data();
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   name,
+                                   nullptr,
+                                   -1,
+                                   functions.data(),
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
   PyObject* module = PyModule_Create(&definition);
   PyObject* kinds = module == nullptr ? nullptr : statistics();
   if (kinds == nullptr || PyModule_AddObjectRef(module, "statistics", kinds) != 0) Py_CLEAR(module);

@@ -9,6 +9,7 @@ namespace {
 std::vector<InstructionSet> supported() {
   std::vector<InstructionSet> sets;
 #if defined(__x86_64__)
+  __builtin_cpu_init();  // This may run before the constructor that would call it.
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     sets.push_back(InstructionSet::kAvx512);

@@ -12,6 +12,7 @@ import fastpg
 from fastpg.bench.command import bench
 from fastpg.doctor.installed import TRAINER, absent_packages, checkup, kernels
 from fastpg.integrations.verify_command import verify
+from fastpg.report.command import report
 
 if TYPE_CHECKING:
     from fastpg.trainer import PPOTrainer
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verify(argv[1:])
     if argv[:1] == ["bench"]:
         return bench(argv[1:])
+    if argv[:1] == ["report"]:
+        return report(argv[1:])
     if argv[:2] == ["doctor", "mismatch"]:
         return run("doctor mismatch", argv[2:])
     if argv and argv[0] in COMMANDS:
@@ -55,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands")
     commands.add_parser("train", help="train a policy; `fastpg train --help` lists the settings")
     commands.add_parser("reward-model", help="train a reward model on preference pairs")
+    commands.add_parser("report", help="write an HTML page about one or several runs of train")
     commands.add_parser("bench", help="time fastpg against PyTorch and other packages, here")
     commands.add_parser("verify", help="compare a trainer's own functions with fastpg's")
     commands.add_parser(
@@ -164,7 +168,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         The exit code: 0, 1 if a check fails, 2 for input that cannot be used, 130 for Ctrl-C, 143
         for SIGTERM.
     """
-    if not {"-h", "--help"} & set(argv):
+    if not {"-h", "--help", "--version"} & set(argv):
         say("Loading torch, transformers and accelerate ...")
     # The trainer is an extra, so it is imported only here.
     try:

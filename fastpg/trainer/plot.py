@@ -1,10 +1,13 @@
 """The plot of a run: reward and evaluations, and below them the KL, if there is one."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from fastpg.report.series import running_mean, smoothing_window
 
 
 def training_plot(
@@ -42,20 +45,12 @@ def training_plot(
 
 def _draw(axes: Axes, steps: Sequence[dict[str, Any]], metric: str, color: str) -> None:
     """Draw a metric pale, and its running mean."""
-    numbers = [row["step"] for row in steps]
-    values = [row[metric] for row in steps]
-    window = max(1, len(values) // 10)
+    known = [row for row in steps if math.isfinite(row.get(metric, math.nan))]
+    numbers = [row["step"] for row in known]
+    values = [row[metric] for row in known]
+    window = smoothing_window(len(values))
     pale = 1.0 if window == 1 else 0.3
     axes.plot(numbers, values, color=color, alpha=pale, label="each step")
     if window > 1:
         label = f"mean of {window} steps"
         axes.plot(numbers, running_mean(values, window), color=color, label=label)
-
-
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean of each value and those before it, `window` at most."""
-    means = []
-    for i in range(len(values)):
-        seen = values[max(0, i + 1 - window) : i + 1]
-        means.append(sum(seen) / len(seen))
-    return means

@@ -1,6 +1,9 @@
 """What a run shows while it goes on: what it is doing, and its steps."""
 
+import math
 from collections import deque
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from rich.console import Console, Group, RenderableType
@@ -35,6 +38,9 @@ COLUMNS = (
 UNCLEAR = ("KL", "clipped", "exp. var")
 """The columns that are explained under the table."""
 
+BLOCKS = "▁▂▃▄▅▆▇█"
+SPARKLINE_WIDTH = 50  # characters
+
 PHASES = {
     "generate": "sampling completions",
     "score": "scoring them",
@@ -60,6 +66,8 @@ class Display:
             self.live = Live(console=self.console, auto_refresh=False)
         # A longer table would not fit on the screen, so the oldest lines drop out.
         self._lines: deque[dict[str, str]] = deque(maxlen=VISIBLE_STEPS)
+        self.rewards: list[float] = []
+        """The mean rewards of all steps, those before the run was taken up included."""
         self._doing = ""
         self._next = first
         self._steps = 0
@@ -91,6 +99,7 @@ class Display:
         cells = self._cells(step, metrics)
         if step > 0:
             cells["left"] = self._left(step, metrics["time/step"])
+            self.rewards.append(metrics["reward/mean"])
         self._lines.append(cells)
         self._doing = ""
         self._next = step + 1
@@ -153,10 +162,18 @@ class Display:
         if not self._lines:
             return doing
         legend = Text(self._legend(), style="dim")
+        rewards = Text(self._sparkline(), no_wrap=True, overflow="crop")
         # The borders and the heading of the table take four lines; the last one is the prompt's.
-        others = len(self.console.render_lines(legend)) + 6
+        others = len(self.console.render_lines(legend)) + 7
         room = max(3, self.console.height - others)
-        return Group(self._table(list(self._lines)[-room:]), legend, doing)
+        return Group(self._table(list(self._lines)[-room:]), rewards, legend, doing)
+
+    def _sparkline(self) -> str:
+        """Return the rewards of all steps as a line; nothing where a terminal cannot show it."""
+        known = [reward for reward in self.rewards if math.isfinite(reward)]
+        if len(known) < 2 or self.console.options.ascii_only:
+            return ""
+        return f"reward {sparkline(known, SPARKLINE_WIDTH)} {min(known):+.3f} to {max(known):+.3f}"
 
     def _table(self, lines: list[dict[str, str]]) -> Table:
         headings = ("step", *(column.heading for column in COLUMNS), "left")
@@ -167,6 +184,23 @@ class Display:
         for cells in lines:
             table.add_row(*(cells.get(heading, "") for heading in shown))
         return table
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Draw numbers as a line of blocks, the lowest as the lowest block.
+
+    Args:
+        values: Finite numbers. Where there are more than `width`, a block is the mean of several.
+        width: The most blocks.
+    """
+    count = min(width, len(values))
+    edges = [len(values) * i // count for i in range(count + 1)]
+    parts = [values[i:j] for i, j in pairwise(edges)]
+    means = [sum(part) / len(part) for part in parts]
+    low, size = min(means), max(means) - min(means)
+    top = len(BLOCKS) - 1
+    # Equal values are a line in the middle.
+    return "".join(BLOCKS[round((mean - low) / size * top) if size else top // 2] for mean in means)
 
 
 def _print_line(cells: dict[str, str]) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from rich.live import Live
 from tiny_trainer import make_trainer
 
 from fastpg.tasks import reviews
-from fastpg.trainer.display import Display
+from fastpg.trainer.display import Display, sparkline
 from fastpg.trainer.episodes import Episodes
 from fastpg.trainer.plot import training_plot
 from fastpg.trainer.report import Report, _shortened
@@ -85,11 +86,42 @@ def test_the_table_and_its_legend_fit_on_the_screen():
     assert 20 <= len(lines) < 24
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
+    assert f"reward {'▄' * 50} +0.500 to +0.500" in text
     for shown in ("100/1000", "+0.750", "0.250", "12.5%", "-0.50", "1234", "30:00"):
         assert shown in text
     assert "KL: to the starting model, nats per completion; clipped: tokens held at" in text
     assert "exp. var: share of the returns' variance that the critic foresees" in text
     assert "step 101/1000: sampling completions ..." in text
+
+
+def test_a_sparkline_shows_the_course_of_the_reward():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 60) == "▁▂▃▄▅▆▇█"
+    assert sparkline([-1, -1, 1], 60) == "▁▁█"
+    # Where there is no room, a block is the mean of neighbors.
+    assert sparkline([0, 2, 8, 8, 0, 0], 3) == "▂█▁"
+    assert len(sparkline(range(1000), 60)) == 60
+    assert sparkline([3.0, 3.0], 60) == "▄▄"
+
+
+def test_a_terminal_without_blocks_has_no_sparkline():
+    display = Display(9)
+    display.rewards = [0.0, 1.0]
+    display.console = terminal()
+    assert "▁█" in display._sparkline()
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    display.console = Console(file=file, force_terminal=True)
+    assert display._sparkline() == ""
+
+
+def test_the_last_evaluation_is_in_the_line_of_the_last_step(capsys):
+    display = Display(1)
+    display.step(1, STEP)
+    display.evaluated(1, {"eval/reward/mean": 0.75})
+    assert "step    1/1  eval +0.750" in capsys.readouterr().out
+    display.live = Live(console=terminal(), auto_refresh=False)
+    display.evaluated(1, {"eval/reward/mean": 0.75})
+    (line,) = display._lines
+    assert (line["reward"], line["eval"]) == ("+0.500", "+0.750")
 
 
 def test_a_column_that_an_algorithm_has_not_is_neither_shown_nor_explained(capsys):

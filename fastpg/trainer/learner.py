@@ -259,8 +259,7 @@ class Learner:
         for i, part in enumerate(parts, start=1):
             episodes = experience[part]
             targets = self._targets(episodes, denom)
-            in_place = one_gradient(self.accelerator, self.model)
-            with self._synchronized_if(i == len(parts)), in_place:
+            with self._synchronized_if(i == len(parts)), one_gradient(self.accelerator, self.model):
                 result = self._loss(episodes, targets)
                 # Processes average their gradients, but the losses are parts of a sum.
                 self.accelerator.backward(result.loss * self.accelerator.num_processes)

@@ -269,7 +269,7 @@ def test_a_sign_that_is_still_to_be_applied_is_applied(example):
 @every_example
 def test_registration(example):
     for op, x in recorded_calls(example):
-        check_registration(op, x)
+        check_registration(op, x, traced=True)
 
 
 # Ops of torch that launch nothing.

@@ -150,7 +150,7 @@ def test_registration(layout):
         x = x._replace(surrogate="sapo", kl="k2", traced_options=traced)
         check_registration(page.policy_loss_from_logits_op, x)
     factor = torch.tensor(2.0)
-    check_registration(page.scale_op, page.ScaleInputs(torch.ones(3), factor))
+    check_registration(page.scale_op, page.ScaleInputs(torch.ones(3), factor), traced=True)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses its own old parts

@@ -33,9 +33,9 @@ SUPERVISED_STEPS = 300
 SHOWN_STEPS = 100  # A line is printed every so many.
 
 INTRODUCTION = """\
-No --model given, so here is the embedded task. A tiny model first learns to
-write film reviews (supervised, some 15 seconds); then {algorithm} teaches it to
-praise. It runs on one thread, since more would wait for each other."""
+This is the demo; your own run: fastpg train --model DIR --dataset FILE --reward MODULE:FUNCTION
+A tiny model first learns to write film reviews (supervised, some 15 seconds); then
+{algorithm} teaches it to praise. It runs on one thread, since more would wait for each other."""
 
 # The settings of `fastpg train` with no arguments, where they differ from `PPOConfig`.
 DEFAULTS: dict[str, Any] = {

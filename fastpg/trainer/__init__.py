@@ -1,5 +1,6 @@
 """A thin policy-gradient trainer for Hugging Face causal language models, on fastpg's ops."""
 
+from fastpg.trainer.callbacks import TrainerCallback
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.reward_model import RewardModel
@@ -13,4 +14,5 @@ __all__ = [
     "RewardConfig",
     "RewardModel",
     "RewardTrainer",
+    "TrainerCallback",
 ]

@@ -124,8 +124,8 @@ class PPOConfig(
             cliprange_high, cliprange_value, vf_coef, entropy_coef: See `CreditSettings`.
         reward_weights, reward_clip, missing_eos_penalty, whiten_rewards,
             mask_truncated_completions, bootstrap_truncated: See `ScoreSettings`.
-        eval_steps, num_eval_samples, save_best_model, num_logged_completions, save_steps,
-            save_total_limit: See `WatchSettings`.
+        eval_steps, num_eval_samples, save_best_model, num_logged_completions, report_to,
+            save_steps, save_total_limit: See `WatchSettings`.
 
     Raises:
         InputError: A value has the wrong type, is out of range or means nothing to the algorithm.

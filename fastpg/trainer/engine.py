@@ -27,7 +27,6 @@ class EngineSettings(Protocol):
     """The settings of a run that its accelerator depends on."""
 
     mixed_precision: MixedPrecision
-    output_dir: str
     max_grad_norm: float
 
 
@@ -49,8 +48,6 @@ def make_accelerator(args: EngineSettings) -> Accelerator:
         mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
-        log_with="tensorboard",
-        project_dir=args.output_dir,
     )
     _check_processes(accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:

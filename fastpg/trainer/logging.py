@@ -1,12 +1,16 @@
 """The record of a run: what is written and tracked of it, and shown while it goes on."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from fastpg.trainer.callbacks import TrainerCallback
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.display import Display
 from fastpg.trainer.engine import on_main_process
@@ -14,6 +18,7 @@ from fastpg.trainer.episodes import Episodes
 from fastpg.trainer.report import Report
 from fastpg.trainer.run_files import RunFiles
 from fastpg.trainer.start import Start
+from fastpg.trainer.trackers import checked_trackers, start_trackers, track_samples
 
 
 class Stopwatch:
@@ -67,15 +72,21 @@ class RunLog:
     Args:
         accelerator: The accelerator of the run.
         args: The settings of the run.
+        callbacks: What is told of steps, evaluations and checkpoints.
         resumed_at: The step after which an earlier run in the same directory is taken up. None:
             this is a new run.
     """
 
     def __init__(
-        self, accelerator: Accelerator, args: PPOConfig, resumed_at: int | None = None
+        self,
+        accelerator: Accelerator,
+        args: PPOConfig,
+        callbacks: Sequence[TrainerCallback],
+        resumed_at: int | None,
     ) -> None:
         self.accelerator = accelerator
         self.args = args
+        self.callbacks = callbacks
         self.resumed_at = resumed_at
         self.files = RunFiles(args, resumed_at)
         self.directory = self.files.directory
@@ -92,9 +103,16 @@ class RunLog:
                     f"The files of an earlier run in {self.directory} are now in "
                     f"{self.files.set_aside}."
                 )
-            # What TensorBoard has of later steps would be shown beside what comes now.
-            purge = {} if self.resumed_at is None else {"purge_step": self.resumed_at + 1}
-            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
+            steps = self.files.steps
+            self.display.rewards += [x["reward/mean"] for x in steps if "reward/mean" in x]
+            start_trackers(
+                self.accelerator,
+                checked_trackers(self.args.report_to),
+                self.directory,
+                asdict(self.args),
+                self.files.begun,
+                self.resumed_at,
+            )
             if self.display.live and self.accelerator.is_main_process:
                 opened.enter_context(self.display.live)
             self._opened = opened.pop_all()
@@ -150,9 +168,10 @@ class RunLog:
             with self._enduring_a_full_disk(0):
                 self.files.begin(metrics)
             self.display.step(0, metrics)
+            self._tell(0, metrics)
 
     def evaluated(self, step: int, evaluation: Episodes) -> dict[str, float]:
-        """Write samples of an evaluation.
+        """Write and track samples of an evaluation.
 
         Args:
             step: The last step before it.
@@ -162,8 +181,10 @@ class RunLog:
             Its metrics, for the line of that step.
         """
         if self.accelerator.is_main_process:
+            records = self._samples(evaluation)
             with self._enduring_a_full_disk(step):
-                self.files.samples("evaluations", step, evaluation)
+                self.files.samples("evaluations", step, records)
+            self._track_samples("evaluation", step, records)
         return evaluation.metrics("eval/")
 
     def step(self, step: int, episodes: Episodes, metrics: dict[str, float]) -> None:
@@ -177,9 +198,12 @@ class RunLog:
         self._track(step, metrics)
         if not self.accelerator.is_main_process:
             return
+        records = self._samples(episodes)
         with self._enduring_a_full_disk(step):
-            self.files.step(step, episodes, metrics)
+            self.files.step(step, records, metrics)
+        self._track_samples("completions", step, records)
         self.display.step(step, metrics)
+        self._tell(step, metrics)
 
     def end(self, after: Episodes) -> None:
         """Record the evaluation after training, as metrics of the last step.
@@ -194,6 +218,31 @@ class RunLog:
             with self._enduring_a_full_disk(step):
                 self.files.end(step, metrics)
             self.display.evaluated(step, metrics)
+            self._tell(step, metrics)
+
+    def saved(self, step: int, name: str) -> None:
+        """Tell the callbacks of a checkpoint or model.
+
+        Args:
+            step: The last step before it.
+            name: The name of its directory.
+        """
+        if self.accelerator.is_main_process:
+            for callback in self.callbacks:
+                callback.on_save(step, self.directory / name)
+
+    def _tell(self, step: int, metrics: dict[str, float]) -> None:
+        """Tell the callbacks of metrics, which may be those of a step, an evaluation or both."""
+        evaluation = {name: x for name, x in metrics.items() if name.startswith("eval/")}
+        for callback in self.callbacks:
+            if len(metrics) > len(evaluation):
+                callback.on_step(step, metrics)
+            if evaluation:
+                callback.on_evaluate(step, evaluation)
+
+    def _samples(self, episodes: Episodes) -> list[dict[str, Any]]:
+        """Return the records of the first `num_logged_completions` episodes."""
+        return list(islice(episodes.records(), self.args.num_logged_completions))
 
     @contextmanager
     def _enduring_a_full_disk(self, step: int) -> Iterator[None]:
@@ -205,12 +254,24 @@ class RunLog:
             self.say(f"The files of step {step} are not written yet: {error}.")
 
     def _track(self, step: int, metrics: dict[str, float]) -> None:
-        """Send metrics to TensorBoard."""
+        """Send metrics to the trackers."""
         # The accelerator itself writes on the main process only.
-        try:
+        with self._enduring_trackers(step):
             self.accelerator.log(metrics, step=step)
-        except OSError as error:
-            self.say(f"TensorBoard has nothing from step {step} on: {error}.")
+
+    def _track_samples(self, title: str, step: int, records: list[dict[str, Any]]) -> None:
+        """Send samples to the trackers."""
+        with self._enduring_trackers(step):
+            track_samples(self.accelerator, title, step, records)
+
+    @contextmanager
+    def _enduring_trackers(self, step: int) -> Iterator[None]:
+        """Say that a tracker does not take what it is sent, and go on without trackers."""
+        try:
+            yield
+        except Exception as error:
+            names = ", ".join(tracker.name for tracker in self.accelerator.trackers)
+            self.say(f"Nothing is sent to {names} from step {step} on: {error}.")
             self.accelerator.trackers.clear()
 
     def report(self, before: Episodes, after: Episodes, seconds: dict[str, float]) -> None:

@@ -3,10 +3,11 @@
 import argparse
 import typing
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import fastpg
 from fastpg.trainer.config import PPOConfig, RunSettings
 from fastpg.trainer.display import COLUMNS
 from fastpg.trainer.parsing import InputError, did_you_mean, load_yaml
@@ -174,6 +175,7 @@ def _parser(command: str, config_class: type) -> _Parser:
         # An abbreviated flag would change its meaning when a setting is added.
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"fastpg {fastpg.__version__}")
     settings = {setting.name: setting for setting in fields(config_class)}
     for owner, title in GROUPS.items():
         if issubclass(config_class, owner):
@@ -205,7 +207,9 @@ def _parser(command: str, config_class: type) -> _Parser:
 def _add_flag(group: Any, setting: Field, hint: Any) -> None:
     """Add the flag of a setting to a group of the parser; argparse hides the type of groups."""
     text = setting.metadata["help"]
-    if setting.default is not None:
+    if setting.default_factory is not MISSING:
+        text += f" (default: {', '.join(setting.default_factory())})"
+    elif setting.default is not None:
         text += f" (default: {setting.default})"
     # A list can be given piece by piece: of another setting, the last value counts.
     is_list = any(typing.get_origin(kind) is list for kind in (hint, *typing.get_args(hint)))
@@ -215,7 +219,7 @@ def _add_flag(group: Any, setting: Field, hint: Any) -> None:
         # A switch needs no value: `--trust_remote_code` is true.
         nargs="?" if hint is bool else None,
         const=True if hint is bool else None,
-        metavar=setting.name.rpartition("_")[2].upper(),
+        metavar="true|false" if hint is bool else setting.name.rpartition("_")[2].upper(),
         # SUPPRESS leaves out what nobody gave, so that defaults do not override the file.
         default=argparse.SUPPRESS,
         help=text,

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.assembly import Assembled
+from fastpg.trainer.callbacks import TrainerCallback
 from fastpg.trainer.checkpoint import Checkpoint, load_checkpoint
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.episodes import Episodes, episodes_as_given
@@ -39,6 +40,7 @@ class OwnLoop(ABC):
     """The part of `PPOTrainer` that needs neither a dataset nor reward functions."""
 
     args: PPOConfig
+    callbacks: Sequence[TrainerCallback]
     tokenizer: PreTrainedTokenizerBase
     accelerator: Accelerator
     assembled: Assembled
@@ -151,7 +153,9 @@ class OwnLoop(ABC):
     def _open(self) -> Saver:
         """Begin or continue the files of the loop."""
         resumed = self._resumed
-        log = RunLog(self.accelerator, self.args, None if resumed is None else resumed.step)
+        log = RunLog(
+            self.accelerator, self.args, self.callbacks, None if resumed is None else resumed.step
+        )
         log.__enter__()
         # The files are closed when the trainer is gone, at the latest at the end of the process.
         self._close = weakref.finalize(self, log.__exit__, None, None, None)

@@ -4,15 +4,15 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fastpg.trainer.checkpoint import LATEST
 from fastpg.trainer.config import PPOConfig, save_config
-from fastpg.trainer.episodes import Episodes
 from fastpg.trainer.files import only_writer, write_text
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.start import Start
@@ -24,7 +24,7 @@ FILES = {
     "metrics.jsonl": "the metrics, one line a step; step 0 is the evaluation before training",
     "completions": "samples of every step",
     "evaluations": "samples of every evaluation, of the same prompts",
-    "tensorboard": "the metrics, for TensorBoard",
+    "tensorboard": "metrics and samples, for TensorBoard",
     "config.yaml": "the settings as given, for `fastpg train --config`",
     "run.json": "command, versions, machine and kernels of every start",
     "summary.md": "this report",
@@ -49,6 +49,8 @@ class RunFiles:
         self.directory = Path(args.output_dir)
         self.steps: list[dict[str, Any]] = []
         """The metrics of each step, and its number as "step"."""
+        self.begun = ""
+        """When the run was started first."""
         self.set_aside: Path | None = None
         """Where the files of a run went that used the directory before, if one did."""
         self._opened = ExitStack()
@@ -101,14 +103,16 @@ class RunFiles:
     def _write_start(self, start: Start) -> None:
         """Add what the run was started with to `run.json`."""
         path = self.directory / "run.json"
-        starts = []
+        starts: list[dict[str, Any]] = []
         # A run of an older version has no such file.
         if self.resumed_at is not None and path.exists():
             starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        starts.append(asdict(start))
+        self.begun = starts[0]["date"]
         run = {
             "algorithm": self.args.resolved().algorithm.title,
             "num_steps": self.args.num_steps,
-            "starts": [*starts, asdict(start)],
+            "starts": starts,
         }
         write_text(path, json.dumps(run, indent=2) + "\n")
 
@@ -161,12 +165,12 @@ class RunFiles:
         self._is_behind = True
         self._open_metrics()
 
-    def step(self, step: int, episodes: Episodes, metrics: dict[str, float]) -> None:
+    def step(self, step: int, samples: Sequence[dict[str, Any]], metrics: dict[str, float]) -> None:
         """Write a step, and first those that could not be written before.
 
         Args:
             step: Its number, from 1.
-            episodes: Its episodes, of which `num_logged_completions` are written.
+            samples: Records of some of its episodes.
             metrics: Its metrics.
         """
         self.steps.append({"step": step, **metrics})
@@ -177,18 +181,17 @@ class RunFiles:
             self._is_behind = True
             print(_as_json(self.steps[-1]), file=self._metrics, flush=True)
             self._is_behind = False
-        self.samples("completions", step, episodes)
+        self.samples("completions", step, samples)
 
-    def samples(self, folder: str, step: int, episodes: Episodes) -> None:
-        """Write the first `num_logged_completions` episodes.
+    def samples(self, folder: str, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        """Write samples.
 
         Args:
             folder: "completions" or "evaluations".
             step: The step that they are of.
-            episodes: The episodes.
+            samples: What `Episodes.records` yields.
         """
         # Each step has a file of its own: a run that is killed leaves no half of an older one.
-        samples = islice(episodes.records(), self.args.num_logged_completions)
         lines = [f"{json.dumps(sample)}\n" for sample in samples]
         path = self.directory / folder / f"step_{step:06d}.jsonl"
         path.write_text("".join(lines), encoding="utf-8")

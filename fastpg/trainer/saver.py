@@ -154,6 +154,8 @@ class Saver:
         except StorageError as error:
             # The next one may succeed, and the one before is whole.
             self.log.say(f"There is no checkpoint of step {step}: {error}")
+        else:
+            self.log.saved(step, f"checkpoint-{step}")
 
     def end(self) -> None:
         """Save the model of a run that has made all its steps.
@@ -168,6 +170,7 @@ class Saver:
                 f"{error} The newest checkpoint is that of step {self.saved_step}; with more room, "
                 f"fastpg train --resume {self.log.directory} goes on from there."
             ) from error
+        self.log.saved(self.args.num_steps, "model")
 
     def _asked_to_stop(self, stop: StopSignals) -> bool:
         """Whether a process has got a signal: all of them have to stop at the same step."""

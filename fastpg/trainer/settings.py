@@ -203,7 +203,9 @@ class WatchSettings:
         num_eval_samples: Prompts of an evaluation.
         save_best_model: Whether the model of the best evaluation, by mean reward, is kept in
             `best_model`.
-        num_logged_completions: Completions written to a file at each step.
+        num_logged_completions: Completions written to a file at each step and evaluation.
+        report_to: Where metrics and samples go besides the files: "tensorboard", "wandb", both, or
+            "none".
         save_steps: Write a checkpoint every so many steps, besides the start, the end and an
             interruption. None: only then.
         save_total_limit: Checkpoints that are kept, the newest. None: all.
@@ -213,6 +215,10 @@ class WatchSettings:
     num_eval_samples: int = option(64, "prompts of an evaluation")
     save_best_model: bool = option(False, "keep the model of the best evaluation in best_model")
     num_logged_completions: int = option(8, "completions written to a file at each step")
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "tensorboard, wandb, both with a comma between, or none"},
+    )
     save_steps: int | None = option(
         50, "write a checkpoint every so many steps, besides start, end and interruption"
     )

@@ -28,6 +28,7 @@ CHANGEABLE = (
     "micro_batch_tokens",
     "eval_steps",
     "num_logged_completions",
+    "report_to",
     "save_steps",
     "save_total_limit",
 )

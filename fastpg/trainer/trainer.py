@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.assembly import assemble, write_models
+from fastpg.trainer.callbacks import TrainerCallback
 from fastpg.trainer.checkpoint import Checkpoint
 from fastpg.trainer.checks import (
     check_dataset,
@@ -44,6 +45,7 @@ from fastpg.trainer.rollout_engine import check_engine, make_engine
 from fastpg.trainer.saver import Saver
 from fastpg.trainer.signals import StopSignals
 from fastpg.trainer.state import TrainingState, origin_of_run, restore_random_state
+from fastpg.trainer.trackers import checked_trackers
 from fastpg.trainer.value_model import load_value_model
 
 Dataset = Sequence[Example]
@@ -67,6 +69,7 @@ class PPOTrainer(OwnLoop):
             columns go to the reward functions by name. None: `step` is given episodes.
         eval_dataset: The same for evaluation. None: the first training prompts.
         processing_class: The tokenizer. None: the one saved with the model.
+        callbacks: What is told of steps, evaluations and checkpoints.
 
     Raises:
         InputError: A dataset is empty, lacks prompts or a column that a reward needs, or a prompt
@@ -95,12 +98,15 @@ class PPOTrainer(OwnLoop):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.args = args or PPOConfig()
+        self.callbacks = callbacks
         self.resolved = self.args.resolved()
         self.train_dataset: Dataset = [] if train_dataset is None else train_dataset
         self.eval_dataset = self.train_dataset if eval_dataset is None else eval_dataset
         # Cheap checks come before the model is loaded.
+        checked_trackers(self.args.report_to)
         self.reward_funcs = checked_rewards(reward_funcs, self.args)
         check_engine(self.args)
         given = {"train": train_dataset, "eval": eval_dataset}
@@ -192,7 +198,8 @@ class PPOTrainer(OwnLoop):
         if place is not False:
             saved = self._load(self.args.output_dir if place is True else place)
         self.seed()
-        log = RunLog(self.accelerator, self.args, None if saved is None else saved.step)
+        resumed_at = None if saved is None else saved.step
+        log = RunLog(self.accelerator, self.args, self.callbacks, resumed_at)
         lost = naming_lost_processes(Path(self.args.output_dir))
         with lost, log, StopSignals(immediate=self.accelerator.num_processes == 1) as stop:
             self.stopwatch.announce = log.doing
@@ -211,7 +218,8 @@ class PPOTrainer(OwnLoop):
                     evaluation = self._play_evaluation()
                     saver.keep_best(evaluation.metrics())
                     metrics |= log.evaluated(step, evaluation)
-                log.step(step, everyone, metrics)
+                with saver.saving_if_stopped(step):
+                    log.step(step, everyone, metrics)
                 saver.after(step, stop)
             # The model is saved first: a reward that fails in the evaluation must not lose it.
             log.doing("writing the model")

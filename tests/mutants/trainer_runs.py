@@ -11,7 +11,6 @@ EPISODES = "fastpg/trainer/episodes.py"
 LEARNER = "fastpg/trainer/learner.py"
 LOGGING = "fastpg/trainer/logging.py"
 PROMPTS = "fastpg/trainer/prompts.py"
-RUN_FILES = "fastpg/trainer/run_files.py"
 STATE = "fastpg/trainer/state.py"
 STEPS_FILE = "fastpg/trainer/steps.py"
 OWN_LOOP = "fastpg/trainer/own_loop.py"
@@ -140,7 +139,7 @@ MUTANTS = [
     ),
     Mutant(
         "one-episode-too-many-written",
-        RUN_FILES,
+        LOGGING,
         "islice(episodes.records(), self.args.num_logged_completions)",
         "islice(episodes.records(), self.args.num_logged_completions + 1)",
         METRICS,

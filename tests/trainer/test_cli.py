@@ -121,9 +121,10 @@ def test_an_algorithm_may_be_spelled_as_its_authors_do(written, key):
     assert PPOConfig(algorithm=written, num_generations=8).algorithm == key
 
 
-def test_the_version_is_told(capsys):
+@pytest.mark.parametrize("command", [[], ["train"], ["reward-model"]])
+def test_the_version_is_told(capsys, command):
     with pytest.raises(SystemExit) as end:
-        main(["--version"])
+        main([*command, "--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out == f"fastpg {fastpg.__version__}\n"
 
@@ -149,7 +150,8 @@ def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     Path("short.yaml").write_text("num_steps: 1\nkl_coef: 0.3")
     assert main(["train", "--config", "short.yaml"]) == 0
-    assert "embedded task" in capsys.readouterr().out
+    own = "fastpg train --model DIR --dataset FILE --reward MODULE:FUNCTION"
+    assert f"This is the demo; your own run: {own}\n" in capsys.readouterr().out
     resolved = yaml.safe_load(Path("out/reviews/config.yaml").read_text())
     assert (resolved["kl_coef"], resolved["max_new_tokens"]) == (0.3, 12)  # file, then the task
     assert main(["train", "--config", "out/reviews/config.yaml"]) == 0

@@ -4,6 +4,7 @@ The metrics of the optimiser steps are in test_trainer_steps, beside the paramet
 """
 
 import json
+import re
 import shlex
 import sys
 import time
@@ -184,3 +185,29 @@ def test_equal_rewards_are_reported_as_such(tmp_path):
     assert metrics["eval/reward/mean"] == 2.5
     assert metrics["eval/reward/std"] == 0.0
     assert metrics["eval/completions/distinct"] == pytest.approx(1 / 6)
+
+
+def documented_metrics():
+    """The keys that the table in docs/trainer.md explains."""
+    text = (Path(__file__).parents[2] / "docs/trainer.md").read_text()
+    table = text.partition("| key | what it is |")[2].partition("\n\n")[0]
+    return {
+        key for line in table.splitlines() for key in re.findall("`([^`]+)`", line.split(" | ")[0])
+    }
+
+
+def test_every_metric_is_documented_and_every_documented_one_is_written(tmp_path):
+    runs = {
+        "ppo": {"adaptive_kl_target": 6.0, "target_kl": 9.0},
+        "grpo": {"num_generations": 5, "kl_coef": 0.1},
+    }
+    written = {"eval/..."}
+    for algorithm, settings in runs.items():
+        directory = tmp_path / algorithm
+        make_trainer(directory, algorithm=algorithm, num_steps=1, **settings).train()
+        written |= {key for row in rows_of(directory) for key in row}
+    name = "share_of_praise"
+    written = {key.replace(name, "<function>") for key in written}
+    evaluated = {key for key in written if key.startswith("eval/")} - {"eval/..."}
+    assert {key.removeprefix("eval/") for key in evaluated} < documented_metrics()
+    assert written - evaluated == documented_metrics()

@@ -1,6 +1,5 @@
 """Episodes that a user's own loop hands in: refused where they cannot be meant, and as tensors."""
 
-import math
 import operator
 import reprlib
 from collections.abc import Sequence, Sized
@@ -60,8 +59,9 @@ def given_scores(scores: Tensor | Sequence[Any]) -> Tensor:
             numbers.append(float(score))
         except (TypeError, ValueError):
             raise InputError(f"scores[{i}] must be a number, not {_described(score)}.") from None
-        if not math.isfinite(numbers[-1]):
-            raise InputError(f"scores[{i}] must be finite, not {numbers[-1]}.")
+        # What float32 cannot hold would be infinite too.
+        if not torch.tensor(numbers[-1]).isfinite():
+            raise InputError(f"scores[{i}] must be finite, not {numbers[-1]:g}.")
     return torch.tensor(numbers)
 
 
@@ -110,13 +110,8 @@ def given_rollout(
         masks = [_given_mask(i, response, mask) for i, (response, mask) in enumerate(pairs)]
     _check_steps(before, args)
     check_room(before, [len(response) for response in behind], readers, args)
-    pad = known_pad_id(policy, tokenizer)
-    left, right = max(map(len, before)), max(map(len, behind))
-    ids, attention = [], []
-    for query, response in zip(before, behind, strict=True):
-        padding, rest = left - len(query), right - len(response)
-        ids.append([pad] * padding + query + response + [pad] * rest)
-        attention.append([0] * padding + [1] * (len(query) + len(response)) + [0] * rest)
+    ids, attention = _padded(before, behind, known_pad_id(policy, tokenizer))
+    width = max(map(len, behind))
     sampled = [
         [token for token, is_sampled in zip(response, mask, strict=True) if is_sampled]
         for response, mask in zip(behind, masks, strict=True)
@@ -129,7 +124,7 @@ def given_rollout(
     return Rollout(
         input_ids=torch.tensor(ids, device=device),
         attention_mask=torch.tensor(attention, device=device),
-        mask=torch.tensor([mask + [False] * (right - len(mask)) for mask in masks], device=device),
+        mask=torch.tensor([mask + [False] * (width - len(mask)) for mask in masks], device=device),
         finished=torch.tensor(finished, device=device),
     )
 
@@ -235,6 +230,19 @@ def _given_mask(i: int, response: list[int], given: Tokens) -> list[bool]:
     if not any(mask):
         raise InputError(f"{name} is 0 everywhere: there is nothing that the policy sampled.")
     return [value == 1 for value in mask]
+
+
+def _padded(
+    queries: list[list[int]], responses: list[list[int]], pad: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return tokens and attention mask of rows, with padding before queries and after responses."""
+    left, right = max(map(len, queries)), max(map(len, responses))
+    ids, attention = [], []
+    for query, response in zip(queries, responses, strict=True):
+        before, behind = left - len(query), right - len(response)
+        ids.append([pad] * before + query + response + [pad] * behind)
+        attention.append([0] * before + [1] * (len(query) + len(response)) + [0] * behind)
+    return ids, attention
 
 
 def _check_steps(queries: list[list[int]], args: PPOConfig) -> None:

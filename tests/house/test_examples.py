@@ -32,6 +32,50 @@ def test_gridworld_prints_its_table_and_plots(tmp_path, capsys):
     assert all(f"\n{name} " in printed for name in curves)
 
 
+def test_the_calculator_writes_behind_calls_alone():
+    pytest.importorskip("transformers")
+    calculator = load("calculator").calculator
+    assert calculator(["call", "7", "*", "8", "<eos>"]) == ["result", "56"]
+    for turn in ("answer 7 <eos>", "call 7 * 8 9", "call 3 - 7 <eos>", "call <eos>", "<eos>"):
+        assert calculator(turn.split()) is None
+
+
+def test_an_episode_with_the_calculator_has_two_turns():
+    pytest.importorskip("transformers")
+    example = load("calculator")
+    turns = iter([["call 7 * 8 <eos>", "answer 9 <eos>"], ["answer 56 <eos>"]])
+    asked = []
+
+    class Trainer:
+        tokenizer = example.make_tokenizer()
+
+        def generate(self, queries):
+            asked.append([self.tokenizer.decode(query) for query in queries])
+            return [self.tokenizer(x, return_tensors="pt")["input_ids"][0] for x in next(turns)]
+
+    _, responses, masks, scores = example.play(Trainer(), ["7 * 8", "4 + 4"])
+    assert asked == [["7 * 8", "4 + 4"], ["7 * 8 call 7 * 8 <eos> result 56"]]
+    words = [Trainer.tokenizer.decode(response) for response in responses]
+    assert words == ["call 7 * 8 <eos> result 56 answer 56 <eos>", "answer 9 <eos>"]
+    assert masks == [[1, 1, 1, 1, 1, 0, 0, 1, 1, 1], [1, 1, 1]]
+    assert scores == [1.0, 0.0]
+
+
+def test_the_calculator_example_takes_a_few_steps(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    flags = ["--steps", "2", "--imitation_steps", "5", "--output_dir", str(tmp_path / "out")]
+    load("calculator").main(flags)
+    assert "Right answers to unseen questions:" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_the_use_of_the_calculator_is_learned(tmp_path):
+    pytest.importorskip("transformers")
+    before, after = load("calculator").main(["--output_dir", str(tmp_path / "out")])
+    assert before < 0.3 and after > 0.7
+
+
 def said(*texts):
     return [[{"role": "assistant", "content": text}] for text in texts]
 

@@ -291,8 +291,7 @@ class Learner:
         )
 
     def _loss(self, experience: Experience, targets: Targets) -> CompletionLoss:
-        batch = self.batch(experience.rollout)
-        return loss_through(self.model, batch, targets, self.objective)
+        return loss_through(self.model, self.batch(experience.rollout), targets, self.objective)
 
     def _reference_logp(
         self, reference: PreTrainedModel | WithoutAdapter, batch: CompletionBatch

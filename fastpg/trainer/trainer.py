@@ -214,10 +214,7 @@ class PPOTrainer(OwnLoop):
                     rollout, episodes = self.roll_out(examples)
                 everyone, metrics = self.learn(rollout, episodes)
                 if self.args.eval_steps and step % self.args.eval_steps == 0:
-                    log.doing(f"step {step}: evaluating")
-                    evaluation = self._play_evaluation()
-                    saver.keep_best(evaluation.metrics())
-                    metrics |= log.evaluated(step, evaluation)
+                    metrics |= self._evaluate_after(step, log, saver)
                 with saver.saving_if_stopped(step):
                     log.step(step, everyone, metrics)
                 saver.after(step, stop)
@@ -231,6 +228,13 @@ class PPOTrainer(OwnLoop):
             log.end(after)
         log.report(before, after, self.stopwatch.seconds)
         return after.metrics("eval/")
+
+    def _evaluate_after(self, step: int, log: RunLog, saver: Saver) -> dict[str, float]:
+        """Evaluate in the midst of a run; returns the metrics of it that belong to the step."""
+        log.doing(f"step {step}: evaluating")
+        evaluation = self._play_evaluation()
+        saver.keep_best(evaluation.metrics())
+        return log.evaluated(step, evaluation)
 
     def _require_data(self, name: str, **dataset: Dataset) -> None:
         """Refuse what needs a dataset and reward functions, if one of them was not given."""

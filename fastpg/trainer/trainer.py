@@ -261,6 +261,9 @@ class PPOTrainer(OwnLoop):
             if saved is not None and 0 < done == step - 1:
                 restore_random_state(self.state.own_random_state(saved))
             yield step, examples
+        if saved is not None and done == self.args.num_steps:
+            # Only the evaluation is left, whose reward may draw from Python's or NumPy's generator.
+            restore_random_state(self.state.own_random_state(saved))
 
     def evaluate(self) -> dict[str, float]:
         """Sample completions of the evaluation prompts and score them.

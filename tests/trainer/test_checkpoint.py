@@ -11,7 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from resumable_run import RUN, assert_same_run, killed_and_resumed, noisy_praise, trained
+from resumable_run import (
+    RUN,
+    assert_same_run,
+    killed_and_resumed,
+    noisy_praise,
+    trained,
+    without_times,
+)
 from safetensors import SafetensorError
 from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
 from transformers import AutoModelForCausalLM
@@ -109,6 +116,12 @@ def finished(finished_once, tmp_path):
         if path.is_file():
             copy.write_bytes(path.read_bytes())
     return folder
+
+
+def test_a_run_with_only_its_last_evaluation_left_draws_the_same_numbers_for_it(finished):
+    whole = metrics_of(finished)
+    trained(finished, resume=True)
+    assert without_times(metrics_of(finished)) == without_times(whole)
 
 
 def test_without_a_whole_checkpoint_there_is_no_resume(finished, tmp_path):

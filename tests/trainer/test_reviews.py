@@ -58,7 +58,7 @@ def test_ppo_learns_to_praise_in_whole_sentences(tmp_path):
     torch.set_num_threads(threads)
     assert abs(before["eval/reward/mean"]) < 0.3
     assert after["eval/reward/mean"] > 0.8
-    assert after["eval/rewards/grammar/mean"] > 0.85
+    assert after["eval/rewards/grammar/mean"] > 0.8  # of 64 reviews, after 20 of the 30 steps
     rows = metrics_of(tmp_path)
     assert all(row["policy/first_ratio_deviation"] == 0.0 for row in rows)
     assert rows[-1]["objective/kl"] > rows[0]["objective/kl"] == 0.0

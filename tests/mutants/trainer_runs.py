@@ -256,8 +256,15 @@ MUTANTS = [
     Mutant(
         "random-numbers-begin-anew",
         TRAINER,
-        "restore_random_state(self.state.own_random_state(saved))",
-        "pass",
+        "if saved is not None and 0 < done == step - 1:",
+        "if False:",
+        RESUME,
+    ),
+    Mutant(
+        "random-numbers-of-a-last-evaluation-begin-anew",
+        TRAINER,
+        "if saved is not None and done == self.args.num_steps:",
+        "if False:",
         RESUME,
     ),
     Mutant(

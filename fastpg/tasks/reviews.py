@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from fastpg.trainer import PPOConfig, PPOTrainer
+from fastpg.trainer.trainer import check_packages
 
 PAD, EOS = "<pad>", "<eos>"
 OPENERS = ["honestly", "overall", "frankly"]
@@ -273,6 +274,7 @@ def build_trainer(args: PPOConfig) -> PPOTrainer:
     Returns:
         The trainer, ready for `train()`.
     """
+    check_packages(args)  # before it has trained for a while
     model, tokenizer = supervised_model(args.seed)
     train, held_out = split_subjects(args)
     return PPOTrainer(

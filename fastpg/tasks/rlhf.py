@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequ
 from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig, PPOTrainer, RewardConfig, RewardModel, RewardTrainer
 from fastpg.trainer.rollout import sample
+from fastpg.trainer.trainer import check_packages
 
 NUM_PAIRS = 2500
 SURENESS = 8.0
@@ -168,6 +169,7 @@ def build_trainer(args: PPOConfig) -> PPOTrainer:
     Returns:
         The trainer, ready for `train()`.
     """
+    check_packages(args)  # before it has trained for a while
     model, tokenizer = reviews.supervised_model(args.seed)
     train, held_out = reviews.split_subjects(args)
     print(f"The model writes {NUM_PAIRS} pairs of reviews ...", flush=True)

@@ -52,6 +52,16 @@ Dataset = Sequence[Example]
 """Dicts with a "prompt", text or chat messages, and any other columns."""
 
 
+def check_packages(args: PPOConfig) -> None:
+    """Refuse settings that name an unknown tracker, or need a package that is not installed.
+
+    Raises:
+        InputError: They do.
+    """
+    checked_trackers(args.report_to)
+    check_engine(args)
+
+
 class PPOTrainer(OwnLoop):
     """Trains a causal language model on rewards of its own completions.
 
@@ -106,9 +116,8 @@ class PPOTrainer(OwnLoop):
         self.train_dataset: Dataset = [] if train_dataset is None else train_dataset
         self.eval_dataset = self.train_dataset if eval_dataset is None else eval_dataset
         # Cheap checks come before the model is loaded.
-        checked_trackers(self.args.report_to)
+        check_packages(self.args)
         self.reward_funcs = checked_rewards(reward_funcs, self.args)
-        check_engine(self.args)
         given = {"train": train_dataset, "eval": eval_dataset}
         datasets = {name: dataset for name, dataset in given.items() if dataset is not None}
         for name, dataset in datasets.items():

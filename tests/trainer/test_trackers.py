@@ -8,8 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_trainer import make_trainer, metrics_of, rows_of
 
-from fastpg.tasks import reviews
-from fastpg.trainer import InputError, TrainerCallback
+from fastpg.tasks import reviews, rlhf
+from fastpg.trainer import InputError, PPOConfig, TrainerCallback
 from fastpg.trainer.trackers import checked_trackers
 
 # What the package has that the trainer calls.
@@ -213,3 +213,10 @@ def test_a_callback_that_raises_ends_the_run_and_loses_no_step(tmp_path):
         with_callbacks(tmp_path, Enough(), num_steps=4).train()
     assert (Path(tmp_path) / "LATEST").read_text() == "checkpoint-2"
     assert len(metrics_of(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("task", [reviews, rlhf])
+def test_a_demo_refuses_them_before_it_teaches_its_model(task, monkeypatch):
+    monkeypatch.setattr(reviews, "supervised_model", lambda seed: pytest.fail("It taught one."))
+    with pytest.raises(InputError, match="report_to must be of"):
+        task.build_trainer(PPOConfig(report_to=["tensorbord"]))

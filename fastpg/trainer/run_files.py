@@ -106,7 +106,10 @@ class RunFiles:
         starts: list[dict[str, Any]] = []
         # A run of an older version has no such file.
         if self.resumed_at is not None and path.exists():
-            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+            try:
+                starts = list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path} is damaged; without it the run can go on.") from error
         starts.append(asdict(start))
         self.begun = starts[0]["date"]
         run = {

@@ -124,6 +124,13 @@ def test_a_run_with_only_its_last_evaluation_left_draws_the_same_numbers_for_it(
     assert without_times(metrics_of(finished)) == without_times(whole)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"starts": 1}', "\xff"])
+def test_a_damaged_record_of_the_starts_is_named(finished, text):
+    (finished / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"run\.json is damaged; without it the run can go on\."):
+        trained(finished, resume=True)
+
+
 def test_without_a_whole_checkpoint_there_is_no_resume(finished, tmp_path):
     for checkpoint in finished.glob("checkpoint-*"):
         damage(checkpoint / "state.json", "truncated")

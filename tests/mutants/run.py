@@ -37,6 +37,12 @@ def all_mutants() -> list[Mutant]:
     return [mutant for module in lists for mutant in module.MUTANTS]
 
 
+def failed_test(output: str) -> str:
+    """The name of the first test that pytest's output says has failed."""
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return failed[0].split(" ", 1)[1].partition(" - ")[0] if failed else "a test"
+
+
 class Tree:
     """A copy of the project in which one fault at a time is put."""
 
@@ -50,7 +56,7 @@ class Tree:
         for name in FILES:
             shutil.copy2(ROOT / name, folder / name)
         self.run("git", "init", "--quiet")  # some tests ask which files are the project's
-        self.build()
+        self.is_built = self.build()
 
     def run(self, *command: str, limit: float = LIMIT) -> subprocess.CompletedProcess[str]:
         """Runs a command in the copy, with one thread, so that copies do not disturb each other."""
@@ -82,7 +88,9 @@ class Tree:
         compiled = mutant.file.startswith("csrc/") and not mutant.file.endswith(".cu")
         path.write_text(before.replace(mutant.old, mutant.new))
         try:
-            if compiled and not self.build():
+            if compiled or not self.is_built:
+                self.is_built = self.build()
+            if not self.is_built:
                 return "STALE: it does not compile"
             test = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist"]
             done = self.run(*test, *mutant.tests)
@@ -91,9 +99,9 @@ class Tree:
         finally:
             path.write_text(before)
             if compiled:
-                self.build()
+                self.is_built = False  # it is compiled again before the next fault is judged
         if done.returncode == 1:
-            return "caught"
+            return f"caught by {failed_test(done.stdout)}"
         if done.returncode == 0:
             return f"harmless: {mutant.harmless}" if mutant.harmless else "SURVIVED"
         return f"STALE: pytest ended with {done.returncode}\n{done.stdout[-600:]}"

@@ -177,7 +177,7 @@ def allocate(x: Inputs) -> Outputs:
     """Makes empty log-probs, entropies and statistics."""
     shape = x.labels.shape
     logp, entropy = x.temperature.new_empty(shape), x.temperature.new_empty(shape)
-    return Outputs(logp, entropy, x.temperature.new_empty((2, *shape)))
+    return Outputs(logp, entropy, x.temperature.new_empty(2, *shape))
 
 
 def allocate_part(x: Inputs) -> PartOutputs:

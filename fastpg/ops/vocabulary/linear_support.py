@@ -228,7 +228,7 @@ def add_whole_rows(gradients: list[Tensor], x: BackwardInputs, places: Tensor) -
 def allocate(x: Inputs) -> Outputs:
     """Makes empty log-probs, entropies, statistics and logits."""
     like, shape = x.rows.temperature, x.rows.labels.shape
-    stats, logits = like.new_empty((2, *shape)), like.new_empty(x.support.token_ids.shape)
+    stats, logits = like.new_empty(2, *shape), like.new_empty(x.support.token_ids.shape)
     return Outputs(like.new_empty(shape), like.new_empty(shape), stats, logits)
 
 

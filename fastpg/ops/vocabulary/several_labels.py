@@ -250,7 +250,7 @@ def allocate(x: Inputs) -> Outputs:
     return Outputs(
         empty(True, labels.shape),
         empty(x.rows.with_entropy, shape),
-        like.new_empty((2, *shape)),
+        like.new_empty(2, *shape),
         empty(x.with_statistics, shape),
         empty(x.with_statistics, labels.shape, torch.bool),
         empty(x.with_statistics, shape),

@@ -48,7 +48,7 @@ def allocate(x: Inputs) -> Outputs:
     labels, dtype = x.labels, x.temperature.dtype
     logp = empty_like(labels, dtype)
     entropy = empty_like(logp) if x.with_entropy else logp.new_empty(0)
-    return Outputs(logp, entropy, logp.new_empty((2, *labels.shape)))
+    return Outputs(logp, entropy, logp.new_empty(2, *labels.shape))
 
 
 def allocate_gradient(x: BackwardInputs) -> Gradient:

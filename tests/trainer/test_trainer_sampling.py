@@ -55,13 +55,18 @@ def completions_of(rounds):
     return [played.sequences[:, width:].tolist() for played in rounds]
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-def test_tokens_come_from_the_whole_distribution_at_the_temperature(tmp_path, temperature):
+@pytest.mark.parametrize(
+    "temperature, packed", [(0.6, True), (1.0, True), (1.7, True), (0.6, False)]
+)
+def test_tokens_come_from_the_whole_distribution_at_the_temperature(tmp_path, temperature, packed):
     """The frequencies of 8000 tokens of a vocabulary of 300, by Pearson's statistic."""
     trainer = make_trainer(
         tmp_path, model=sharp_model(300), dataset=ONE * 8000, num_eval_samples=8000,
         max_new_tokens=1, temperature=temperature,
     )  # fmt: skip
+    assert trainer.engine.packing is not None
+    if not packed:
+        trainer.engine.packing = None  # The model's own `generate` samples.
     played = evaluated(trainer)
     expected = 8000 * next_token(trainer.policy, played.input_ids[0].tolist(), temperature)
     counts = played.sequences[:, -1].bincount(minlength=300)

@@ -112,15 +112,15 @@ def train(model: Path, name: str, folder: Path) -> dict:
     trainer = PPOTrainer(
         str(model), [graded, exact], args, train_dataset=train_rows, eval_dataset=eval_rows
     )
-    before, answers = trainer.evaluate(), answers_of(trainer)
-    after = trainer.train()
+    answers = answers_of(trainer)
+    trainer.train()
     lines = (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
-    # The last step is evaluated at the end of the run, and not once more within it.
-    evaluations = {0: before} | {row["step"]: row for row in steps if "eval/reward/mean" in row}
+    rows = [json.loads(line) for line in lines]
+    # The policy is evaluated before the first step too, in a row of step 0 that has nothing else.
+    steps = [row for row in rows if row["step"] > 0]
     return {
         "train": {row["step"]: row["reward/mean"] for row in steps},
-        "evaluations": evaluations | {args.num_steps: after},
+        "evaluations": {row["step"]: row for row in rows if "eval/reward/mean" in row},
         "before": answers,
         "after": answers_of(trainer),
         "seconds": sum(row["time/step"] for row in steps),

@@ -96,6 +96,38 @@ def test_no_sum_is_trained_on_and_evaluated_with():
     assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == 81
 
 
+def save_model_of_bytes(directory):
+    """A tiny model whose tokens are bytes, and which chats."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    ids = {token: i for i, token in enumerate(["<eos>", *alphabet])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>",
+        chat_template="{% for message in messages %}{{ message['content'] }}\n{% endfor %}",
+    ).save_pretrained(directory)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=len(ids), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, eos_token_id=0, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def test_the_curve_of_a_real_model_is_that_of_a_training(tmp_path, monkeypatch):
+    smollm2 = load("smollm2")
+    save_model_of_bytes(tmp_path / "model")
+    short = {"num_steps": 4, "eval_steps": 2, "num_eval_samples": 4, "rollout_batch_size": 8}
+    monkeypatch.setattr(smollm2, "SETTINGS", smollm2.SETTINGS | short)
+    run = smollm2.train(tmp_path / "model", "GRPO", tmp_path / "out")
+    assert list(run["train"]) == [1, 2, 3, 4] and list(run["evaluations"]) == [0, 2, 4]
+    smollm2.draw({"GRPO": run}, tmp_path / "real_model.svg")
+    smollm2.write_page({"GRPO": run}, tmp_path / "real_model.md")
+    assert "| What is 3 plus 7? |" in (tmp_path / "real_model.md").read_text()
+
+
 def test_the_page_of_a_real_model_has_its_curve_and_its_answers(tmp_path):
     pytest.importorskip("matplotlib")
     smollm2 = load("smollm2")

@@ -11,7 +11,7 @@ TRITON_OLDEST := triton==3.6.0 numpy==2.3.5
 
 RELEASES := $(basename $(notdir $(wildcard tests/integrations/releases/*.txt)))
 
-.PHONY: demo docs real test test-slow test-newest test-oldest test-integrations wheel test-wheels aot mutants lint format bench bench-compare gpu clean
+.PHONY: demo docs real test test-slow test-newest test-oldest test-integrations wheel test-wheels test-pythons aot mutants lint format bench bench-compare gpu clean
 
 demo: .stamp
 	$(RUN) -m fastpg train
@@ -21,13 +21,15 @@ real: .stamp .real
 	OMP_NUM_THREADS=1 PYTHONPATH=.real/site-packages $(RUN) examples/smollm2.py
 
 # On every core, where pytest-xdist is there to share the tests out.
-PYTEST = $(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo "-n auto")
+PYTEST = $(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo "-n auto $(SHARING)")
 
 # All tests but those marked slow.
 test: .stamp
 	$(PYTEST) -m "not slow"
 
 # The others: whole trainings, processes that are killed, and kernels compiled ahead of time.
+# They are handed out one by one: in portions, the last worker would have minutes before it.
+test-slow: SHARING = --dist loadgroup
 test-slow: .stamp $(if $(HAVE),,.triton-oldest)
 	$(PYTEST) -m slow
 
@@ -60,6 +62,13 @@ wheel: .stamp .venv-wheel
 # Both in clean environments without a compiler: every Python that is here, every torch that is.
 test-wheels: wheel
 	$(RUN) -m tests.wheels.run dist $(wildcard .venv-newest/bin/python)
+
+# A wheel for this machine alone, without CUDA C++, in the same environments: half a minute.
+test-pythons: .stamp
+	rm -rf build/lib.* build/bdist.* build/wheel
+	FASTPG_CUDA=0 FASTPG_STRICT=1 $(RUN) -m pip wheel -q --no-deps --no-build-isolation \
+	  --wheel-dir build/wheel .
+	$(RUN) -m tests.wheels.run build/wheel $(wildcard .venv-newest/bin/python)
 
 # Reads the machine code of every kernel, compiled by the oldest and by the installed Triton for
 # sm_80, sm_90 and sm_100. All variants take half an hour of two cores; make aot FEW=--few takes two

@@ -118,7 +118,9 @@ class Build(build_ext):
         super().copy_extensions_to_source()
 
     def ninja(self, ext):
-        folder = Path(self.build_temp, ext.name)
+        # Not in self.build_temp: an editable install has a new one each time, and a wheel another.
+        # In the same folder ninja compiles again what has changed, its command included.
+        folder = Path("build/ninja", ext.name)
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)

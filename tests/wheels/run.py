@@ -1,11 +1,11 @@
-"""make test-wheels: installs what `make wheel` built where there is no compiler, and runs it.
+"""make test-wheels and test-pythons: installs a wheel where there is no compiler, and runs it.
 
     python -m tests.wheels.run DIST [PYTHON_WITH_TORCH ...]
 
 Every Python from 3.10 on that is here, on PATH or under pyenv, gets an empty environment, and runs
 the extension's functions on arrays that stand for tensors (`without_torch`). Where a Python of the
 same version has torch, which is large, that torch is lent to the environment, and the ops, what
-serves them and `fastpg doctor` are checked too (`with_torch`). The source distribution in DIST is
+serves them and `fastpg doctor` are checked too (`with_torch`). A source distribution in DIST is
 built and run as well: without CUDA, and without any compiler.
 """
 
@@ -91,17 +91,18 @@ def check_source(archive: Path, served: str, settings: dict[str, str], folder: P
 def main() -> None:
     """Checks the wheel and the source distribution of a folder."""
     parser = argparse.ArgumentParser(prog="make test-wheels", description=__doc__)
-    parser.add_argument("dist", type=Path, help="where `make wheel` left both")
+    parser.add_argument("dist", type=Path, help="where there is a wheel")
     parser.add_argument("pythons", nargs="*", help="Pythons with torch, besides this one")
     given = parser.parse_args()
-    (wheel,), (archive,) = given.dist.glob("*.whl"), given.dist.glob("*.tar.gz")
+    (wheel,) = given.dist.glob("*.whl")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         check_pythons(wheel, [sys.executable, *given.pythons], folder)
-        compiled = {"FASTPG_CUDA": "0", "FASTPG_STRICT": "1"}
-        check_source(archive, "C++", compiled, folder / "without CUDA")
-        without = {"FASTPG_CUDA": "0", "CXX": "no-compiler"}
-        check_source(archive, "reference", without, folder / "without a compiler")
+        for archive in given.dist.glob("*.tar.gz"):
+            compiled = {"FASTPG_CUDA": "0", "FASTPG_STRICT": "1"}
+            check_source(archive, "C++", compiled, folder / "without CUDA")
+            without = {"FASTPG_CUDA": "0", "CXX": "no-compiler"}
+            check_source(archive, "reference", without, folder / "without a compiler")
 
 
 if __name__ == "__main__":

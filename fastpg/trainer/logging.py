@@ -205,6 +205,20 @@ class RunLog:
         self.display.step(step, metrics)
         self._tell(step, metrics)
 
+    @contextmanager
+    def recording(self, step: int, episodes: Episodes, metrics: dict[str, float]) -> Iterator[None]:
+        """Record a step after the `with` block, which may add metrics, also if that raises.
+
+        Args:
+            step: As in `step`.
+            episodes: As in `step`.
+            metrics: As in `step`.
+        """
+        try:
+            yield
+        finally:
+            self.step(step, episodes, metrics)
+
     def end(self, after: Episodes) -> None:
         """Record the evaluation after training, as metrics of the last step.
 

@@ -222,10 +222,9 @@ class PPOTrainer(OwnLoop):
                 with saver.saving_if_stopped(step - 1), stop.at_once():
                     rollout, episodes = self.roll_out(examples)
                 everyone, metrics = self.learn(rollout, episodes)
-                if self.args.eval_steps and step % self.args.eval_steps == 0:
-                    metrics |= self._evaluate_after(step, log, saver)
-                with saver.saving_if_stopped(step):
-                    log.step(step, everyone, metrics)
+                with saver.saving_if_stopped(step), log.recording(step, everyone, metrics):
+                    if self.args.eval_steps and step % self.args.eval_steps == 0:
+                        metrics |= self._evaluate_after(step, log, saver)
                 saver.after(step, stop)
             # The model is saved first: a reward that fails in the evaluation must not lose it.
             log.doing("writing the model")

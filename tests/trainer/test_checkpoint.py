@@ -231,15 +231,18 @@ def test_a_signal_in_an_update_waits_for_its_end(tmp_path, monkeypatch, usual_ha
     assert_same_run(part, whole)
 
 
-def test_a_reward_that_raises_loses_no_finished_step(tmp_path):
+@pytest.mark.parametrize("eval_steps", [None, 2], ids=["in a rollout", "in an evaluation"])
+def test_a_reward_that_raises_loses_no_finished_step(tmp_path, eval_steps):
     calls = []
 
     def reward(prompts, completions):
         calls.append(1)
         return [0.0] * len(prompts) if len(calls) < 4 else 1 / 0
 
+    settings = {**RUN, "save_steps": None, "eval_steps": eval_steps}
     with pytest.raises(ZeroDivisionError):
-        make_trainer(tmp_path, reward, **{**RUN, "save_steps": None}).train()
+        make_trainer(tmp_path, reward, **settings).train()
+    assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2]
     assert (tmp_path / "LATEST").read_text() == "checkpoint-2"
     assert (tmp_path / "model" / "model.safetensors").exists()
 

@@ -163,6 +163,9 @@ def test_moments_can_be_given(kernel):
     other = page.whiten_op(page.Inputs(x, mask, doubled, center=True, eps=0.1))
     scale = torch.rsqrt(moments[2] / (moments[0] - 1) + 0.1)
     torch.testing.assert_close(other.y, torch.where(mask, (x - doubled[1]) * scale, 0.0))
+    of_one_value = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)  # It has no variance.
+    unscaled = page.whiten_op(page.Inputs(x, mask, of_one_value, center=True, eps=0.1))
+    torch.testing.assert_close(unscaled.y, torch.where(mask, x - 2.0, 0.0))
 
 
 def test_any_strides(kernel):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -52,10 +53,13 @@ void check(const TokenLogprobsInputs& rows) {
       throw std::out_of_range("token_logprobs: labels holds " + std::to_string(label) + " at row " +
                               std::to_string(row) + ", outside [0, " + std::to_string(rows.vocab) +
                               ") and not ignore_index=" + std::to_string(rows.ignore_index));
-    if (!(temperature > 0 && temperature < infinity<T>()))
-      throw std::invalid_argument("token_logprobs: temperature holds " +
-                                  std::to_string(temperature) + " at row " + std::to_string(row) +
-                                  ", must be finite and > 0");
+    // Logits are multiplied by its inverse.
+    if (!(temperature > 0 && temperature < infinity<T>() && T(1) / temperature < infinity<T>())) {
+      std::ostringstream message;
+      message << "token_logprobs: temperature holds " << temperature << " at row " << row
+              << ", it and its inverse must be finite and > 0";
+      throw std::invalid_argument(message.str());
+    }
   }
 }
 

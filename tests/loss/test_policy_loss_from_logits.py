@@ -184,7 +184,7 @@ BAD = [
     ({"labels": LABELS[:1]}, ValueError, r"labels \(1,\)"),
     ({"logits": LOGITS[0, 0]}, ValueError, r"logits must be \[..., V\]"),
     ({"temperature": 0.0}, ValueError, "temperature and its inverse must be finite and > 0"),
-    ({"temperature": torch.tensor([1.0, -1.0])}, ValueError, "temperature holds -1.0"),
+    ({"temperature": torch.tensor([1.0, -1.0])}, ValueError, "temperature holds -1"),
     ({"softcap": -1.0}, ValueError, "softcap .* finite and > 0"),
     ({"advantages": None}, TypeError, "advantages must be a tensor, got NoneType"),
     ({"advantages": X[:1]}, ValueError, r"advantages \(1,\) must be \(2,\)"),

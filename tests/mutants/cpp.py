@@ -109,10 +109,10 @@ MUTANTS = [
         ("tests/vocabulary/test_token_logprobs.py::test_bad_arguments_raise", *IN_CPP),
     ),
     Mutant(
-        "temperature-0-is-legal",
+        "a-temperature-whose-inverse-is-infinite-is-legal",
         LOGIT_ROWS,
-        "!(temperature > 0 &&",
-        "!(temperature >= 0 &&",
+        " && T(1) / temperature < infinity<T>())",
+        ")",
         ("tests/vocabulary/test_token_logprobs.py::test_bad_arguments_raise", *IN_CPP),
     ),
     Mutant(

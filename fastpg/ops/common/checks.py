@@ -45,11 +45,14 @@ def check_number(op: str, name: str, value: object) -> None:
 
 
 def integer(op: str, name: str, value: object) -> int:
-    """The value as an int: NumPy's integers are some too."""
+    """The value as an int that a tensor of int64 can hold: NumPy's integers are some too."""
     try:
-        return operator.index(value)  # type: ignore[arg-type]  # what it refuses, it raises about
+        number = operator.index(value)  # type: ignore[arg-type]  # what it refuses, it raises about
     except TypeError:
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{op}: {name} must fit into int64, got {number}")
+    return number
 
 
 def check_choice(op: str, name: str, value: object, known: Collection[str]) -> None:
@@ -293,10 +296,12 @@ def check_label_values(
 
 
 def check_temperature(op: str, temperature: Tensor, kept: Tensor) -> None:
-    """The temperature is a number to divide by wherever a row is kept, on the CPU."""
-    bad = temperature.expand(kept.shape)[kept & ~((temperature > 0) & temperature.isfinite())]
+    """The temperature, by whose inverse kernels multiply, is legal wherever a row is kept."""
+    legal = (temperature > 0) & temperature.isfinite() & temperature.reciprocal().isfinite()
+    bad = temperature.expand(kept.shape)[kept & ~legal]
     if len(bad):
-        raise ValueError(f"{op}: temperature holds {bad[0]}, must be finite and > 0")
+        needs = "it and its inverse must be finite and > 0"
+        raise ValueError(f"{op}: temperature holds {bad[0]:g}, {needs}")
 
 
 def positive(op: str, name: str, value: float, dtype: torch.dtype) -> float:

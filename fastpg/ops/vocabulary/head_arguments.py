@@ -212,6 +212,8 @@ def scaled_temperature(
 ) -> Tensor:
     """temperature / scale, [...] or []."""
     t = label_temperature(op, temperature, dtype, labels)
+    if not isinstance(temperature, Tensor):
+        positive(op, "temperature / logit_scale", temperature / scale, dtype)
     if scale != 1 and t.dim() and t.device.type == "cpu" and not torch.compiler.is_compiling():
         check_temperature(op, t, labels != ignore_index)  # while it is what the user passed
     return t / scale

@@ -267,14 +267,14 @@ MUTANTS = [
     Mutant(
         "an-infinite-denominator",
         TOKEN_WEIGHTS,
-        "if not 0 <= denom < math.inf:",
-        "if not 0 <= denom <= math.inf:",
+        "if not 0 <= value < math.inf:",
+        "if not 0 <= value <= math.inf:",
         ("tests/weight/test_token_weights.py::test_bad_arguments_raise", *ON_REFERENCE),
     ),
     Mutant(
         "an-upper-bound-of-0",
         IMPORTANCE,
-        "if not (low <= high and high > 0):",
+        "if not (low <= high and low < math.inf and high > 0):",
         "if not low <= high:",
         ("tests/weight/test_importance_weights.py::test_bad_arguments_raise",),
     ),

@@ -85,6 +85,11 @@ def test_bad_arguments_raise(kernel):
     for denom in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"denom must be finite and >= 0, got {denom}"):
             token_weights(mask, denom=denom)
+        if mask.device.type == "cpu":  # to look at one on a GPU would be to wait for it
+            with pytest.raises(ValueError, match=f"denom must be finite and >= 0, got {denom}"):
+                token_weights(mask, denom=torch.tensor(denom))
+    with pytest.raises(TypeError, match="denom must be real"):
+        token_weights(mask, denom=torch.tensor(1j))
     with pytest.raises(ValueError, match=r"denom \(2,\) must be \(\)"):
         token_weights(mask, denom=torch.ones(2))
     with pytest.raises(ValueError, match=r"mask must be \[B, T\], or .*, got \(9,\)"):

@@ -136,10 +136,9 @@ def bounds(low: float | None, high: float | None) -> tuple[float, float]:
     high = math.inf if high is None else high
     checks.check_number("importance_weights", "low", low)
     checks.check_number("importance_weights", "high", high)
-    if not (low <= high and high > 0):
-        raise ValueError(
-            f"importance_weights: low <= high and high > 0 must hold, got {low} and {high}"
-        )
+    if not (low <= high and low < math.inf and high > 0):
+        needs = "low <= high, low < inf and high > 0 must hold"
+        raise ValueError(f"importance_weights: {needs}, got {low} and {high}")
     return float(low), float(high)
 
 
@@ -167,7 +166,7 @@ def importance_weights(
         mask: Like logp, bool or 0/1. A masked token is not read, and its weight is 0.
         level: "token" weighs each token by its own ratio; "sequence" each by the ratio of its whole
             sequence; "geometric" by the mean of that over the tokens, taken of the logarithms.
-        low: The lower bound of the ratio; None: none.
+        low: The lower bound of the ratio, < inf; None: none.
         high: The upper bound of the ratio, > 0 and >= low; None: none.
         outside: What a ratio outside the bounds becomes: "clamp" the nearest bound, "zero" 0.
         cu_seqlens: int32 [B + 1], where packed sequences begin and end.

@@ -82,6 +82,26 @@ token_weights_op = Op(
 )
 
 
+def checked_denom(denom: float | Tensor | None, mask: Tensor) -> Tensor | None:
+    """D as a constant in fp64. One on a GPU is not looked at: that would synchronise."""
+    if denom is None:
+        return None
+    value = 0.0
+    if not isinstance(denom, Tensor):
+        checks.check_number("token_weights", "denom", denom)
+        value = denom
+    else:
+        checks.check_shape("token_weights", "denom", denom, mask, ())
+        if denom.is_complex():
+            raise TypeError(f"token_weights: denom must be real, got {denom.dtype}")
+        denom = denom.detach().double()
+        if denom.device.type == "cpu" and not torch.compiler.is_compiling():
+            value = denom.item()
+    if not 0 <= value < math.inf:
+        raise ValueError(f"token_weights: denom must be finite and >= 0, got {value}")
+    return denom if isinstance(denom, Tensor) else scalar(denom, torch.float64, mask.device)
+
+
 def token_weights(
     mask: Tensor,
     *,
@@ -110,7 +130,7 @@ def token_weights(
     Raises:
         TypeError: An argument is no tensor or number, or cu_seqlens is not int32.
         ValueError: A shape or device does not fit, reduce is unknown, or denom is negative or not
-            finite.
+            finite; a tensor on a GPU is not looked at.
 
     Example:
         >>> mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -125,12 +145,5 @@ def token_weights(
     """
     checks.check_choice("token_weights", "reduce", reduce, REDUCTIONS)
     checks.sequence_count("token_weights", "mask", mask, cu_seqlens)
-    if isinstance(denom, Tensor):
-        checks.check_shape("token_weights", "denom", denom, mask, ())
-        denom = denom.detach().double()
-    elif denom is not None:
-        checks.check_number("token_weights", "denom", denom)
-        if not 0 <= denom < math.inf:
-            raise ValueError(f"token_weights: denom must be finite and >= 0, got {denom}")
-        denom = scalar(denom, torch.float64, mask.device)
-    return token_weights_op(Inputs(checks.as_bool(mask), denom, cu_seqlens, reduce)).weight
+    divisor = checked_denom(denom, mask)
+    return token_weights_op(Inputs(checks.as_bool(mask), divisor, cu_seqlens, reduce)).weight

@@ -145,6 +145,16 @@ def test_extreme_logits(kernel):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_logit_so_low_that_its_log_prob_underflows_has_a_gradient(kernel):
+    """A temperature near 0 makes a difference of 40 infinite; -inf alone has no gradient."""
+    hidden, weight = torch.full((2, 1), 10.0), torch.tensor([[0.0], [-4.0]])
+    bias, labels = torch.zeros(2), torch.tensor([0, 1])
+    for way in (by_one_pass, by_two_passes):
+        logp, (gradient,) = way([hidden], [weight], bias, labels, temperature=1e-37)
+        assert logp.tolist() == [0.0, -math.inf]
+        assert gradient.flatten().tolist() == pytest.approx([0.0, -8e37])
+
+
 def test_a_label_of_probability_near_1_keeps_its_digits(kernel):
     """Its own term is 1 - p_y times its weight, not the difference of two weights."""
     hidden, weight, bias, labels = head_and_labels((8,), 200, 8)

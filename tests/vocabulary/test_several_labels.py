@@ -252,6 +252,25 @@ def test_minus_infinity_is_an_ordinary_logit(kernel):
     assert x.grad.isfinite().all() and (x.grad[logits == -math.inf] == 0).all()
 
 
+@pytest.mark.parametrize("op", ["token_logprobs", "linear_token_logprobs"])
+def test_a_logit_so_low_that_its_log_prob_underflows_has_a_gradient(kernel, op):
+    """A temperature near 0 makes a difference of 40 infinite; -inf alone has no gradient."""
+    logits, labels = torch.tensor([[0.0, -40.0, -math.inf]]), torch.tensor([[1, 0]])
+
+    def gradient(labels):
+        (x,) = leaves(logits)
+        if op == "token_logprobs":
+            logp = token_logprobs(x, labels, temperature=1e-37)
+        else:  # the bias of a head that is 0
+            hidden, head = torch.zeros(1, 1), torch.zeros(3, 1)
+            logp = linear_token_logprobs(hidden, head, labels, bias=x[0], temperature=1e-37)
+        return torch.autograd.grad(logp[logp != 0].sum(), x)[0]
+
+    want = torch.tensor([[-1e37, 1e37, 0.0]])
+    for given in (labels[:, 0], labels):
+        torch.testing.assert_close(gradient(given), want, rtol=1e-6, atol=0)
+
+
 def test_statistics_are_those_of_one_label(kernel):
     logits, labels = several((6,), 300, 4)
     labels[:3, 3] = logits[:3].argmax(-1)

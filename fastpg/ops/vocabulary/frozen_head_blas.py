@@ -75,8 +75,8 @@ class Sums:
         slope = 1 / self.rows.temperature
         if self.softcap:
             slope = slope * (1 - (found.label_logit / self.softcap) ** 2)
-        # 1 - p_y as -expm1(logp) keeps its digits as p_y -> 1; a label of -inf has no gradient.
-        own = torch.where(logp == -math.inf, 0.0, -torch.expm1(logp)) * slope
+        # 1 - p_y as -expm1(logp) keeps its digits as p_y -> 1; a logit of -inf has no gradient.
+        own = torch.where(found.label_logit == -math.inf, 0.0, -torch.expm1(logp)) * slope
         labels = torch.where(self.rows.legal, self.rows.labels, 0)
         share = torch.exp(-found.log_sum)
         for total, weight in zip(self.sums, self.head_weight, strict=True):

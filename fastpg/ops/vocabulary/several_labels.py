@@ -186,18 +186,17 @@ def label_gradients(
         finite = torch.where(log_p == -math.inf, 0.0, log_p)
         weight = grad_entropy.double()[..., None] * log_p.exp()
         gradient = gradient - weight * (finite + entropy.double()[..., None])
-    return torch.where(log_p == -math.inf, 0.0, gradient)  # a -inf logit has none
+    return gradient
 
 
 def times_slope(
     gradient: Tensor, logits: Tensor, column: Tensor, temperature: Tensor, softcap: float
 ) -> Tensor:
     """The gradient of logits at columns [..., K], in fp64, from that of z there."""
-    gradient = gradient / per_label(temperature)
+    gradient, logits = gradient / per_label(temperature), logits.gather(-1, column).double()
     if not softcap:
-        return gradient
-    capped = torch.tanh(logits.gather(-1, column).double() / softcap)
-    return gradient * (1 - capped**2)
+        return gradient.masked_fill(logits == -math.inf, 0.0)
+    return gradient * (1 - torch.tanh(logits / softcap) ** 2)
 
 
 def write_at(out: Tensor, here: Tensor, column: Tensor, value: Tensor) -> None:

@@ -75,6 +75,15 @@ def test_bad_arguments_raise(change, error, message):
     assert loss == 0 and set(merge_stats(stats).values()) == {0.0}
 
 
+@pytest.mark.parametrize("margin", [-40.0, -21.0, 21.0, 700.0])
+def test_a_large_margin_keeps_its_digits(margin):
+    chosen = torch.tensor([margin], dtype=torch.float64)
+    loss, _, gradient, _ = run(chosen, torch.zeros_like(chosen))
+    exact = max(-margin, 0.0) + math.log1p(math.exp(-abs(margin)))
+    assert loss.item() == pytest.approx(exact, rel=1e-15, abs=0)
+    assert gradient.item() == pytest.approx(-1 / (1 + math.exp(margin)), rel=1e-15, abs=0)
+
+
 def test_equal_scores_cost_log_two_and_teach_most():
     loss, _, chosen, rejected = run(X, X)
     assert loss == pytest.approx(math.log(2))

@@ -2,14 +2,15 @@
 
     P(chosen ≻ rejected) = σ(r_w − r_l)        L = Σ_i w_i · −log σ(r_w − r_l)
 
-−log σ(m) is softplus(−m), which neither overflows nor cancels at any margin m.
+−log σ(m) by torch's logsigmoid neither overflows nor cancels at any margin m; by its softplus(−m),
+margins below −20 would be rounded to a straight line.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from ..common.checks import alike
 from ..common.stats import PreferenceStats
@@ -62,8 +63,7 @@ def preference_loss(
     kept = weight != 0
     chosen, rejected = torch.where(kept, chosen, 0.0), torch.where(kept, rejected, 0.0)
     margin = chosen - rejected
-    # softplus(-m) is -log sigmoid(m), without an overflow at large margins.
-    loss = (weight * softplus(-margin)).sum(dtype=torch.float64)
+    loss = (weight * -logsigmoid(margin)).sum(dtype=torch.float64)
     fields = {
         "count": kept,
         "weight": weight,

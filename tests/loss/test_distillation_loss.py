@@ -156,6 +156,14 @@ def test_a_tail_near_0_keeps_its_digits(kernel, divergence, nats):
         assert torch.autograd.grad(loss, leaf)[0].item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_fp64_in_any_argument_is_computed_in_fp64(kernel):
+    given = dict(zip(("logp", "teacher_logp", "weight"), sample(dtype=torch.float32), strict=True))
+    expected = distillation_loss(*(x.double() for x in given.values()))[0]
+    for name, x in given.items():
+        loss, _ = distillation_loss(**{**given, name: x.double()})
+        assert torch.equal(loss, expected)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_infinite_log_probs_are_finite_in_the_loss(kernel, divergence):
     """Both, the student alone, the teacher alone: a log-ratio of 0, -20 and 20."""

@@ -345,8 +345,8 @@ def gae(
             and value 0, ρ = c = 1, and the γ and λ that are given, as in OpenRLHF.
 
     Returns:
-        (advantages, returns), each like rewards; fp32, or fp64 if an input is fp64. The scan itself
-        is in fp64.
+        (advantages, returns), each like rewards; fp32, or fp64 if rewards, values or bootstrap is.
+        The scan itself is in fp64.
 
     Raises:
         TypeError: An argument is no tensor or number, or has a dtype that it cannot have.

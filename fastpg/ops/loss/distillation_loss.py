@@ -196,7 +196,8 @@ def distillation_loss(
 
     Args:
         logp: Log-probs [..., K] of K tokens under the student, in nats, of a whole distribution:
-            their probabilities sum to at most 1. Any float dtype; differentiable.
+            their probabilities sum to at most 1. No op checks the values of log-probs: where these
+            sum to more, nothing is left for the other tokens. Any float dtype; differentiable.
         teacher_logp: The same tokens under the teacher, of the same shape; a constant.
         weight: [...], as from token_weights; a constant. Weight 0 masks a token: its log-probs are
             not read, and it has no gradient and is not counted.
@@ -228,14 +229,20 @@ def distillation_loss(
         Agarwal et al. 2024, "On-policy distillation of language models" (GKD), arXiv:2306.13649.
     """
     logp, teacher_logp = alike(OP, logp=logp, teacher_logp=teacher_logp)
+    dtype = compute_dtype(OP, logp=logp, weight=weight)
     if logp.dim() == 0 or logp.shape[-1] == 0:
         raise ValueError(f"{OP}: logp must be [..., K] with K > 0, got {tuple(logp.shape)}")
     check_shape(OP, "weight", weight, logp, logp.shape[:-1])
-    compute_dtype(OP, weight=weight)
     check_choice(OP, "divergence", divergence, DIVERGENCES)
     check_number(OP, "beta", beta)
     if not 0 < beta < 1:
         raise ValueError(f"{OP}: beta must be in (0, 1), got {beta}")
-    teacher_logp, weight = teacher_logp.detach(), cast(weight.detach(), logp.dtype)
-    loss, stats = _distillation_loss(Inputs(logp, teacher_logp, weight, divergence, float(beta)))
+    inputs = Inputs(
+        logp=cast(logp, dtype),
+        teacher_logp=cast(teacher_logp.detach(), dtype),
+        weight=cast(weight.detach(), dtype),
+        divergence=divergence,
+        beta=float(beta),
+    )
+    loss, stats = _distillation_loss(inputs)
     return loss, DistillationStats(stats)

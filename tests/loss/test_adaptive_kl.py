@@ -30,6 +30,10 @@ def test_its_state_can_be_saved():
 
 
 def test_bad_numbers_are_refused():
+    with pytest.raises(TypeError, match="AdaptiveKL: init must be a number, got str"):
+        AdaptiveKL("0.1", target=1, horizon=1)
+    with pytest.raises(TypeError, match="AdaptiveKL: n must be a number, got NoneType"):
+        AdaptiveKL(0.1, target=1, horizon=1).update(0.0, None)
     with pytest.raises(ValueError, match="target must be finite and > 0, got 0"):
         AdaptiveKL(0.1, target=0, horizon=1)
     with pytest.raises(ValueError, match="horizon must be finite and > 0, got inf"):

@@ -12,10 +12,13 @@ import math
 
 from torch import Tensor
 
+from ..common.checks import check_number
+
 MAX_ERROR = 0.2  # the most that a relative error counts, on either side
 
 
 def _positive(name: str, value: float) -> float:
+    check_number("AdaptiveKL", name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"AdaptiveKL: {name} must be finite and > 0, got {value}")
     return float(value)
@@ -37,6 +40,7 @@ class AdaptiveKL:
         value: The coefficient.
 
     Raises:
+        TypeError: An argument is no number.
         ValueError: An argument is not finite and > 0.
 
     Example:
@@ -66,8 +70,12 @@ class AdaptiveKL:
             The new value.
 
         Raises:
+            TypeError: An argument is no number.
             ValueError: kl_per_sequence is not finite, or n is not in [0, horizon].
         """
+        if not isinstance(kl_per_sequence, Tensor):
+            check_number("AdaptiveKL", "kl_per_sequence", kl_per_sequence)
+        check_number("AdaptiveKL", "n", n)
         kl_per_sequence = float(kl_per_sequence)
         if not math.isfinite(kl_per_sequence):
             raise ValueError(f"AdaptiveKL: kl_per_sequence must be finite, got {kl_per_sequence}")

@@ -1,5 +1,7 @@
 """Interleaved timing: every candidate once per round, so that a busy machine is busy for all.
 
+The order of a round is drawn at random: a call pays for what the one before it left in the caches.
+
 On a GPU its own events tell the time of many calls in a row, so many that a sample takes 5 ms: less
 than that and the clock, and the launches of one call, would show in the figure.
 """
@@ -11,6 +13,7 @@ import ctypes
 import gc
 import math
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +45,7 @@ class Case:
     # What a candidate does in a call and its unit: 3000 MB and "GB/s" if that is what it moves.
     # Divided by milliseconds, megabytes are GB/s, and thousands of cycles are MHz.
     rates: dict[str, tuple[float, str]] = field(default_factory=dict)
+    clock: Callable[[], float] = time.perf_counter  # in seconds, where there is no GPU
 
 
 @dataclass
@@ -60,12 +64,13 @@ def measure(case: Case, *, rounds: int, seconds: float) -> dict[str, Timing]:
     samples: dict[str, list[float]] = {name: [] for name in case.candidates}
     memory = {name: _extra_mib(call, case) for name, call in case.candidates.items()}
     calls = {name: _calls(call, case) for name, call in case.candidates.items()}
+    order, turns = random.Random(0), list(case.candidates.items())
     end = time.perf_counter() + seconds
     while (done := len(samples[case.ours])) < rounds and (
         done < case.least or time.perf_counter() < end
     ):
-        for name, call in case.candidates.items():
-            samples[name].append(_time(call, calls[name], case.device))
+        for name, call in order.sample(turns, len(turns)):
+            samples[name].append(_time(call, calls[name], case))
     ours = samples[case.ours]
     return {name: _summary(times, ours, memory[name]) for name, times in samples.items()}
 
@@ -128,18 +133,18 @@ def _calls(call: Callable[[], object], case: Case) -> int:
     """How many calls a timing takes: on a GPU enough for a sample of SAMPLE_MS."""
     if case.device != "cuda":
         return case.calls
-    pilot = _time(call, max(case.calls // 10, 2), case.device)
+    pilot = _time(call, max(case.calls // 10, 2), case)
     return max(case.calls, math.ceil(SAMPLE_MS / max(pilot, 1e-4)))
 
 
-def _time(call: Callable[[], object], calls: int, device: str) -> float:
+def _time(call: Callable[[], object], calls: int, case: Case) -> float:
     """The milliseconds of one call, from `calls` in a row."""
-    if device == "cuda":
+    if case.device == "cuda":
         return _time_by_events(call, calls)
-    start = time.perf_counter()
+    start = case.clock()
     for _ in range(calls):
         call()
-    return (time.perf_counter() - start) / calls * 1e3
+    return (case.clock() - start) / calls * 1e3
 
 
 def _time_by_events(call: Callable[[], object], calls: int) -> float:

@@ -189,7 +189,7 @@ def test_growth_is_fitted_to_every_size(monkeypatch):
     monkeypatch.setattr(
         scaling, "measure",
         lambda case, **_: {
-            name: types.SimpleNamespace(median=int(name) ** 2, p10=1, p90=2)
+            name: types.SimpleNamespace(median=1, p10=int(name) ** 2, p90=2)
             for name in case.candidates
         },
     )  # fmt: skip

@@ -54,7 +54,7 @@ class Settings(NamedTuple):
     @property
     def seconds(self) -> float:
         """For each problem."""
-        return 0.4 if self.quick else 5.0
+        return 0.2 if self.quick else 5.0
 
     @property
     def tokens(self) -> int:
@@ -345,7 +345,7 @@ def whitening(settings: Settings, batch: int, length: int) -> Problem:
 
 def token_logprobs_suite(settings: Settings) -> Iterator[Problem]:
     """Log-probs from logits."""
-    rows = 8192 if settings.device == "cuda" else 64 if settings.quick else 256
+    rows = 8192 if settings.device == "cuda" else 32 if settings.quick else 256
     yield log_probs(settings, rows, VOCAB, torch.bfloat16, backward=False)
     yield log_probs(settings, rows, VOCAB, torch.float32, backward=True)
     yield log_probs_and_entropy(settings, rows, VOCAB, torch.bfloat16)
@@ -358,7 +358,7 @@ def linear_suite(settings: Settings) -> Iterator[Problem]:
     """Log-probs and losses from hidden states and the LM head."""
     rows, width, vocab, dtype = 512, 576, 49152, torch.float32  # of SmolLM2-135M
     if settings.quick:
-        rows, width, vocab = 128, 256, 32768
+        rows, width, vocab = 64, 256, 32768
     elif settings.device == "cuda":
         rows, width, vocab, dtype = 8192, 4096, 131072, torch.bfloat16
     yield head_log_probs(settings, rows, width, vocab, dtype, backward=False)

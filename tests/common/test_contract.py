@@ -232,6 +232,7 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # that of torch 2.12
 @every_example
 def test_an_op_that_goes_past_the_dispatcher_gives_the_same_bits(example):
     """A call takes a third less so; whoever listens to torch's dispatcher still hears of it."""

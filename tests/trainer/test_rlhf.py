@@ -1,5 +1,6 @@
 """The embedded task with a learned reward: its pairs, and that a policy can be trained too far."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -63,14 +64,29 @@ def test_the_embedded_task_is_not_mixed_with_ones_own_run(capsys, flags, sentenc
     assert sentence in capsys.readouterr().err
 
 
+def once(function):
+    """The function, whose first result is copied for every later call: training changes it."""
+    results = []
+
+    def first(*arguments):
+        if not results:
+            results.append(function(*arguments))
+        return copy.deepcopy(results[0])
+
+    return first
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kl_coef", "is_good"), [(0.2, True), (0.0, False)])
-def test_without_a_kl_penalty_the_learned_reward_is_optimised_too_far(tmp_path, kl_coef, is_good):
-    settings = {**rlhf.preferred_settings("ppo"), "output_dir": str(tmp_path)}
-    threads = torch.get_num_threads()
-    trainer = rlhf.build_trainer(PPOConfig(**settings | {"kl_coef": kl_coef}))
-    after = trainer.train()
-    torch.set_num_threads(threads)
-    assert after["eval/rewards/reward_model/mean"] > 2
+def test_without_a_kl_penalty_the_learned_reward_is_optimised_too_far(tmp_path, monkeypatch):
+    """Both policies begin as the same model, and learn from the same reward model."""
+    monkeypatch.setattr(reviews, "supervised_model", once(reviews.supervised_model))
+    monkeypatch.setattr(rlhf, "train_reward_model", once(rlhf.train_reward_model))
+    true = []
+    for kl_coef in (0.2, 0.0):
+        own = {"output_dir": str(tmp_path / str(kl_coef)), "kl_coef": kl_coef}
+        args = PPOConfig(**rlhf.preferred_settings("ppo") | own)
+        after = rlhf.build_trainer(args).train()
+        assert after["eval/rewards/reward_model/mean"] > 2
+        true.append(after["eval/rewards/true_reward/mean"])
     # In three seeds it was 0.88 to 0.92 with the penalty, and -1 to -0.81 without.
-    assert (after["eval/rewards/true_reward/mean"] > 0) == is_good
+    assert true[0] > 0 > true[1]

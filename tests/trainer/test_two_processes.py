@@ -51,7 +51,11 @@ def all_runs(folder):
     return results
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+# The tests of an engine are one worker's, so that its runs are made once.
+GROUPS = [pytest.param(engine, marks=pytest.mark.xdist_group(engine)) for engine in ENGINES]
+
+
+@pytest.fixture(scope="module", params=GROUPS)
 def ranks(tmp_path_factory, request):
     """The folder of the runs, and the results of both processes."""
     folder = tmp_path_factory.mktemp("ranks")

@@ -126,8 +126,8 @@ class Op(Generic[InputsT, OutputsT]):
                 return kernel(x)
         values = self.inputs.flatten(x)
         for name, value in zip(self.inputs.types, values, strict=True):
-            for x in value if isinstance(value, list) else [value]:
-                refuse_dtensor(self.name, name, x)
+            for member in value if isinstance(value, list) else [value]:
+                refuse_dtensor(self.name, name, member)
         result = self.overload(*values)
         if self.single:
             result = (result,)

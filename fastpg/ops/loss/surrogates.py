@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..._library import scalar
+from ..common.checks import check_choice
 from ..common.log_ratio import BEYOND, Moving, check_bound
 
 Clip = tuple[float | None, float | None]
@@ -136,9 +137,7 @@ def check_options(
     beyond: str,
 ) -> LossOptions:
     """The arguments of policy_loss as the kernels take them."""
-    if not isinstance(surrogate, str) or surrogate not in SURROGATES:
-        names = ", ".join(SURROGATES)
-        raise ValueError(f"policy_loss: surrogate must be one of {names}, got {surrogate!r}")
+    check_choice("policy_loss", "surrogate", surrogate, SURROGATES)
     low, high = _pair("clip", clip)
     _check_numbers("clip", clip, (float, Real, type(None)))
     _check_numbers("dual_clip", (dual_clip,), (float, Real, type(None)))
@@ -184,8 +183,7 @@ def check_terms(kl: str, kl_coef: float, ref_logp: Tensor | None) -> None:
     """Raises ValueError unless the KL is one that there is, and has what it needs."""
     if kl == "k1":
         raise ValueError("policy_loss: kl='k1' has expected gradient 0; put k1 in the rewards")
-    if not isinstance(kl, str) or kl not in KLS:
-        raise ValueError(f"policy_loss: kl must be one of {', '.join(KLS)}, got {kl!r}")
+    check_choice("policy_loss", "kl", kl, KLS)
     if ref_logp is None and kl_coef != 0:
         raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logp")
 

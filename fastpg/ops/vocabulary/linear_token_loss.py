@@ -57,17 +57,7 @@ CHUNK_ROWS = {"cpu": {2: 1024, 4: 256, 8: 128}, "cuda": {2: 8192, 4: 4096, 8: 20
 
 
 class LossInputs(NamedTuple):
-    """The fields of HeadInputs, and the loss."""
-
-    hidden: list[Tensor]
-    head_weight: list[Tensor]
-    bias: Tensor | None
-    labels: Tensor
-    temperature: Tensor
-    softcap: float
-    ignore_index: int
-    logits_dtype: torch.dtype
-    group: dist.ProcessGroup | None
+    rows: HeadInputs
     token_loss: TokenLoss
 
 
@@ -90,12 +80,11 @@ class Plan(NamedTuple):
     memory: Tensor  # the logits of one chunk
 
 
-def prepare(x: LossInputs) -> Plan:
+def prepare(x: HeadInputs) -> Plan:
     """Leaves out what is ignored, cuts the rest into chunks and allocates memory."""
-    call = HeadInputs._make(x[:-1])
-    head, device = call.head, x.labels.device
+    head, device = x.head, x.labels.device
     dtype, compute_dtype = x.head_weight[0].dtype, x.temperature.dtype
-    kept, legal, local = labels_of_shard(OP, call)
+    kept, legal, local = labels_of_shard(OP, x)
     places = torch.arange(len(x.labels), device=device)
     part = kept_rows(kept)
     rows = take(ChunkRows(places, local, legal, x.temperature), part)
@@ -119,7 +108,8 @@ def run_chunk(x: LossInputs, plan: Plan, chunk: slice) -> tuple[Tensor, object]:
     head, rows = plan.head.tile(chunk, ALL), take(plan.rows, chunk)
     logits = list(tiles(head, plan.memory.dtype, plan.memory))
     labels = RowLabels(rows.labels, rows.legal, rows.temperature)
-    logp, entropy, top, log_sum = row_results(logits, labels, x.softcap, x.group)
+    softcap = x.rows.softcap
+    logp, entropy, top, log_sum = row_results(logits, labels, softcap, x.rows.group)
     loss, stats, grad_logp, grad_entropy = differentiated(x.token_loss, logp, entropy, rows.rows)
     live = kept_rows(reached(grad_logp, grad_entropy))
     upstream = Upstream(
@@ -130,7 +120,7 @@ def run_chunk(x: LossInputs, plan: Plan, chunk: slice) -> tuple[Tensor, object]:
         live,
         rows.rows[live],
         take(upstream, live),
-        x.softcap,
+        softcap,
         head.tile(live, ALL),
         plan.gradients,
         add=chunk.start > 0,
@@ -190,18 +180,18 @@ class Saved(NamedTuple):
 
 
 def _forward(x: LossInputs) -> tuple[tuple[Tensor, list], Saved]:
-    plan = prepare(x)
+    plan, group = prepare(x.rows), x.rows.group
     results = [run_chunk(x, plan, chunk) for chunk in plan.chunks]
-    if x.group is not None:  # every rank has hidden, and a part of its gradient
+    if group is not None:  # every rank has hidden, and a part of its gradient
         for grad in plan.gradients.hidden:
             if grad is not None:
-                dist.all_reduce(grad, group=x.group)
+                dist.all_reduce(grad, group=group)
     loss = torch.stack([loss for loss, _ in results]).sum()
     gradients = plan.gradients.tensors()
     saved = Saved(
         [grad for grad in gradients if grad is not None],
         [grad is not None for grad in gradients],
-        x.head_weight[0].dtype,
+        x.rows.head_weight[0].dtype,
     )
     return (loss, [stats for _, stats in results]), saved
 
@@ -362,6 +352,6 @@ def _of_whole_head(
     if support is not None:
         sets = checked_support(OP, support, labels, inputs.group)
     if level == "token" and wanted and early and sets is None:
-        loss, stats = _linear_token_loss(LossInputs(*inputs, token_loss))
+        loss, stats = _linear_token_loss(LossInputs(inputs, token_loss))
         return loss, stats
     return loss_of_all_rows(inputs, sets, token_loss, wanted=wanted)

@@ -6,7 +6,6 @@ import argparse
 import platform
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,8 +107,6 @@ def bench(argv: Sequence[str]) -> int:
     if options.plot and find_spec("matplotlib") is None:
         return reject("--plot needs matplotlib: pip install matplotlib")
     settings = Settings(options.device, options.quick, left_out={})
-    # torch says so where there is no numpy, which nothing here needs.
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     rows: list[Row] = []
     code = 0
     try:

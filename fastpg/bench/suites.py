@@ -358,7 +358,7 @@ def linear_suite(settings: Settings) -> Iterator[Problem]:
     """Log-probs and losses from hidden states and the LM head."""
     rows, width, vocab, dtype = 512, 576, 49152, torch.float32  # of SmolLM2-135M
     if settings.quick:
-        rows, width, vocab = 64, 256, 32768
+        rows, width, vocab = 128, 256, 32768
     elif settings.device == "cuda":
         rows, width, vocab, dtype = 8192, 4096, 131072, torch.bfloat16
     yield head_log_probs(settings, rows, width, vocab, dtype, backward=False)

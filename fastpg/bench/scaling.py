@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .problem import LEAST_ROUNDS, OURS, PLAIN, Problem
+from .problem import OURS, PLAIN, Problem
 from .running import Row
 from .suites import Settings, advantages, clipped_surrogate, head_cross_entropy, log_probs
 from .timing import Case, freed_memory_kept, measure, peak_extra_mib
@@ -109,7 +109,7 @@ def grown(settings: Settings, growth: Growth, name: str, calls: list[Callable[[]
         {str(size): call for size, call in zip(sizes, calls, strict=True)},
         ours=str(sizes[-1]),
         device=settings.device,
-        least=LEAST_ROUNDS if settings.quick else 8,
+        least=8,
         clock=time.perf_counter if growth.what == "threads" else time.process_time,
     )
     with freed_memory_kept():

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .problem import OURS, PLAIN, Problem
+from .problem import LEAST_ROUNDS, OURS, PLAIN, Problem
 from .running import Row
 from .suites import Settings, advantages, clipped_surrogate, head_cross_entropy, log_probs
 from .timing import Case, freed_memory_kept, measure, peak_extra_mib
@@ -94,6 +94,8 @@ def rows(settings: Settings) -> Iterator[list[Row]]:
 def grown(settings: Settings, growth: Growth, name: str, calls: list[Callable[[], object]]) -> Row:
     """Times every size in turn, and fits the exponents.
 
+    A sample of every size does the work of the largest one, in as many calls in a row: the first
+    call after one that has filled the caches takes half a millisecond more, which is no growth.
     On a CPU the time is that of its cores, for a long call is interrupted more often than a short
     one; and the fit takes the tenth percentile, for what else the machine does only ever adds. More
     threads spend no less of it: what they save is asked of the clock on the wall.
@@ -102,20 +104,25 @@ def grown(settings: Settings, growth: Growth, name: str, calls: list[Callable[[]
     would map fresh memory at every call. What the work needs is measured before, without that.
     """
     sizes = growth.sizes
+    in_a_row = [sizes[-1] // size for size in sizes]
     memory = [peak_extra_mib(call, settings.device) for call in calls]
     case = Case(
         growth.op,
         f"{growth.what} from {sizes[0]} to {sizes[-1]}",
         lambda: None,
-        {str(size): call for size, call in zip(sizes, calls, strict=True)},
+        {
+            str(size): repeated(call, times)
+            for size, call, times in zip(sizes, calls, in_a_row, strict=True)
+        },
         ours=str(sizes[-1]),
         device=settings.device,
-        least=8,
+        least=LEAST_ROUNDS,
         clock=time.perf_counter if growth.what == "threads" else time.process_time,
     )
     with freed_memory_kept():
         timings = measure(case, rounds=100, seconds=settings.seconds)
     timing = timings[case.ours]
+    spent = [timings[str(size)].p10 / times for size, times in zip(sizes, in_a_row, strict=True)]
     row = {
         "op": case.op,
         "case": case.name,
@@ -125,12 +132,22 @@ def grown(settings: Settings, growth: Growth, name: str, calls: list[Callable[[]
         "p90_ms": timing.p90,
         "extra_mib": memory[-1],
         "threads": torch.get_num_threads(),
-        "exponent": exponent(sizes, [timings[str(size)].p10 for size in sizes]),
+        "exponent": exponent(sizes, spent),
     }
     known = [mib for mib in memory if mib is not None and mib > LEAST_MIB]
     if growth.what != "threads" and len(known) == len(sizes):
         row["memory_exponent"] = exponent(sizes, known)
     return row
+
+
+def repeated(call: Callable[[], object], times: int) -> Callable[[], object]:
+    """So many calls in a row."""
+
+    def run() -> None:
+        for _ in range(times):
+            call()
+
+    return run
 
 
 def on_threads(count: int, call: Callable[[], object]) -> Callable[[], object]:

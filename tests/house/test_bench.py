@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -183,17 +184,25 @@ def test_an_exponent_is_the_slope():
     assert scaling.exponent(sizes, [3.0 * s**1.5 for s in sizes]) == pytest.approx(1.5)
 
 
-def test_growth_is_fitted_to_every_size(monkeypatch):
-    growth = scaling.Growth("op", "N", [1, 2, 4], None)
+def test_growth_is_fitted_to_one_call_of_every_size(monkeypatch):
+    growth, spent = scaling.Growth("op", "N", [1, 2, 4], None), []
+
+    def call(size):
+        spent.append(size**2)
+        return size
+
+    def measure(case, **_):
+        found = {}
+        for name, candidate in case.candidates.items():
+            spent.clear()
+            candidate()
+            assert len(spent) * int(name) == 4  # Every sample does the same work.
+            found[name] = types.SimpleNamespace(median=1, p10=sum(spent), p90=2)
+        return found
+
     monkeypatch.setattr(scaling, "peak_extra_mib", lambda call, device: 10.0 * call())
-    monkeypatch.setattr(
-        scaling, "measure",
-        lambda case, **_: {
-            name: types.SimpleNamespace(median=1, p10=int(name) ** 2, p90=2)
-            for name in case.candidates
-        },
-    )  # fmt: skip
-    row = scaling.grown(quick(), growth, OURS, [lambda n=n: n for n in growth.sizes])
+    monkeypatch.setattr(scaling, "measure", measure)
+    row = scaling.grown(quick(), growth, OURS, [partial(call, size) for size in growth.sizes])
     assert row["exponent"] == pytest.approx(2) and row["memory_exponent"] == pytest.approx(1)
     assert report.lines([row])[0].endswith("grows as N^2.00, its memory as N^1.00")
 

@@ -190,6 +190,14 @@ def test_bad_arguments_raise_and_leave_it_empty():
     assert parameter.shape == (0,)
 
 
+def test_the_default_device_does_not_show():
+    hidden, weight, _, labels = inputs()
+    here, _ = linear_token_loss(hidden, parameter_of_zero3(weight), labels, total_loss)
+    with torch.device("meta"):
+        elsewhere, _ = linear_token_loss(hidden, parameter_of_zero3(weight), labels, total_loss)
+    assert torch.equal(here, elsewhere)
+
+
 def test_torch_compile_says_to_gather_it():
     hidden, weight, _, labels = inputs()
     compiled = torch.compile(linear_token_logprobs, backend="eager", fullgraph=True)

@@ -73,7 +73,7 @@ def all_or_none(op: str, groups: list[dist.ProcessGroup], device: torch.device) 
 
 def _any_failed(groups: list[dist.ProcessGroup], *, failed: bool) -> bool:
     """Whether any rank has failed. Along one axis of a mesh after the other, all ranks learn it."""
-    flag = torch.tensor([int(failed)])
+    flag = torch.tensor([int(failed)], device="cpu")
     for group in groups:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
     return bool(flag)

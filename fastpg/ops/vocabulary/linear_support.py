@@ -112,13 +112,7 @@ def reference_backward(x: BackwardInputs) -> Gradients:
         g = torch.where(g == 0, 0.0, g * (1 - (rows.logits / inputs.rows.softcap) ** 2))
     found = [g @ w.to(g.dtype) for w in inputs.rows.head_weight]
     found += [g.T @ h.to(g.dtype) for h in hidden]
-    dtype = hidden[0].dtype
-    return Gradients(
-        [
-            grad.to(dtype) if want else grad.new_empty(0, dtype=dtype)
-            for grad, want in zip([*found, g.sum(0)], x.wanted, strict=True)
-        ]
-    )
+    return linear_rows.rounded([*found, g.sum(0)], inputs.rows, x.wanted)
 
 
 def logits_of_entries(x: Inputs, entries: Entries) -> Tensor:

@@ -106,6 +106,8 @@ def bench(argv: Sequence[str]) -> int:
         return reject(f"there is no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
     if options.plot and find_spec("matplotlib") is None:
         return reject("--plot needs matplotlib: pip install matplotlib")
+    if reason := cannot_write(options):
+        return reject(reason)
     settings = Settings(options.device, options.quick, left_out={})
     rows: list[Row] = []
     code = 0
@@ -143,6 +145,19 @@ def reject(reason: str) -> int:
     """Say in one sentence what cannot be used."""
     print(f"fastpg bench: {reason}.", file=sys.stderr)
     return REJECTED
+
+
+def cannot_write(options: argparse.Namespace) -> str:
+    """Why a file that is asked for cannot be written, before hours are spent on what is in it."""
+    try:
+        if options.csv:
+            options.csv.parent.mkdir(parents=True, exist_ok=True)
+            options.csv.open("a").close()  # what is there stays until there are rows
+        if options.plot:
+            options.plot.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"what is asked for cannot be written: {error}"
+    return ""
 
 
 def all_rows(names: list[str], settings: Settings) -> Iterator[list[Row]]:

@@ -48,6 +48,17 @@ def test_a_wrong_suite_is_one_sentence_with_the_legal_names(capsys):
     assert all(name in said for name in command.SUITES)
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "all_rows", lambda names, settings: pytest.fail("it ran"))
+    file = tmp_path / "file"
+    file.touch()
+    for flag, path in ("--csv", tmp_path), ("--csv", file / "rows.csv"), ("--plot", file):
+        assert command.bench(["gae", flag, str(path)]) == command.REJECTED
+        assert "what is asked for cannot be written: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", command.SUITES)
 def test_every_suite_has_a_run_of_its_name(name, monkeypatch, capsys):
     row = {"op": name, "case": "c", "candidate": OURS, "wrong": "not asked"}

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from fastpg.integrations.verify_command import available, positive
 from fastpg.trainer.loading import load_policy, load_tokenizer
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.ranges import Dtype
@@ -43,8 +44,10 @@ def find_mismatch(argv: Sequence[str]) -> None:
     for name, default in Sampling._field_defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="the engine's")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="default: that of the files")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="completion tokens to score")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--tokens", type=positive, default=TOKENS, help="completion tokens to score"
+    )
+    parser.add_argument("--device", type=available, default="cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     disable_progress_bar()
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)

@@ -316,6 +316,19 @@ def test_rows_that_cannot_be_used_are_named(folder, tmp_path, capsys, row, sente
 
 
 @pytest.mark.parametrize(
+    ("flag", "value", "sentence"),
+    [
+        ("--tokens", "0", "must be at least 1, got 0"),
+        ("--device", "gpu", "'gpu' is no device here"),
+    ],
+)
+def test_a_flag_that_cannot_be_used_is_named(flag, value, sentence, capsys):
+    with pytest.raises(SystemExit) as usage:
+        main(["doctor", "mismatch", "rollouts.jsonl", "--model", "model", flag, value])
+    assert usage.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("flag", "value"), [("temperature", 0.0), ("top_k", -2), ("top_p", 0.0), ("min_p", 1.0)]
 )
 def test_sampling_that_no_engine_does_is_refused(flag, value):

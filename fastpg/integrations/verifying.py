@@ -160,11 +160,16 @@ def _judged(case: Case, patched: Callable[[], AbstractContextManager]) -> Row:
             try:
                 found = _results(case.run, _leaves(case.inputs))
             except Exception as error:
-                sides.append(Side(failure=f"{type(error).__name__}: {error}"))
+                sides.append(failed(error))
                 continue
         value, gradient = (_errors(a, b) for a, b in zip(found, expected, strict=True))
         sides.append(Side(value, gradient))
     return Row(case.name, *sides)
+
+
+def failed(error: Exception) -> Side:
+    """What is found of a call that raises."""
+    return Side(failure=f"{type(error).__name__}: {error}")
 
 
 def _timed(case: Case, patched: Callable[[], AbstractContextManager]) -> Row:
@@ -175,16 +180,20 @@ def _timed(case: Case, patched: Callable[[], AbstractContextManager]) -> Row:
     def run() -> object:
         return _results(case.run, _leaves(case.inputs))
 
-    best = [math.inf, math.inf]
-    peak: list[float | None] = [None, None]
+    sides = [Side(seconds=math.inf), Side(seconds=math.inf)]
     for call in range(1 + CALLS):
         for i, context in enumerate(contexts):
+            if sides[i].failure:
+                continue
             with context():
-                seconds, mib = _measured(run, on_gpu=on_gpu)
+                try:
+                    seconds, mib = _measured(run, on_gpu=on_gpu)
+                except Exception as error:
+                    sides[i] = failed(error)
+                    continue
             if call:
-                best[i] = min(best[i], seconds)
-                peak[i] = mib
-    return Row(case.name, *(Side(seconds=s, mib=m) for s, m in zip(best, peak, strict=True)))
+                sides[i] = Side(seconds=min(sides[i].seconds, seconds), mib=mib)
+    return Row(case.name, *sides)
 
 
 def _leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

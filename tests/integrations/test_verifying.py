@@ -45,6 +45,16 @@ def test_a_larger_error_than_before_is_worse(stock, ours, worse):
     assert report.ok == (not worse) and ("WORSE" in str(report)) == bool(worse)
 
 
+def test_a_call_that_raises_where_time_is_taken_is_a_row():
+    def raises(x):
+        raise MemoryError("too large")
+
+    x = torch.zeros(4, requires_grad=True)
+    assert report_of(torch.exp, raises, x, exact=None).rows[0].worse.startswith("it raises Memory")
+    report = report_of(raises, torch.exp, x, exact=None)
+    assert report.ok and "stock raises MemoryError: too large" in str(report)
+
+
 def test_an_infinite_value_that_ought_to_be_is_exact():
     report = report_of(torch.log, torch.log, torch.tensor([0.0, 1.0, 2.0]), exact=torch.log)
     assert report.rows[0].ours.value < 1e-6

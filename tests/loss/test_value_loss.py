@@ -232,3 +232,16 @@ def test_explained_variance_does_not_cancel_at_mean_1e4(kernel):
     assert merged["explained_variance"] == pytest.approx(expected.item(), rel=1e-6)
     assert merged["return_mean"] == pytest.approx(returns.mean().item(), rel=1e-9)
     assert merged["mean"] == pytest.approx(x["values"][kept].double().mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.1, -7.7, 1e4 / 3, 1e-8, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_returns_leave_nothing_to_explain(kernel, value, dtype):
+    returns = torch.full((100,), value, dtype=dtype)
+    values, weight = torch.randn(100, dtype=dtype), torch.ones(100, dtype=dtype)
+    _, whole = value_loss(values, returns, weight)
+    parts = [value_loss(values[i:j], returns[i:j], weight[i:j])[1] for i, j in ((0, 3), (3, 100))]
+    for stats in ([whole], parts):
+        assert merge_stats(stats)["explained_variance"] == 0.0
+    returns[0] = math.nan
+    assert math.isnan(merge_stats(value_loss(values, returns, weight)[1])["explained_variance"])

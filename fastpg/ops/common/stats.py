@@ -19,6 +19,8 @@ from .moments import Moments, merge_moments
 
 Names = tuple[str, ...]
 
+ROUNDING = 2.0**-50  # of a mean in fp64: more than its last bit, as it is that of a sum
+
 
 class Values(NamedTuple):
     """What every kind of statistics holds. A kind adds the names of the values, as class variables.
@@ -132,8 +134,11 @@ class ValueStats(Values):
     def summary(row: list[float]) -> dict[str, float]:
         """The means that `merge_stats` returns, from the values as floats."""
         s = dict(zip(ValueStats.FIELDS, row, strict=True))
-        # Returns that do not vary leave nothing to explain, and the ratio would be 0 / 0.
-        explained = 1 - s["residual_m2"] / s["return_m2"] if s["return_m2"] else 0.0
+        # Returns that do not vary leave nothing to explain. Of equal ones m2 is 0, or what rounding
+        # makes of their mean. A NaN is neither more nor less than that, and shows.
+        rounded = ROUNDING * s["return_mean"]
+        vary = not s["return_m2"] <= s["count"] * rounded * rounded
+        explained = 1 - s["residual_m2"] / s["return_m2"] if vary else 0.0
         return {
             "loss": s["loss"],
             "clip_frac": s["clipped"] / max(s["count"], 1.0),

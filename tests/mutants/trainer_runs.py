@@ -149,7 +149,7 @@ MUTANTS = [
         TRAINER,
         "            saver.begin(self.stopwatch.seconds)\n",
         "            saver.begin(self.stopwatch.seconds)\n            self.save_model()\n"
-        "            self.save_model = lambda: None\n",
+        "            saver.save_model = lambda: None\n",
         STEPS,
     ),
     # Several processes.

@@ -1,15 +1,28 @@
 """What keeps the memory of an optimiser step low on a CPU."""
 
 import ctypes
+import mmap
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from fastpg.trainer.forward import causal_lm
+
+logger = get_logger(__name__)
+
+WORTH_A_FILE = 2**26
+"""The bytes of a model from which on it is put aside."""
+
+_ALIGNMENT = 64  # of weights in a file, in bytes
 
 
 def give_back_freed() -> None:
@@ -20,6 +33,57 @@ def give_back_freed() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+class Aside:
+    """A frozen model that needs no memory while another one is trained.
+
+    Its weights move into a file without a name. The system reads them from there when the model
+    computes, and whenever it wants to it may forget them again, which `put` makes it do at once.
+    Their values are the same. Only the weights on a CPU under Linux move.
+
+    Args:
+        model: The model. What is none, the policy without its adapter for one, has no weights.
+        directory: Where the file is put, when there is one.
+    """
+
+    def __init__(self, model: object, directory: Path) -> None:
+        weights = list(model.parameters()) if isinstance(model, nn.Module) else []
+        on_cpu = all(weight.device.type == "cpu" for weight in weights)
+        is_large = sum(weight.nbytes for weight in weights) >= WORTH_A_FILE
+        self.weights = weights if on_cpu and is_large and sys.platform == "linux" else []
+        self.directory = directory
+        self._memory: mmap.mmap | None = None
+
+    def put(self) -> None:
+        """Let the weights leave memory; without room for a file they stay there, with a warning."""
+        if self.weights and self._memory is None:
+            try:
+                self._memory = _moved_to_file(self.weights, self.directory)
+            except OSError as error:
+                logger.warning(f"The reference stays in memory while the policy learns: {error}.")
+                self.weights = []
+        if self._memory is not None:
+            self._memory.madvise(mmap.MADV_DONTNEED)
+
+
+def _moved_to_file(weights: list[nn.Parameter], directory: Path) -> mmap.mmap:
+    """Move weights into a file that is gone with the last of them. Returns its memory.
+
+    Raises:
+        OSError: There is no room for it.
+    """
+    starts = [0]
+    for weight in weights:
+        starts.append(starts[-1] + -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        # Writing to a page of a file for which the disk has no room would kill the process.
+        os.posix_fallocate(file.fileno(), 0, starts[-1])
+        memory = mmap.mmap(file.fileno(), starts[-1])
+    for weight, start in zip(weights, starts, strict=False):
+        place = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel(), offset=start)
+        weight.data = place.view(weight.shape).copy_(weight.data)
+    return memory
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from fastpg.trainer.given import (
 )
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.logging import RunLog, Stopwatch
-from fastpg.trainer.memory import give_back_freed
+from fastpg.trainer.memory import Aside, give_back_freed
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.rollout import Rollout
 from fastpg.trainer.rollout_engine import RolloutEngine
@@ -45,6 +45,7 @@ class OwnLoop(ABC):
     accelerator: Accelerator
     assembled: Assembled
     learner: Learner
+    aside: Aside  # the reference, while the policy learns
     engine: RolloutEngine
     scheduler: LambdaLR
     state: TrainingState
@@ -227,6 +228,7 @@ class OwnLoop(ABC):
         with self.stopwatch("logprob"):
             experience, credit = self.learner.experience(rollout, episodes.scores)
         with self.stopwatch("train"):
+            self.aside.put()
             give_back_freed()
             update = self.learner.update(experience)
         with self.stopwatch("generate"):

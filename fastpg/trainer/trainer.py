@@ -34,6 +34,7 @@ from fastpg.trainer.files import write_model
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.loading import load_policy, load_tokenizer
 from fastpg.trainer.logging import RunLog, Stopwatch
+from fastpg.trainer.memory import Aside
 from fastpg.trainer.optimizer import make_optimizer, make_schedule
 from fastpg.trainer.own_loop import OwnLoop
 from fastpg.trainer.parsing import InputError
@@ -161,6 +162,7 @@ class PPOTrainer(OwnLoop):
         )
         self.model, optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         self.learner = Learner(self.accelerator, self.model, reference, optimizer, args, self.paths)
+        self.aside = Aside(reference, Path(args.output_dir))
         self.engine = make_engine(
             self.model, self.tokenizer, args, self.accelerator, self.paths.packing
         )

@@ -1,14 +1,20 @@
-"""Tied embeddings: their gradient is added to that of the head, and no second one is made."""
+"""Tied embeddings have one gradient, and a reference leaves memory while the policy learns."""
 
 import contextlib
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from recorded_runs import trained_parameters
 from test_micro_batches import gradient
 from test_trainer import tiny_gpt2
-from tiny_trainer import tiny_model
+from tiny_trainer import make_trainer, metrics_of, tiny_model
 
-from fastpg.trainer import learner
+from fastpg.trainer import learner, memory
+from fastpg.trainer.memory import Aside
 
 
 def tied_model():
@@ -39,3 +45,73 @@ def test_the_gradient_is_that_of_autograd(tmp_path, monkeypatch, make_model):
     assert ours.keys() == expected.keys()
     for name, theirs in expected.items():
         torch.testing.assert_close(ours[name], theirs, rtol=1e-9, atol=1e-12)
+
+
+def resident():
+    """The bytes of memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="weights move under Linux only")
+
+
+@linux_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_is_put_aside_needs_no_memory_and_keeps_its_weights(tmp_path, dtype):
+    model = torch.nn.ModuleList([torch.nn.Linear(1999, 2001), torch.nn.Linear(2001, 1500)])
+    model.to(dtype).requires_grad_(False)
+    model.append(torch.nn.Linear(2001, 1500))
+    model[2].weight = model[1].weight
+    before = [weight.clone() for weight in model.parameters()]
+    size = sum(weight.nbytes for weight in before)
+    aside = Aside(model, tmp_path)
+    aside.weights = list(model.parameters())
+    for _ in range(2):
+        with_it = resident()
+        aside.put()
+        assert with_it - resident() > 0.9 * size
+        for weight, value in zip(model.parameters(), before, strict=True):
+            assert torch.equal(weight, value)
+    assert model[2].weight is model[1].weight
+    # The file has no name that would have to be removed.
+    assert not list(tmp_path.iterdir())
+
+
+@linux_only
+def test_a_model_stays_where_there_is_no_room_for_it(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(memory, "WORTH_A_FILE", 0)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    PartialState()  # accelerate's loggers ask for it
+    model = tiny_model()
+    places = [weight.data_ptr() for weight in model.parameters()]
+    aside = Aside(model, tmp_path)
+    for _ in range(2):
+        aside.put()
+    assert [weight.data_ptr() for weight in model.parameters()] == places
+    (warning,) = caplog.messages
+    assert "stays in memory while the policy learns: [Errno 28] No space left" in warning
+
+
+def test_a_small_model_and_none_are_not_put_aside(tmp_path):
+    for model in (tiny_model(), None):
+        aside = Aside(model, tmp_path)
+        aside.put()
+        assert aside.weights == [] and not list(tmp_path.iterdir())
+
+
+@linux_only
+def test_a_run_whose_reference_is_put_aside_ends_in_the_same_bits(tmp_path, monkeypatch):
+    settings = {"algorithm": "grpo", "num_generations": 5, "num_eval_samples": 1}
+    settings |= {"num_ppo_epochs": 1, "num_mini_batches": 1}
+    here = make_trainer(tmp_path / "a", **settings)
+    here.train()
+    monkeypatch.setattr(memory, "WORTH_A_FILE", 0)
+    aside = make_trainer(tmp_path / "b", **settings)
+    assert aside.aside.weights and not here.aside.weights
+    aside.train()
+    assert torch.equal(trained_parameters(aside), trained_parameters(here))
+    kl = [[row["objective/kl"] for row in metrics_of(tmp_path / run)] for run in "ab"]
+    assert kl[0] == kl[1] and kl[0][-1] != 0

@@ -13,6 +13,7 @@ import random
 import re
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,7 +159,9 @@ def draw(runs: dict[str, dict], path: Path) -> None:
     axes.set(xlabel="step (32 completions each)", ylabel="share, or reward", ylim=(0, 1.02))
     axes.set_title("SmolLM2-135M-Instruct learns to say the sum alone")
     axes.legend(loc="lower right")
-    figure.savefig(path, metadata={"Date": None})
+    # Without a salt of its own the names in the file would be other ones each time.
+    with matplotlib.rc_context({"svg.hashsalt": "fastpg"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def write_rows(runs: dict[str, dict], path: Path) -> None:

@@ -272,3 +272,17 @@ def _described(given: Any) -> str:
     if isinstance(given, Tensor):
         return f"a tensor of {given.dtype} and shape {tuple(given.shape)}"
     return reprlib.repr(given)
+
+
+def check_equal(counts: Sequence[int]) -> None:
+    """Refuse processes that give different numbers of episodes to a step.
+
+    Args:
+        counts: The number of episodes of each process.
+
+    Raises:
+        InputError: They differ; some processes would wait for forwards that others do not make.
+    """
+    if len(set(counts)) > 1:
+        given = ", ".join(map(str, counts))
+        raise InputError(f"step() needs as many episodes from each process, and got {given}.")

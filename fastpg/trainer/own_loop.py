@@ -20,6 +20,7 @@ from fastpg.trainer.episodes import Episodes, episodes_as_given
 from fastpg.trainer.given import (
     Tokens,
     check_counts,
+    check_equal,
     check_room,
     given_queries,
     given_rollout,
@@ -104,7 +105,7 @@ class OwnLoop(ABC):
 
         It makes the optimiser steps of the settings, and writes metrics, samples, checkpoints and,
         after the last step, the model into `output_dir`. It draws from torch's generators, which
-        `seed` sets.
+        `seed` sets. Of several processes each gives its own episodes, as many as the others.
 
         Args:
             queries: Token ids of B prompts, 1-D tensors or lists of integers. Any number of
@@ -122,8 +123,9 @@ class OwnLoop(ABC):
             The metrics of the step, as `metrics.jsonl` has them.
 
         Raises:
-            InputError: The arguments do not fit together, `num_steps` steps are made already, or
-                `output_dir` cannot be written to.
+            InputError: The arguments do not fit together, the processes of a run give different
+                numbers of episodes, `num_steps` steps are made already, or `output_dir` cannot be
+                written to.
         """
         numbers = given_scores(scores)
         check_counts(
@@ -134,6 +136,7 @@ class OwnLoop(ABC):
         rollout = given_rollout(
             queries, responses, response_masks, readers, self.tokenizer, self.args
         )
+        check_equal(gather_object([len(numbers)]))
         number = self.scheduler.last_epoch + 1
         if number > self.args.num_steps:
             raise InputError(

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
@@ -42,6 +43,7 @@ def make_accelerator(args: EngineSettings) -> Accelerator:
     Raises:
         InputError: The processes would share the model in a way that does not work here.
     """
+    _share_on_cpus()
     # What is not given here, `accelerate launch` may set: a number of accumulation steps, for one,
     # that every loss would be divided by.
     accelerator = Accelerator(
@@ -66,20 +68,44 @@ def make_accelerator(args: EngineSettings) -> Accelerator:
     return accelerator
 
 
+def _share_on_cpus() -> None:
+    """Let processes that were started for a GPU each share the work, where they are to use CPUs.
+
+    accelerate would let each of them train alone, unless it is told of the CPUs; it would then
+    leave out FSDP and DeepSpeed.
+    """
+    if _started() == 1 or (torch.accelerator.is_available() and not _is_set("USE_CPU")):
+        return
+    state = PartialState(cpu=True)
+    if state.distributed_type == DistributedType.MULTI_CPU and _is_set("USE_FSDP"):
+        # accelerate takes FSDP only where it has found GPUs; FSDP itself runs on CPUs as well.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 def _check_processes(accelerator: Accelerator) -> None:
     """Refuse processes that accelerate would not let share the work as they were told to."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
+    if accelerator.num_processes != _started():
         raise InputError(
-            f"{started} processes were started, but each would train alone, for there is no GPU; "
-            "ACCELERATE_USE_CPU=true in the environment lets them train together."
+            f"{_started()} processes were started, but each would train alone; "
+            "ACCELERATE_USE_CPU=true in the environment lets them train together on CPUs."
         )
-    wants_fsdp = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
-    if wants_fsdp and accelerator.distributed_type != DistributedType.FSDP:
-        raise InputError(
-            "accelerate has FSDP on GPUs only; without it every process holds the whole model, as "
-            "examples/accelerate/ddp.yaml says."
-        )
+    for engine in ("FSDP", "DEEPSPEED"):
+        if _is_set(f"USE_{engine}") and accelerator.distributed_type != DistributedType[engine]:
+            raise InputError(
+                f"accelerate leaves {engine} out, for one process alone or under "
+                "ACCELERATE_USE_CPU=true; every process would hold the whole model, as "
+                "examples/accelerate/ddp.yaml says."
+            )
+
+
+def _started() -> int:
+    """Return how many processes `accelerate launch` has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_set(name: str) -> bool:
+    """Return whether a variable of accelerate in the environment is true."""
+    return bool(str_to_bool(os.environ.get(f"ACCELERATE_{name}", "false")))
 
 
 def shares_weights(accelerator: Accelerator) -> bool:

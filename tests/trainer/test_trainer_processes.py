@@ -1,13 +1,18 @@
 """Two processes that share a rollout, and maybe the weights, make the step of one on all of it."""
 
 import os
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import DistributedType
+from accelerate import DistributedType, PartialState
 from accelerate.commands.config.config_args import load_config_from_file
-from recorded_runs import trained_parameters
+from played_episodes import played_episodes
+from recorded_runs import OF_ALGORITHM, move, trained_parameters
+from recorded_runs import SETTINGS as RUN_SETTINGS
+from test_own_loop import columns
 from test_packing import WHOLE
 from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -142,6 +147,59 @@ def test_two_processes_of_deepspeed_make_the_step_of_one(tmp_path, engine, cases
         assert ranks[0][name][0] is not None
 
 
+EPISODES_OF_A_LOOP = played_episodes(groups=4)
+SCORES_OF_A_LOOP = torch.linspace(-1, 1, 16)[
+    torch.randperm(16, generator=torch.Generator().manual_seed(2))
+]
+
+
+def own_loop(folder, algorithm, rows):
+    """Parameters and metrics after two steps of a loop of one's own on the episodes `rows`."""
+    changes = {"num_ppo_epochs": 1, "num_mini_batches": 1, "reward_weights": None}
+    settings = RUN_SETTINGS | OF_ALGORITHM[algorithm] | changes | {"algorithm": algorithm}
+    trainer = make_trainer(folder, None, dataset=None, **settings)
+    move(trainer)
+    queries, responses, masks = columns([EPISODES_OF_A_LOOP[i] for i in rows])
+    seen = [
+        trainer.step(queries, responses, SCORES_OF_A_LOOP[rows], masks)
+        for _ in range(trainer.args.num_steps)
+    ]
+    return trained_parameters(trainer), seen
+
+
+def own_loops(folder):
+    """Those of this process, on its half of the episodes; and what is said of unequal parts."""
+    rank = torch.distributed.get_rank()
+    half = range(8 * rank, 8 * rank + 8)
+    runs = {name: own_loop(f"{folder}/{name}", name, list(half)) for name in ("ppo", "grpo")}
+    with pytest.raises(InputError) as refusal:
+        own_loop(f"{folder}/unequal", "ppo", list(half)[rank:])
+    return runs, str(refusal.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loop_of_ones_own_on_two_processes_ends_in_the_weights_of_one(tmp_path, engine):
+    """And with its metrics, but for the times; the files have the episodes of both."""
+    ranks = in_two_processes(own_loops, tmp_path, engine=engine)
+    for name in ("ppo", "grpo"):
+        parameters, expected = own_loop(tmp_path / f"one-{name}", name, list(range(16)))
+        for runs, _ in ranks:
+            theirs, seen = runs[name]
+            torch.testing.assert_close(theirs, parameters, rtol=0, atol=3e-6)
+            for row, by_one in zip(seen, expected, strict=True):
+                timeless = {key for key in by_one if not re.match("time/|tokens_per_second", key)}
+                assert {key: row[key] for key in timeless} == pytest.approx(
+                    {key: by_one[key] for key in timeless}, rel=1e-4, abs=1e-5
+                )
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")
+        weights = torch.nn.utils.parameters_to_vector(saved.parameters())
+        torch.testing.assert_close(weights, ranks[0][0][name][0][: len(weights)], rtol=0, atol=0)
+        assert len(metrics_of(tmp_path / name)) == 2
+    for _, refusal in ranks:
+        assert refusal == "step() needs as many episodes from each process, and got 8, 7."
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_takes_the_configurations_that_are_shipped(path):
     config = load_config_from_file(str(path))
@@ -156,14 +214,22 @@ def test_accelerate_takes_the_configurations_that_are_shipped(path):
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("WORLD_SIZE", "2", "2 processes were started, but each would train alone, for there is"),
-        ("ACCELERATE_USE_FSDP", "true", "accelerate has FSDP on GPUs only; without it every"),
+        ("WORLD_SIZE", "2", "2 processes were started, but each would train alone; ACC"),
+        ("ACCELERATE_USE_FSDP", "true", "accelerate leaves FSDP out, for one process alone or"),
+        pytest.param(
+            "ACCELERATE_USE_DEEPSPEED",
+            "true",
+            "accelerate leaves DEEPSPEED out, for one process",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="it is not installed"),
+        ),
     ],
 )
 def test_processes_that_would_not_share_as_they_were_told_are_refused(
     tmp_path, monkeypatch, name, value, sentence
 ):
-    """As `accelerate launch` starts them where there is no GPU, and FSDP on CPUs."""
+    """As a program that has asked accelerate for its state before, and one process of an engine."""
+    PartialState()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=sentence):
         make_trainer(tmp_path)

@@ -6,20 +6,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 
 ENGINES = ["ddp", "fsdp"]
 
 ZERO = {
-    "ACCELERATE_USE_CPU": "false",
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
     "DS_ACCELERATOR": "cpu",
 }
 ENVIRONMENTS = {
-    "ddp": {},
+    "ddp": {"ACCELERATE_USE_CPU": "true"},
     "fsdp": {
+        "ACCELERATE_USE_CPU": "true",
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -46,14 +45,10 @@ def _rank(rank, function, folder, arguments, engine):
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(1)
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(x) for name, x in places.items()}, ACCELERATE_USE_CPU="true")
+    os.environ.update({name: str(x) for name, x in places.items()})
     os.environ["OMP_NUM_THREADS"] = "1"  # Otherwise accelerate warns that it sets it.
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     os.environ.update(ENVIRONMENTS[engine])
-    PartialState(cpu=True)
-    if engine == "fsdp":
-        # accelerate takes FSDP only where it has found GPUs; FSDP itself runs on CPUs as well.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if engine.startswith("zero"):
         import deepspeed
 

@@ -134,7 +134,6 @@ def test_two_processes_make_the_step_of_one(tmp_path, engine, cases):
 def test_two_processes_of_deepspeed_make_the_step_of_one(tmp_path, engine, cases):
     """In two micro-batches a process or more, of which DeepSpeed must make one step."""
     pytest.importorskip("deepspeed")
-    # An engine of DeepSpeed takes buffers of 2 GB, so that few cases fit into a process.
     ranks = in_two_processes(own_half, tmp_path, cases, engine=engine)
     for name in cases:
         rows = torch.arange(EPISODES)

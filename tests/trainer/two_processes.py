@@ -1,5 +1,6 @@
 """Runs a function in two processes that share a training out, over gloo on the CPU."""
 
+import json
 import os
 from pathlib import Path
 
@@ -12,7 +13,6 @@ ENGINES = ["ddp", "fsdp"]
 
 ZERO = {
     "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
     "DS_ACCELERATOR": "cpu",
 }
 ENVIRONMENTS = {
@@ -23,8 +23,8 @@ ENVIRONMENTS = {
         "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     },
-    "zero2": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "zero3": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "zero2": ZERO,
+    "zero3": ZERO,
 }
 """What `accelerate launch` would set."""
 
@@ -52,7 +52,21 @@ def _rank(rank, function, folder, arguments, engine):
     if engine.startswith("zero"):
         import deepspeed
 
-        # Its exchange in shared memory would be compiled now, for a minute.
+        # Its exchange in shared memory would be compiled now, for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        path = Path(folder, f"{engine}-{rank}.json")
+        path.write_text(json.dumps(_deepspeed_config(stage=int(engine[-1]))))
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
     torch.save(function(folder, *arguments), f"{folder}/rank{rank}")
     dist.destroy_process_group()
+
+
+def _deepspeed_config(stage):
+    """That of accelerate, but for the buckets: those of DeepSpeed take 2 GB of each process."""
+    zero = {"stage": stage, "reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero | {"stage3_gather_16bit_weights_on_model_save": stage == 3},
+    }

@@ -76,19 +76,21 @@ class _Finder(MetaPathFinder):
         actions = self.actions.pop(fullname, None)
         if actions is None:
             return None
-        spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
+        try:
+            spec = find_spec(fullname)
+        finally:
+            # They stay until the module is loaded: whoever asks may only want to know of it.
             self.actions[fullname] = actions
-            return spec
-        spec.loader = _Loader(spec.loader, actions)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
 class _Loader(Loader):
     """Loads a module as its own loader does, and then runs the actions."""
 
-    def __init__(self, loader: Loader, actions: list[Action]) -> None:
-        self.loader, self.actions = loader, actions
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -99,7 +101,7 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        for action in self.actions:
+        for action in _finder.actions.pop(module.__name__, []):
             _run(module.__name__, action)
 
 

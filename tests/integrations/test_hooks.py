@@ -1,6 +1,7 @@
 """What runs when a module is imported."""
 
 import importlib
+import importlib.util
 import logging
 import subprocess
 import sys
@@ -52,6 +53,22 @@ def test_actions_run_once_each_and_in_their_order(cottage):
     when_imported("cottage.key", lambda: calls.append(2))
     importlib.reload(importlib.import_module("cottage.key"))
     assert calls == [1, 2]
+
+
+def test_whoever_only_looks_for_a_module_leaves_its_actions(cottage):
+    when_imported("cottage.key", put_ours)
+    assert importlib.util.find_spec("cottage.key").name == "cottage.key"
+    assert importlib.import_module("cottage.key").shape == "ours"
+
+
+def test_an_import_that_fails_leaves_the_actions_for_the_next(cottage):
+    (cottage / "key.py").write_text("import cottage.no_such_thing\n")
+    when_imported("cottage.key", put_ours)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("cottage.key")
+    (cottage / "no_such_thing.py").write_text("")
+    importlib.invalidate_caches()
+    assert importlib.import_module("cottage.key").shape == "ours"
 
 
 def test_an_action_that_raises_is_a_warning_and_the_import_goes_on(cottage, caplog):

@@ -113,7 +113,10 @@ def patch_module(module: str) -> None:
     """Patches what FASTPG_OPENRLHF says of one module; what cannot be is logged as a warning."""
     words = words_in(VARIABLE, WORDS)
     wanted = changes(WORDS if words is None else words)
-    _patches.apply_and_warn([each for each in wanted if each.target.startswith(f"{module}.")])
+    inside = [each for each in wanted if each.target.startswith(f"{module}.")]
+    if inside and not _patches.applied:  # of a release that is not tested the first module warns
+        inside += [each for each in wanted if each.target == "openrlhf"]
+    _patches.apply_and_warn(inside)
 
 
 def changes(what: Iterable[str]) -> list[Change]:

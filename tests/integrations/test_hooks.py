@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import fastpg_hooks
+from fastpg.integrations import openrlhf
 from fastpg_hooks import when_imported
 
 
@@ -90,6 +91,16 @@ def test_a_module_that_is_not_there_is_missed_as_without_the_hook(cottage):
     importlib.import_module("cottage.key")
     importlib.import_module("cottage.cellar")
     assert calls == [1]
+
+
+def test_a_release_of_openrlhf_that_is_not_tested_is_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(openrlhf._patches, "version", lambda: "0.12.0")
+    monkeypatch.setenv(openrlhf.VARIABLE, "entropy")
+    openrlhf.patch_module(openrlhf.ACTOR)  # nothing is wanted of it
+    assert not caplog.text
+    openrlhf.patch_module(openrlhf.UTILS)
+    openrlhf.unpatch()
+    assert "fastpg is tested with openrlhf 0.11" in caplog.text
 
 
 def test_a_setup_hook_of_ray_imports_nothing_heavy():

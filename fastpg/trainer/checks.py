@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.columns import SAMPLED, dataset_columns
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.engine import own_part, reshard
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.reward_adapters import adapted
@@ -122,6 +125,29 @@ def check_finite(model: PreTrainedModel, what: str) -> None:
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise InputError(f"The weight {name} of {what} is not finite.")
+
+
+def check_trained(accelerator: Accelerator, model: nn.Module, step: int) -> None:
+    """Refuse to go on with weights that an update has made NaN or infinite.
+
+    Args:
+        accelerator: The accelerator of the run.
+        model: The prepared model; every process has to call this.
+        step: The step of the update, for the error.
+
+    Raises:
+        InputError: The sentence names the step.
+    """
+    reshard(model)
+    # One bad weight makes the sum of its tensor bad, and a sum takes no memory.
+    trained = [own_part(weight).detach() for weight in model.parameters() if weight.requires_grad]
+    sums = [weight.sum(dtype=torch.float32) for weight in trained]
+    wrong = (~torch.stack(sums).isfinite()).sum().float()
+    if accelerator.reduce(wrong, "sum").item() > 0:
+        raise InputError(
+            f"Weights are no longer finite after step {step}, of which nothing is saved: the "
+            "learning rate is too high, or rewards are too large."
+        )
 
 
 def check_policy(policy: PreTrainedModel) -> None:

@@ -151,6 +151,11 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor that processes may share."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shared_like(tensor: Tensor, weight: Tensor) -> Tensor:
     """Return this process's part of a whole tensor, if it has a part only of `weight`."""
     if isinstance(weight, DTensor) and tensor.dim() == weight.dim():

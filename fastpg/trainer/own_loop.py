@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastpg.trainer.assembly import Assembled
 from fastpg.trainer.callbacks import TrainerCallback
 from fastpg.trainer.checkpoint import Checkpoint, load_checkpoint
+from fastpg.trainer.checks import check_trained
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.episodes import Episodes, episodes_as_given
 from fastpg.trainer.given import (
@@ -124,8 +125,8 @@ class OwnLoop(ABC):
 
         Raises:
             InputError: The arguments do not fit together, the processes of a run give different
-                numbers of episodes, `num_steps` steps are made already, or `output_dir` cannot be
-                written to.
+                numbers of episodes, `num_steps` steps are made already, weights are no longer
+                finite, or `output_dir` cannot be written to.
         """
         numbers = given_scores(scores)
         check_counts(
@@ -234,6 +235,7 @@ class OwnLoop(ABC):
             self.aside.put()
             give_back_freed()
             update = self.learner.update(experience)
+            check_trained(self.accelerator, self.learner.model, self.scheduler.last_epoch + 1)
         with self.stopwatch("generate"):
             self.engine.update_weights()
         # Metrics and samples are those of all processes; learning needed only its own episodes.

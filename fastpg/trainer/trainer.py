@@ -197,8 +197,9 @@ class PPOTrainer(OwnLoop):
 
         Raises:
             InputError: There is no dataset or no reward function, this trainer has trained already,
-                a reward is no list of finite numbers, a prompt cannot be encoded, `output_dir`
-                cannot be written to, or there is no checkpoint of this run.
+                a reward is no list of finite numbers, a prompt cannot be encoded, weights are no
+                longer finite, `output_dir` cannot be written to, or there is no checkpoint of this
+                run.
             Interrupted: A signal has stopped the run; this is a `KeyboardInterrupt`.
         """
         self._require_data("train", train_dataset=self.train_dataset)

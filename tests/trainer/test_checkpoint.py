@@ -247,6 +247,13 @@ def test_a_reward_that_raises_loses_no_finished_step(tmp_path, eval_steps):
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    with pytest.raises(InputError, match="no longer finite after step 1, of which nothing is"):
+        make_trainer(tmp_path, learning_rate=1e30, **RUN).train()
+    assert (tmp_path / "LATEST").read_text() == "checkpoint-0"
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_full_disk_is_found_before_the_training(tmp_path, monkeypatch):
     free = SimpleNamespace(free=100)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: free)

@@ -162,14 +162,24 @@ def load_checkpoint(place: Path) -> Checkpoint:
     raise InputError(f"There is no {'whole ' if steps else ''}checkpoint in {place}.")
 
 
+def run_of(place: Path) -> Path:
+    """Return the directory of a run.
+
+    Args:
+        place: That directory, which may have any name, or a checkpoint in it.
+    """
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", place.name) and not (place / LATEST).exists()
+    return place.parent if is_checkpoint else place
+
+
 def _candidates(place: Path) -> tuple[Path, list[int]]:
     """Return the directory of a run, and the steps of its checkpoints in the order of trial."""
-    if re.fullmatch(r"checkpoint-\d+", place.name):
-        run, first = place.parent, place.name
+    run = run_of(place)
+    if run != place:
+        first = place.name
         if not place.is_dir():
             raise InputError(f"There is no checkpoint {place}.")
     else:
-        run = place
         try:
             first = (place / LATEST).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):

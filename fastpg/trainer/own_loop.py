@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.assembly import Assembled
 from fastpg.trainer.callbacks import TrainerCallback
-from fastpg.trainer.checkpoint import Checkpoint, load_checkpoint
+from fastpg.trainer.checkpoint import Checkpoint, load_checkpoint, run_of
 from fastpg.trainer.checks import check_trained
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.engine import on_main_process
 from fastpg.trainer.episodes import Episodes, episodes_as_given
 from fastpg.trainer.given import (
     Tokens,
@@ -33,6 +34,7 @@ from fastpg.trainer.memory import Aside, give_back_freed
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.rollout import Rollout
 from fastpg.trainer.rollout_engine import RolloutEngine
+from fastpg.trainer.run_files import check_taken_up
 from fastpg.trainer.saver import Saver
 from fastpg.trainer.state import TrainingState, restore_random_state
 from fastpg.trainer.steps import pace_metrics
@@ -210,7 +212,8 @@ class OwnLoop(ABC):
             The number of steps that are made.
 
         Raises:
-            InputError: There is no such checkpoint, or it is of another run.
+            InputError: There is no such checkpoint, or it is of another run; or `output_dir` holds
+                another run.
         """
         if self.scheduler.last_epoch > 0:
             raise InputError("resume() has to come before the first step().")
@@ -220,6 +223,9 @@ class OwnLoop(ABC):
 
     def _load(self, place: str | Path) -> Checkpoint:
         """Read a checkpoint of this run and take up what it holds."""
+        run, directory = run_of(Path(place)), Path(self.args.output_dir)
+        # Another process must not find there what this one writes next.
+        on_main_process(self.accelerator, lambda: check_taken_up(run, directory))
         saved = load_checkpoint(Path(place))
         self.state.check(saved)
         self.state.restore(saved)

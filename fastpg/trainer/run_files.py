@@ -200,6 +200,22 @@ class RunFiles:
         path.write_text("".join(lines), encoding="utf-8")
 
 
+def check_taken_up(run: Path, directory: Path) -> None:
+    """Refuse to take up a run in a directory that holds another one, whose files would be lost.
+
+    Args:
+        run: The directory of the run that is taken up.
+        directory: Where it goes on.
+
+    Raises:
+        InputError: It does.
+    """
+    if (directory / "metrics.jsonl").exists() and run.resolve() != directory.resolve():
+        raise InputError(
+            f"The run of {run} cannot go on in {directory}, which holds the files of another run."
+        )
+
+
 def _as_json(row: dict[str, Any]) -> str:
     # JSON has no NaN and no infinity.
     return json.dumps({name: x if math.isfinite(x) else None for name, x in row.items()})

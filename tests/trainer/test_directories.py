@@ -1,0 +1,32 @@
+"""Directories of runs and models: none of them is lost to another one."""
+
+import pytest
+from resumable_run import RUN
+from tiny_trainer import make_trainer, metrics_of
+
+from fastpg.trainer import InputError
+
+QUICK = {**RUN, "num_steps": 2, "report_to": ["none"]}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The directory of a run of two steps. Any number in its name makes it no checkpoint."""
+    make_trainer(tmp_path / "checkpoint-7", **QUICK).train()
+    return tmp_path / "checkpoint-7"
+
+
+def test_a_run_goes_on_in_no_directory_of_another_run(run, tmp_path):
+    other = tmp_path / "other"
+    make_trainer(other, **QUICK, seed=1).train()
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="cannot go on in .*other, which holds the files of"):
+        make_trainer(other, **QUICK).train(resume_from_checkpoint=run / "checkpoint-1")
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+    make_trainer(tmp_path / "new", **QUICK).train(resume_from_checkpoint=run / "checkpoint-1")
+    assert [row["step"] for row in metrics_of(tmp_path / "new")] == [2]
+
+
+def test_the_directory_of_a_run_may_be_named_like_a_checkpoint(run):
+    make_trainer(run, **{**QUICK, "num_steps": 3}).train(resume_from_checkpoint=True)
+    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3]

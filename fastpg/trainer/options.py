@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import fastpg
+from fastpg.trainer.checkpoint import run_of
 from fastpg.trainer.config import PPOConfig, RunSettings
 from fastpg.trainer.display import COLUMNS
 from fastpg.trainer.parsing import InputError, did_you_mean, load_yaml
@@ -237,13 +238,25 @@ def settings_of_run(given: dict[str, Any], default: str) -> tuple[dict[str, Any]
         The settings by name, and the directory or checkpoint to resume from.
 
     Raises:
-        InputError: There is no run.
+        InputError: There is no run, it was started from Python, or `--output_dir` names another
+            place.
     """
     place = given["resume"]
     path = Path(given.get("output_dir", default) if place is True else place)
-    run = path.parent if path.name.startswith("checkpoint-") else path
+    run = run_of(path)
     if not (run / "config.yaml").exists():
         raise InputError(f"There is no run to resume in {run}.")
-    settings = load_yaml(str(run / "config.yaml")) | given | {"output_dir": str(run)}
+    if Path(given.get("output_dir", run)).resolve() != run.resolve():
+        raise InputError(
+            f"The run goes on in {run}, so output_dir cannot be {given['output_dir']}."
+        )
+    saved = load_yaml(str(run / "config.yaml"))
+    # Settings from Python name no model, whose place the embedded task must not take.
+    if "model" not in saved and not any(given.get(name) for name in OWN):
+        raise InputError(
+            f"The run in {run} was started from Python, and is to be resumed there: "
+            "train(resume_from_checkpoint=True)."
+        )
+    settings = saved | given | {"output_dir": str(run)}
     del settings["resume"]
     return settings, str(path)

@@ -167,8 +167,8 @@ class Saver:
             self.save_model()
         except StorageError as error:
             raise StorageError(
-                f"{error} The newest checkpoint is that of step {self.saved_step}; with more room, "
-                f"fastpg train --resume {self.log.directory} goes on from there."
+                f"{error} The newest checkpoint is that of step {self.saved_step}, from which a "
+                "run with more room can go on."
             ) from error
         self.log.saved(self.args.num_steps, "model")
 
@@ -193,6 +193,12 @@ class Saver:
                 self._save_stopped(step, drawn)
             raise
 
+    def _how_to_go_on(self) -> str:
+        # Only the settings of the command line name the model.
+        if hasattr(self.args, "model"):
+            return f"fastpg train --resume {self.log.directory}"
+        return "train(resume_from_checkpoint=True)"
+
     def _save_stopped(self, step: int, drawn: dict[str, Any]) -> None:
         """Save checkpoint and model of a run that ends early, and say so."""
         directory, total = self.log.directory, self.args.num_steps
@@ -207,7 +213,7 @@ class Saver:
         else:
             self.log.say(
                 f"Stopped after step {step} of {total}. The model is in {directory / 'model'}; "
-                f"to go on: fastpg train --resume {directory}"
+                f"to go on: {self._how_to_go_on()}"
             )
 
     def _write(self, step: int, drawn: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import fastpg
 from fastpg.cli import main
 from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig
+from fastpg.trainer.config import save_config
 
 REPOSITORY = Path(__file__).parents[2]
 REWARDS = """
@@ -88,6 +89,14 @@ def test_resume_takes_up_a_run_with_its_settings(workspace, capsys):
     assert "was made with learning_rate=0.001, not 1.0" in capsys.readouterr().err
     assert main(["train", "--resume", "nowhere"]) == 2
     assert "There is no run to resume in nowhere." in capsys.readouterr().err
+    assert main(["train", "--resume", "run", "--output_dir", "other"]) == 2
+    assert "The run goes on in run, so output_dir cannot be other." in capsys.readouterr().err
+
+
+def test_a_run_from_python_is_not_taken_for_the_embedded_task(workspace, capsys):
+    save_config(PPOConfig(), Path("config.yaml"))
+    assert main(["train", "--resume", "."]) == 2
+    assert "The run in . was started from Python" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("weights", [["0.5,2"], ["[0.5, 2]"], ["0.5", "--reward_weights", "2"]])

@@ -19,6 +19,7 @@ from fastpg.trainer.checks import check_trained
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.engine import on_main_process
 from fastpg.trainer.episodes import Episodes, episodes_as_given
+from fastpg.trainer.forward import causal_lm
 from fastpg.trainer.given import (
     Tokens,
     check_counts,
@@ -34,7 +35,7 @@ from fastpg.trainer.memory import Aside, give_back_freed
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.rollout import Rollout
 from fastpg.trainer.rollout_engine import RolloutEngine
-from fastpg.trainer.run_files import check_taken_up
+from fastpg.trainer.run_files import check_apart, check_taken_up
 from fastpg.trainer.saver import Saver
 from fastpg.trainer.state import TrainingState, restore_random_state
 from fastpg.trainer.steps import pace_metrics
@@ -160,9 +161,7 @@ class OwnLoop(ABC):
     def _open(self) -> Saver:
         """Begin or continue the files of the loop."""
         resumed = self._resumed
-        log = RunLog(
-            self.accelerator, self.args, self.callbacks, None if resumed is None else resumed.step
-        )
+        log = self._record(resumed)
         log.__enter__()
         # The files are closed when the trainer is gone, at the latest at the end of the process.
         self._close = weakref.finalize(self, log.__exit__, None, None, None)
@@ -179,6 +178,15 @@ class OwnLoop(ABC):
             raise
         self._saver, self._resumed = saver, None
         return saver
+
+    def _record(self, resumed: Checkpoint | None) -> RunLog:
+        """Return the record of a run, which must not lose the models that it starts from."""
+        model = self.assembled.model
+        for start in filter(None, (model.policy, model.value_model)):
+            if resumed is None:
+                check_apart(causal_lm(start).name_or_path, Path(self.args.output_dir))
+        step = None if resumed is None else resumed.step
+        return RunLog(self.accelerator, self.args, self.callbacks, step)
 
     def finish(self) -> None:
         """End a loop of `step`: write its last checkpoint and the model, and close its files.

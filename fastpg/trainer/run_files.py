@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from fnmatch import fnmatch
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,27 @@ def check_taken_up(run: Path, directory: Path) -> None:
     if (directory / "metrics.jsonl").exists() and run.resolve() != directory.resolve():
         raise InputError(
             f"The run of {run} cannot go on in {directory}, which holds the files of another run."
+        )
+
+
+def check_apart(model: str | None, directory: Path) -> None:
+    """Refuse a model that is among the files of a run, which moves or overwrites those.
+
+    Args:
+        model: The directory or name that the run starts from. Empty or None: it was built in code.
+        directory: The output directory of the run.
+
+    Raises:
+        InputError: It is.
+    """
+    place, own = Path(model or "").resolve(), directory.resolve()
+    if not model or not place.is_dir() or own not in place.parents:
+        return
+    first = place.relative_to(own).parts[0]
+    if any(fnmatch(first, name) for name in FILES):
+        raise InputError(
+            f"The model {model} is where the run in {directory} writes its own files; give the run "
+            "another output_dir."
         )
 
 

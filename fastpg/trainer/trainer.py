@@ -210,8 +210,7 @@ class PPOTrainer(OwnLoop):
         if place is not False:
             saved = self._load(self.args.output_dir if place is True else place)
         self.seed()
-        resumed_at = None if saved is None else saved.step
-        log = RunLog(self.accelerator, self.args, self.callbacks, resumed_at)
+        log = self._record(saved)
         lost = naming_lost_processes(Path(self.args.output_dir))
         with lost, log, StopSignals(immediate=self.accelerator.num_processes == 1) as stop:
             self.stopwatch.announce = log.doing

@@ -20,7 +20,7 @@ def test_a_run_goes_on_in_no_directory_of_another_run(run, tmp_path):
     other = tmp_path / "other"
     make_trainer(other, **QUICK, seed=1).train()
     before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="cannot go on in .*other, which holds the files of"):
+    with pytest.raises(InputError, match=r"cannot go on in .*other, which holds the files of"):
         make_trainer(other, **QUICK).train(resume_from_checkpoint=run / "checkpoint-1")
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
     make_trainer(tmp_path / "new", **QUICK).train(resume_from_checkpoint=run / "checkpoint-1")
@@ -30,3 +30,12 @@ def test_a_run_goes_on_in_no_directory_of_another_run(run, tmp_path):
 def test_the_directory_of_a_run_may_be_named_like_a_checkpoint(run):
     make_trainer(run, **{**QUICK, "num_steps": 3}).train(resume_from_checkpoint=True)
     assert [row["step"] for row in metrics_of(run)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("place", ["model", "checkpoint-2/model"])
+def test_a_run_does_not_start_from_its_own_files(run, place):
+    before = sorted(run.rglob("*"))
+    again = make_trainer(run, model=str(run / place), **QUICK, lora_rank=2)
+    with pytest.raises(InputError, match=r"is where the run in .* writes its own files"):
+        again.train()
+    assert sorted(run.rglob("*")) == before

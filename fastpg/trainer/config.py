@@ -178,7 +178,8 @@ class PPOConfig(
             )
         if self.adaptive_kl_target is not None and self.resolved().algorithm.kl_coef == 0:
             raise InputError("adaptive_kl_target needs a kl_coef to begin with, above 0.")
-        if self.rollout_batch_size > self.adaptive_kl_horizon:
+        adapts = self.adaptive_kl_target is not None
+        if adapts and self.rollout_batch_size > self.adaptive_kl_horizon:
             raise InputError(
                 f"adaptive_kl_horizon={self.adaptive_kl_horizon:g} is less than "
                 f"rollout_batch_size={self.rollout_batch_size}."

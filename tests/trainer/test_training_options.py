@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
 
 import fastpg
-from fastpg.trainer import InputError
+from fastpg.trainer import InputError, PPOConfig
 from fastpg.trainer.optimizer import rate_factor
 
 
@@ -194,6 +194,10 @@ def test_scores_are_whitened_over_the_step(tmp_path):
     experience, _ = trainer.learner.experience(rollout, scores)
     expected = (scores - scores.mean()) / scores.std()
     torch.testing.assert_close(experience.advantages[:, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rollout_may_be_larger_than_the_horizon_of_a_penalty_that_stays():
+    assert PPOConfig(rollout_batch_size=16384).adaptive_kl_target is None
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,7 @@ def train_reward_model(
         batch_size=32,
         micro_batch_size=32,
         learning_rate=5e-4,
+        mixed_precision=args.mixed_precision,
     )
     trainer = RewardTrainer(scorer, settings, train_dataset=pairs, processing_class=tokenizer)
     trainer.train()

@@ -41,16 +41,24 @@ def make_accelerator(args: EngineSettings) -> Accelerator:
         args: The settings of the run.
 
     Raises:
-        InputError: The processes would share the model in a way that does not work here.
+        InputError: The processes would share the model in a way that does not work here, or the
+            precision cannot be had.
     """
     _share_on_cpus()
     # What is not given here, `accelerate launch` may set: a number of accumulation steps, for one,
     # that every loss would be divided by.
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_plugin=TorchDynamoPlugin(backend="no"),
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        )
+    except ValueError as error:
+        # A process keeps the precision of its first accelerator, and not every device has each.
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"accelerate refuses mixed_precision={args.mixed_precision!r} here: {reason}"
+        ) from error
     _check_processes(accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin

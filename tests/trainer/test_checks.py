@@ -276,3 +276,9 @@ def test_json_that_python_cannot_read_is_one_sentence(workspace, capsys, line):
     Path("prompts.jsonl").write_text(line)
     assert main(["train", *OWN]) == 2
     assert "prompts.jsonl, line 1: JSON that Python cannot read" in capsys.readouterr().err
+
+
+def test_a_second_precision_in_a_process_is_one_sentence(tmp_path):
+    make_trainer(tmp_path)
+    with pytest.raises(InputError, match="accelerate refuses mixed_precision='bf16' here: "):
+        make_trainer(tmp_path, mixed_precision="bf16")

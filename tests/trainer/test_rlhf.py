@@ -29,6 +29,21 @@ def test_pairs_are_ordered_by_kind_words_with_errors(monkeypatch):
     assert len(pairs) == 1000 and abs(right / 1000 - 0.731) < 0.04
 
 
+def test_the_reward_model_is_trained_in_the_precision_of_the_run(monkeypatch):
+    class Trainer:
+        def __init__(self, model, args, **_):
+            self.reward = args.mixed_precision
+
+        def train(self):
+            pass
+
+    monkeypatch.setattr(rlhf, "RewardTrainer", Trainer)
+    tokenizer = reviews.build_tokenizer()
+    model = reviews.build_model(tokenizer, 0)
+    args = PPOConfig(mixed_precision="bf16")
+    assert rlhf.train_reward_model(model, tokenizer, [], args) == "bf16"
+
+
 @pytest.fixture
 def short_task(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -217,6 +217,10 @@ class TrainingState:
         for what, digest in state["origin"].items():
             if self.origin[what] != digest:
                 raise InputError(f"The checkpoint belongs to a run with another {what}.")
+        for name, weight in self._weights().items():
+            saved = checkpoint.tensors.get(f"weights.{name}")
+            if saved is None or saved.shape != weight.shape:
+                raise InputError(f"The checkpoint belongs to a run of another model: see {name}.")
         if len(state["random"]) != self.accelerator.num_processes:
             raise InputError(
                 f"The checkpoint was made by {len(state['random'])} processes, not by "

@@ -160,6 +160,14 @@ def test_a_checkpoint_of_another_run_is_refused(finished):
     assert len(metrics_of(finished)) == 4
 
 
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    # Without a penalty the weights that a run starts from do not matter where it is taken up.
+    make_trainer(tmp_path, **{**RUN, "num_steps": 1}, kl_coef=0.0).train()
+    other = make_trainer(tmp_path, model=tiny_model(hidden_size=64), **RUN, kl_coef=0.0)
+    with pytest.raises(InputError, match=r"run of another model: see policy\.model\.embed_tokens"):
+        other.train(resume_from_checkpoint=True)
+
+
 def interrupting(number, at_call):
     """A reward that sends this process a signal."""
     calls = []

@@ -19,7 +19,9 @@ class StorageError(InputError):
 @contextmanager
 def temporary_beside(directory: Path) -> Iterator[Path]:
     """Yield an empty directory beside `directory`; what is left there at the end is removed."""
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
+    # "." has no name of its own, and what a link leads to may be on another disk.
+    whole = directory.resolve()
+    temporary = whole.with_name(f".{whole.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -43,10 +45,12 @@ def write_model(directory: Path, save_model: Callable[[Path], None]) -> None:
         save_model(temporary)
         flush_all(temporary)
         directory.mkdir(exist_ok=True)
-        # The weights of an earlier model may be in files of other names, which loading would find.
-        for stale in {path.name for path in directory.glob("*.safetensors*")}:
-            if not (temporary / stale).exists():
-                (directory / stale).unlink()
+        # Loading would find the weights of an earlier model in files of other names, or take the
+        # new model for an earlier adapter.
+        for pattern in ("*.safetensors*", "adapter_config.json"):
+            for stale in list(directory.glob(pattern)):
+                if not (temporary / stale.name).exists():
+                    stale.unlink()
         for name in files_in(temporary):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).replace(directory / name)
@@ -112,9 +116,12 @@ def require_space(directory: Path, size: int, what: str) -> None:
         what: What they are, for the error.
 
     Raises:
-        StorageError: The disk has less room.
+        StorageError: The disk has less room, or the directory is gone.
     """
-    free = shutil.disk_usage(directory).free
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise StorageError(f"Cannot write to {directory}: {reason_of(error)}.") from error
     if free < size:
         raise StorageError(
             f"{directory} has {free / 1e6:,.2f} MB free, but {what} takes {size / 1e6:,.2f} MB."

@@ -299,6 +299,22 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(tmp_path, monkeypatch,
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_a_directory_that_is_gone_costs_its_checkpoints_and_not_the_model(tmp_path, capsys):
+    calls = []
+
+    def reward(prompts, completions):
+        calls.append(1)
+        if len(calls) == 2:
+            (tmp_path / "run").rename(tmp_path / "moved")
+        return share_of_praise(prompts, completions)
+
+    # The thread of TensorBoard would fail in a directory that is gone.
+    settings = {**RUN, "num_steps": 2, "report_to": ["none"]}
+    make_trainer(tmp_path / "run", reward, **settings).train()
+    assert "There is no checkpoint of step 1: Cannot write to" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
 def test_a_model_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **RUN)
     trainer.save_model()

@@ -3,6 +3,7 @@
 import pytest
 from resumable_run import RUN
 from tiny_trainer import make_trainer, metrics_of
+from transformers import AutoModelForCausalLM
 
 from fastpg.trainer import InputError
 
@@ -39,3 +40,22 @@ def test_a_run_does_not_start_from_its_own_files(run, place):
     with pytest.raises(InputError, match=r"is where the run in .* writes its own files"):
         again.train()
     assert sorted(run.rglob("*")) == before
+
+
+def test_a_model_is_saved_in_the_working_directory(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "run", **QUICK)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    trainer.save_model(".")
+    assert (tmp_path / "here" / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_whole_model_replaces_an_adapter(tmp_path):
+    pytest.importorskip("peft")
+    make_trainer(tmp_path / "adapters", **QUICK, lora_rank=2).save_model(tmp_path / "model")
+    trainer = make_trainer(tmp_path / "whole", **QUICK)
+    trainer.save_model(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.lm_head.weight.equal(trainer.policy.lm_head.weight)
+

@@ -80,7 +80,9 @@ def save_checkpoint(
         tensors, in_model = _without_copies(checkpoint.tensors, temporary / "model")
         save_file(tensors, temporary / "tensors.safetensors")
         state = {"step": checkpoint.step, "in_model": in_model, **checkpoint.state}
-        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        # The prompts in it may hold what JSON has no form for, such as a date or an image.
+        text = json.dumps(state, default=str)
+        (temporary / "state.json").write_text(text, encoding="utf-8")
         manifest = {name: _described(temporary / name) for name in files_in(temporary)}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         flush_all(temporary)

@@ -196,7 +196,8 @@ class RunFiles:
             samples: What `Episodes.records` yields.
         """
         # Each step has a file of its own: a run that is killed leaves no half of an older one.
-        lines = [f"{json.dumps(sample)}\n" for sample in samples]
+        # A prompt may hold what JSON has no form for, such as a date or an image.
+        lines = [f"{json.dumps(sample, default=str)}\n" for sample in samples]
         path = self.directory / folder / f"step_{step:06d}.jsonl"
         path.write_text("".join(lines), encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """What `PPOTrainer` reads, samples, scores and writes, and what it refuses."""
 
+import datetime
 import json
 
 import pytest
@@ -110,10 +111,15 @@ def test_chat_rewards_see_messages(tmp_path):
         seen.extend(completions)
         return [0.0] * len(prompts)
 
-    dataset = [{"prompt": [{"role": "user", "content": "the plot"}]}]
+    # A parquet file may have dates, of which JSON knows nothing.
+    message = {"role": "user", "content": "the plot", "date": datetime.date(2026, 1, 1)}
     tokenizer = reviews.build_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}"
-    make_trainer(tmp_path, reward, dataset=dataset, tokenizer=tokenizer).evaluate()
+    make_trainer(
+        tmp_path, reward, dataset=[{"prompt": [message]}], tokenizer=tokenizer, num_steps=1
+    ).train()
+    (line, *_) = (tmp_path / "completions" / "step_000001.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"] == [{**message, "date": "2026-01-01"}]
     assert [message["role"] for message in seen[0]] == ["assistant"]
 
 

@@ -29,7 +29,9 @@ def training_plot(
     figure = Figure(figsize=(7, 6 if has_kl else 4), layout="tight")
     ratios = [2, 1] if has_kl else [1]
     axes = figure.subplots(len(ratios), squeeze=False, sharex=True, height_ratios=ratios)[:, 0]
-    axes[0].set(title=title, ylabel="mean reward")
+    # A directory with two dollar signs is no formula.
+    axes[0].set_title(title, parse_math=False)
+    axes[0].set(ylabel="mean reward")
     _draw(axes[0], steps, "reward/mean", "tab:blue")
     numbers, rewards = zip(*evaluations, strict=True)
     axes[0].plot(numbers, rewards, "o", color="tab:green", label="evaluation")

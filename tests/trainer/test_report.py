@@ -36,7 +36,7 @@ def test_any_message_has_a_text(message, text):
     )
 
 
-@pytest.mark.parametrize("name", ["out[/b]", "out[bold]"])
+@pytest.mark.parametrize("name", ["out[/b]", "out[bold]", "a$^$b"])
 def test_a_directory_is_no_markup(tmp_path, capsys, name):
     make_trainer(tmp_path / name, num_steps=1).train()
     printed = capsys.readouterr().out

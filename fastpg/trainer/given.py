@@ -2,7 +2,7 @@
 
 import operator
 import reprlib
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ def given_queries(
         InputError: One is no list of token ids of the model, or too long. The sentence names it.
     """
     size = vocabulary_size(policy)
-    lists = [_token_ids(f"queries[{i}]", query, size) for i, query in enumerate(queries)]
+    given = _listed("queries", queries)
+    lists = [_token_ids(f"queries[{i}]", query, size) for i, query in enumerate(given)]
     if not lists:
         raise InputError("There are no queries.")
     for i, query in enumerate(lists):
@@ -57,7 +58,7 @@ def given_scores(scores: Tensor | Sequence[Any]) -> Tensor:
     for i, score in enumerate(_listed("scores", scores)):
         try:
             numbers.append(float(score))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"scores[{i}] must be a number, not {_described(score)}.") from None
         # What float32 cannot hold would be infinite too.
         if not torch.tensor(numbers[-1]).isfinite():
@@ -137,16 +138,16 @@ def _completes_one_of(
     return any(text.count(string) > before.count(string) for string in strings)
 
 
-def check_counts(**given: Sized | None) -> None:
-    """Refuse lists of different lengths.
+def check_counts(**given: Any) -> None:
+    """Refuse what is no list, and lists of different lengths.
 
     Args:
-        given: The lists by name. One that is None does not count.
+        given: The lists by name.
 
     Raises:
-        InputError: The sentence has the length of each.
+        InputError: The sentence has the name of the one, or the length of each.
     """
-    lengths = {name: len(x) for name, x in given.items() if x is not None}
+    lengths = {name: len(_listed(name, x)) for name, x in given.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{count} {name}" for name, count in lengths.items())
         raise InputError(f"There must be one of each for every episode, not {counts}.")

@@ -132,9 +132,8 @@ class OwnLoop(ABC):
                 finite, or `output_dir` cannot be written to.
         """
         numbers = given_scores(scores)
-        check_counts(
-            queries=queries, responses=responses, scores=numbers, response_masks=response_masks
-        )
+        masks = {} if response_masks is None else {"response_masks": response_masks}
+        check_counts(queries=queries, responses=responses, scores=numbers, **masks)
         value_model = self.accelerator.unwrap_model(self.learner.model).value_model
         readers = [model for model in (self.policy, value_model) if model is not None]
         rollout = given_rollout(

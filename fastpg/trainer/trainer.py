@@ -20,6 +20,7 @@ from fastpg.trainer.checks import (
     check_prompts,
     check_repeatable,
     checked_rewards,
+    most_positions,
 )
 from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.engine import (
@@ -138,7 +139,7 @@ class PPOTrainer(OwnLoop):
                 reward.to(self.accelerator.device)
         self.assembled = assemble(loaded, value_model, self.args, self.accelerator.device)
         self._prepare()
-        ids = list(range(min(64, vocabulary_size(policy))))
+        ids = list(range(min(most_positions(readers) or 64, vocabulary_size(policy))))
         if len(self.train_dataset):
             ids = encode_one(self.train_dataset[0]["prompt"], self.tokenizer, "A prompt")
         check_repeatable(self.learner, ids)

@@ -13,7 +13,7 @@ from plain_loop import plain_loop
 from played_episodes import EOS, played_episodes
 from recorded_runs import OF_ALGORITHM, SETTINGS, move, trained_parameters
 from tiny_trainer import PROMPTS, make_trainer, metrics_of, share_of_praise
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fastpg.trainer import InputError, PPOConfig, PPOTrainer
 from fastpg.trainer.rollout import encode
@@ -167,6 +167,9 @@ BAD = [
     ({"scores": [1.0]}, "2 queries, 2 responses, 1 scores, 2 response_masks"),
     ({"scores": [1.0, math.nan]}, r"scores\[1\] must be finite, not nan"),
     ({"scores": [1e39, 1.0]}, r"scores\[0\] must be finite, not 1e\+39"),
+    ({"scores": [1.0, 10**400]}, r"scores\[1\] must be a number, not 1000"),
+    ({"queries": None}, "queries must be a 1-D tensor or a list, not None"),
+    ({"responses": 7}, "responses must be a 1-D tensor or a list, not 7"),
     ({"scores": [1.0, None]}, r"scores\[1\] must be a number, not None"),
     ({"scores": torch.tensor(1.0)}, "scores must be a 1-D tensor or a list, not a tensor of"),
     ({"scores": torch.ones(2, 1)}, r"scores\[0\] must be a number, not \[1.0\]"),
@@ -226,6 +229,13 @@ def test_settings_that_do_not_fit_given_episodes_are_refused(tmp_path):
         own_trainer(tmp_path, max_new_tokens=40000).generate([[5, 6]])
     with pytest.raises(InputError, match=r"top_k has to be 0 and top_p 1, not 0 and 0\.9"):
         own_trainer(tmp_path, top_p=0.9).step(**GOOD)
+
+
+def test_a_model_may_have_fewer_positions_than_a_prompt_usually_has_tokens(tmp_path):
+    sizes = {"n_positions": 12, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=43, bos_token_id=1, eos_token_id=1, **sizes))
+    trainer = make_trainer(tmp_path, None, model, None, max_new_tokens=4)
+    assert len(trainer.generate([[5, 6]])[0]) <= 4
 
 
 def test_the_page_of_own_loops_runs(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from fastpg.trainer import PPOConfig, PPOTrainer
+from fastpg.trainer import InputError, PPOConfig, PPOTrainer
+from fastpg.trainer.checks import checked_rewards
 from fastpg.trainer.trainer import check_packages
 
 PAD, EOS = "<pad>", "<eos>"
@@ -259,8 +260,16 @@ def split_subjects(args: PPOConfig) -> tuple[list[dict[str, str]], list[dict[str
 
     Args:
         args: The settings of the run.
+
+    Raises:
+        InputError: None is left to train on.
     """
     prompts = [{"prompt": subject} for subject in subjects()]
+    if args.num_eval_samples >= len(prompts):
+        raise InputError(
+            f"num_eval_samples={args.num_eval_samples} leaves none of the {len(prompts)} prompts "
+            "of the task to train on."
+        )
     random.Random(args.seed).shuffle(prompts)
     return prompts[args.num_eval_samples :], prompts[: args.num_eval_samples]
 
@@ -274,12 +283,14 @@ def build_trainer(args: PPOConfig) -> PPOTrainer:
     Returns:
         The trainer, ready for `train()`.
     """
-    check_packages(args)  # before it has trained for a while
-    model, tokenizer = supervised_model(args.seed)
+    # What is wrong is said before the model has trained for a while.
+    check_packages(args)
+    rewards = checked_rewards([praise, grammar], args)
     train, held_out = split_subjects(args)
+    model, tokenizer = supervised_model(args.seed)
     return PPOTrainer(
         model,
-        [praise, grammar],
+        rewards,
         args,
         train_dataset=train,
         eval_dataset=held_out,

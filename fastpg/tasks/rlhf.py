@@ -170,9 +170,10 @@ def build_trainer(args: PPOConfig) -> PPOTrainer:
     Returns:
         The trainer, ready for `train()`.
     """
-    check_packages(args)  # before it has trained for a while
-    model, tokenizer = reviews.supervised_model(args.seed)
+    # What is wrong is said before the models have trained for a while.
+    check_packages(args)
     train, held_out = reviews.split_subjects(args)
+    model, tokenizer = reviews.supervised_model(args.seed)
     print(f"The model writes {NUM_PAIRS} pairs of reviews ...", flush=True)
     pairs = compare(model, tokenizer, [row["prompt"] for row in train], args.seed)
     print(f"The model has written {len(pairs)} pairs; a reward model learns from them.", flush=True)

@@ -23,7 +23,7 @@ from fastpg.trainer.settings import (
     option,
 )
 
-OWN = ("model", "dataset", "reward", "value_model")
+OWN = ("model", "dataset", "reward", "prompt_column", "eval_dataset", "value_model")
 """The settings of a user's own run, which the embedded task has no use for."""
 
 
@@ -154,14 +154,26 @@ def read_options(argv: Sequence[str], command: str, config_class: type) -> dict[
     # argparse's own error for an unknown flag would not name the nearest known one.
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = unknown[0].lstrip("-").partition("=")[0]
-        known = [setting.name for setting in fields(config_class)]
-        raise InputError(f"Unknown setting {name!r}{did_you_mean(name, known)}")
+        raise _refusal(unknown[0], [setting.name for setting in fields(config_class)])
     values = vars(flags)
     path = values.pop("config")
     # Both are still text or YAML's idea of a type; `from_mapping` converts them.
     from_file = load_yaml(path) if path else {}
     return from_file | values
+
+
+def _refusal(written: str, known: Sequence[str]) -> InputError:
+    """Return what is to be said of a word on the command line that is no flag and no value."""
+    name = written.lstrip("-").partition("=")[0]
+    # A negative number has a dash too.
+    if not written.startswith("-") or name[:1].isdigit():
+        return InputError(
+            f"{written!r} belongs to no setting: a value stands behind its --name, and those of a "
+            "list have commas between them."
+        )
+    if name in known:
+        return InputError(f"A setting has two dashes: --{name}, not {written}.")
+    return InputError(f"Unknown setting {name!r}{did_you_mean(name, known)}")
 
 
 def _parser(command: str, config_class: type) -> _Parser:
@@ -242,11 +254,11 @@ def settings_of_run(given: dict[str, Any], default: str) -> tuple[dict[str, Any]
             place.
     """
     place = given["resume"]
-    path = Path(given.get("output_dir", default) if place is True else place)
+    path = Path(str(given.get("output_dir", default) if place is True else place))
     run = run_of(path)
     if not (run / "config.yaml").exists():
         raise InputError(f"There is no run to resume in {run}.")
-    if Path(given.get("output_dir", run)).resolve() != run.resolve():
+    if Path(str(given.get("output_dir", run))).resolve() != run.resolve():
         raise InputError(
             f"The run goes on in {run}, so output_dir cannot be {given['output_dir']}."
         )

@@ -75,7 +75,9 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         InputError: The value cannot be converted.
     """
     optional = type(None) in get_args(hint)
-    if optional and (value is None or value in ("none", "null")):
+    # The command line gives the values of a list one by one, and Python writes None.
+    word = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if optional and (word is None or word in ("none", "null", "None")):
         return None
     kind = get_args(hint)[0] if optional else hint
     # An unknown word gets a better sentence from the check of its setting than from a parser.

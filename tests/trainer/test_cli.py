@@ -15,7 +15,7 @@ import fastpg
 from fastpg.cli import main
 from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig
-from fastpg.trainer.config import save_config
+from fastpg.trainer.config import from_mapping, save_config
 
 REPOSITORY = Path(__file__).parents[2]
 REWARDS = """
@@ -91,6 +91,12 @@ def test_resume_takes_up_a_run_with_its_settings(workspace, capsys):
     assert "There is no run to resume in nowhere." in capsys.readouterr().err
     assert main(["train", "--resume", "run", "--output_dir", "other"]) == 2
     assert "The run goes on in run, so output_dir cannot be other." in capsys.readouterr().err
+
+
+def test_none_is_no_value_of_a_list_either():
+    given = {"reward_weights": ["none"], "stop_strings": ["None"], "save_steps": "None"}
+    args = from_mapping(PPOConfig, given)
+    assert (args.reward_weights, args.stop_strings, args.save_steps) == (None, None, None)
 
 
 def test_a_run_from_python_is_not_taken_for_the_embedded_task(workspace, capsys):
@@ -174,6 +180,14 @@ def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys)
     ("flags", "sentence"),
     [
         (["--learnin_rate", "1"], "Unknown setting 'learnin_rate'; did you mean 'learning_rate'?"),
+        (["model"], "'model' belongs to no setting: a value stands behind its --name"),
+        ([*OWN, "--reward_weights", "1", "0.5"], "'0.5' belongs to no setting"),
+        ([*OWN, "--reward_weights", "1", "-0.5"], "'-0.5' belongs to no setting"),
+        (["-num_steps", "5"], "A setting has two dashes: --num_steps, not -num_steps."),
+        (["--num-steps", "5"], "Unknown setting 'num-steps'; did you mean 'num_steps'?"),
+        (["--eval_dataset", "no.jsonl"], "Your own run also needs --model and --dataset and --rew"),
+        (["--num_eval_samples", "192"], "leaves none of the 192 prompts of the task to train on."),
+        (["--reward_weights", "1"], "reward_weights has 1 values for 2 reward functions."),
         (["--learning_rate", "fast"], "learning_rate must be a number, not 'fast'."),
         (["--num_steps", "2.5"], "num_steps must be a whole number, not '2.5'."),
         (["--seed", "-1"], "seed must be between 0 and 2**31 - 1, not -1."),

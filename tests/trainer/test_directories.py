@@ -58,4 +58,3 @@ def test_a_whole_model_replaces_an_adapter(tmp_path):
     trainer.save_model(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.lm_head.weight.equal(trainer.policy.lm_head.weight)
-

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -170,6 +170,28 @@ def shared_like(tensor: Tensor, weight: Tensor) -> Tensor:
         mesh = weight.device_mesh
         return distribute_tensor(tensor.to(mesh.device_type), mesh, weight.placements)
     return tensor
+
+
+@contextmanager
+def synchronized_if(accelerator: Accelerator, model: nn.Module, last: bool) -> Iterator[None]:
+    """Let processes exchange gradients inside the `with` block only if that is the last of a step.
+
+    Args:
+        accelerator: The accelerator of the run.
+        model: The prepared model, whose forward and backward are in the block.
+        last: Whether it is the last micro-batch of an optimiser step.
+    """
+    # DeepSpeed makes its step in the backward after which this says so.
+    accelerator.gradient_state._set_sync_gradients(last)
+    # Gradients of the micro-batches before add up on each process; one exchange is enough.
+    with nullcontext() if last else accelerator.no_sync(model):
+        yield
+
+
+def on_any_process(accelerator: Accelerator, happened: bool) -> bool:
+    """Return whether something has happened on a process; every process has to call this."""
+    count = torch.tensor(float(happened), device=accelerator.device)
+    return accelerator.reduce(count, "sum").item() > 0
 
 
 class ProcessLost(InputError):

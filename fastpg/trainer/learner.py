@@ -3,7 +3,6 @@
 The maths is in the ops; `fastpg.algorithms` says which of them are called, and with what options.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 import fastpg
 from fastpg.trainer.adapters import WithoutAdapter
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.engine import synchronized_if
 from fastpg.trainer.experience import Experience
 from fastpg.trainer.fast_paths import FastPaths
 from fastpg.trainer.memory import one_gradient
@@ -259,7 +259,8 @@ class Learner:
         for i, part in enumerate(parts, start=1):
             episodes = experience[part]
             targets = self._targets(episodes, denom)
-            with self._synchronized_if(i == len(parts)), one_gradient(self.accelerator, self.model):
+            synchronized = synchronized_if(self.accelerator, self.model, i == len(parts))
+            with synchronized, one_gradient(self.accelerator, self.model):
                 result = self._loss(episodes, targets)
                 # Processes average their gradients, but the losses are parts of a sum.
                 self.accelerator.backward(result.loss * self.accelerator.num_processes)
@@ -329,13 +330,6 @@ class Learner:
             value_packing=self.paths.value_packing,
             support=None if rollout.kept is None else rollout.kept.support,
         )
-
-    def _synchronized_if(self, last: bool) -> contextlib.AbstractContextManager:
-        """Let processes exchange gradients in the last micro-batch of a step only."""
-        # DeepSpeed makes its step in the backward after which this says so.
-        self.accelerator.gradient_state._set_sync_gradients(last)
-        # Gradients of the micro-batches before add up on each process; one exchange is enough.
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:

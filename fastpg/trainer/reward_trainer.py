@@ -3,9 +3,10 @@
 import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,8 +22,14 @@ from transformers import (
 
 import fastpg
 from fastpg.trainer.config import save_config
-from fastpg.trainer.engine import make_accelerator, shares_weights
-from fastpg.trainer.files import only_writer, write_model, write_text
+from fastpg.trainer.engine import (
+    make_accelerator,
+    on_any_process,
+    on_main_process,
+    shares_weights,
+    synchronized_if,
+)
+from fastpg.trainer.files import only_writer, require_space, write_model, write_text
 from fastpg.trainer.loading import load_scorer, load_tokenizer
 from fastpg.trainer.modes import disable_dropout
 from fastpg.trainer.pairs import Pair, read_pairs
@@ -178,7 +185,8 @@ class RewardTrainer:
             What `evaluate` returns at the end.
 
         Raises:
-            InputError: `output_dir` cannot be written to.
+            InputError: `output_dir` cannot be written to, has no room for the model, or another run
+                is writing to it.
             Interrupted: A signal has stopped the training; the model is saved as it was then.
         """
         with self._own_directory(), StopSignals(immediate=False) as stop:
@@ -190,9 +198,10 @@ class RewardTrainer:
                     metrics = self._step([self.train_pairs[i] for i in batch])
                     rows.append(json.dumps({"step": step, **metrics}) + "\n")
                     self._show(step, metrics)
-                    if stop.requested is not None:
+                    # All processes have to stop at the same step.
+                    if on_any_process(self.accelerator, stop.requested is not None):
                         self.save_model()
-                        raise Interrupted(stop.requested)
+                        raise Interrupted(stop.requested or SIGTERM)
             after = self._judge()
             self.save_model()
             if self.accelerator.is_main_process:
@@ -208,16 +217,22 @@ class RewardTrainer:
         )
         return metrics
 
-    def _own_directory(self) -> contextlib.AbstractContextManager[None]:
-        """Make the output directory, which no other process may write to for now."""
-        if not self.accelerator.is_main_process:
-            return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _own_directory(self) -> Iterator[None]:
+        """Make the output directory, which no other run may write to inside the `with` block."""
+        with contextlib.ExitStack() as opened:
+            on_main_process(self.accelerator, lambda: self._open_directory(opened))
+            yield
+
+    def _open_directory(self, opened: contextlib.ExitStack) -> None:
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            opened.enter_context(only_writer(self.directory))
+            require_space(self.directory, size, "the reward model")
             save_config(self.args, self.directory / "config.yaml")
         except OSError as error:
             raise InputError(f"Cannot write to {error.filename}: {error.strerror}.") from error
-        return only_writer(self.directory)
 
     def evaluate(self) -> dict[str, float]:
         """Score the held-out pairs.
@@ -248,11 +263,13 @@ class RewardTrainer:
         all_stats = []
         for start in range(0, len(pairs), size):
             part = pairs[start : start + size]
-            chosen, rejected = self._scores(part)
-            # The mean is over the pairs of the whole step.
-            weight = torch.full_like(chosen, 1 / len(pairs))
-            loss, stats = fastpg.preference_loss(chosen, rejected, weight=weight)
-            self.accelerator.backward(loss)
+            is_last = start + size >= len(pairs)
+            with synchronized_if(self.accelerator, self.model, is_last):
+                chosen, rejected = self._scores(part)
+                # The mean is over the pairs of the whole step.
+                weight = torch.full_like(chosen, 1 / len(pairs))
+                loss, stats = fastpg.preference_loss(chosen, rejected, weight=weight)
+                self.accelerator.backward(loss)
             all_stats.append(stats)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         learning_rate = self.scheduler.get_last_lr()[0]

@@ -8,10 +8,8 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-import torch
-
 from fastpg.trainer.checkpoint import LATEST, Checkpoint, save_checkpoint
-from fastpg.trainer.engine import on_main_process
+from fastpg.trainer.engine import on_any_process, on_main_process
 from fastpg.trainer.episodes import Episodes
 from fastpg.trainer.files import StorageError, require_space, size_of, write_model
 from fastpg.trainer.logging import RunLog
@@ -117,12 +115,14 @@ class Saver:
         best, reward = self.more["best_reward"], metrics["reward/mean"]
         if not self.args.save_best_model or (best is not None and reward <= best):
             return
-        self.more["best_reward"] = reward
         directory, write = self.log.directory / "best_model", self.model_writer()
         try:
             on_main_process(self.accelerator, lambda: write_model(directory, write))
         except StorageError as error:
+            # The next best one is then better than that which is there.
             self.log.say(f"The best model so far is not saved: {error}")
+        else:
+            self.more["best_reward"] = reward
 
     def after(self, step: int, stop: StopSignals | None = None) -> None:
         """Save what is due after a step, and end the run if a signal has asked for it.
@@ -134,7 +134,8 @@ class Saver:
         Raises:
             Interrupted: A signal has come, on any process. Checkpoint and model are saved.
         """
-        if stop is not None and self._asked_to_stop(stop):
+        # All processes have to stop at the same step.
+        if stop is not None and on_any_process(self.accelerator, stop.requested is not None):
             self._save_stopped(step, random_state())
             raise Interrupted(stop.requested or SIGTERM)
         every = self.args.save_steps
@@ -171,11 +172,6 @@ class Saver:
                 "run with more room can go on."
             ) from error
         self.log.saved(self.args.num_steps, "model")
-
-    def _asked_to_stop(self, stop: StopSignals) -> bool:
-        """Whether a process has got a signal: all of them have to stop at the same step."""
-        asked = torch.tensor(float(stop.requested is not None), device=self.accelerator.device)
-        return self.accelerator.reduce(asked, "sum").item() > 0
 
     @contextmanager
     def saving_if_stopped(self, step: int) -> Iterator[None]:

@@ -8,6 +8,7 @@ PROCESSES = ("tests/trainer/test_two_processes.py",)
 RESUME = ("tests/trainer/test_checkpoint.py",)
 CHECKPOINT = "fastpg/trainer/checkpoint.py"
 EPISODES = "fastpg/trainer/episodes.py"
+ENGINE = "fastpg/trainer/engine.py"
 LEARNER = "fastpg/trainer/learner.py"
 LOGGING = "fastpg/trainer/logging.py"
 PROMPTS = "fastpg/trainer/prompts.py"
@@ -226,14 +227,14 @@ MUTANTS = [
     Mutant(
         "gradients-synchronised-at-the-first-micro-batch",
         LEARNER,
-        "self._synchronized_if(i == len(parts))",
-        "self._synchronized_if(i == 1)",
+        "synchronized_if(self.accelerator, self.model, i == len(parts))",
+        "synchronized_if(self.accelerator, self.model, i == 1)",
         PROCESSES,
     ),
     Mutant(
         "gradients-never-synchronised",
-        LEARNER,
-        "contextlib.nullcontext() if last else ",
+        ENGINE,
+        "nullcontext() if last else ",
         "",
         PROCESSES,
     ),

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from transformers import (
 
 from fastpg.cli import main
 from fastpg.tasks import reviews
-from fastpg.trainer import InputError, RewardConfig, RewardModel, RewardTrainer
+from fastpg.trainer import InputError, RewardConfig, RewardModel, RewardTrainer, files
+from fastpg.trainer.files import only_writer
 from fastpg.trainer.pairs import read_pairs
 from fastpg.trainer.reward_report import Judgement
 
@@ -101,6 +103,35 @@ def test_micro_batches_change_no_step(tmp_path):
         trainer.train()
         weights.append(torch.nn.utils.parameters_to_vector(trainer.reward.model.parameters()))
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_processes_exchange_the_gradients_of_a_step_once(tmp_path, monkeypatch):
+    trainer = make_reward_trainer(tmp_path, praise_pairs(20), batch_size=8, micro_batch_size=3)
+    backward, exchanges = trainer.accelerator.backward, []
+
+    def noted(loss):
+        exchanges.append(trainer.accelerator.sync_gradients)
+        backward(loss)
+
+    monkeypatch.setattr(trainer.accelerator, "backward", noted)
+    trainer._step(trainer.train_pairs[:8])
+    assert exchanges == [False, False, True]
+
+
+def test_a_directory_in_use_keeps_its_settings(tmp_path):
+    with only_writer(tmp_path):
+        (tmp_path / "config.yaml").write_text("those of the other run")
+        with pytest.raises(InputError, match="Another run is writing to"):
+            make_reward_trainer(tmp_path, praise_pairs(20)).train()
+        assert (tmp_path / "config.yaml").read_text() == "those of the other run"
+
+
+def test_a_full_disk_is_found_before_a_reward_model_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    trainer = make_reward_trainer(tmp_path, praise_pairs(20))
+    monkeypatch.setattr(trainer, "_step", lambda pairs: pytest.fail("there was a step"))
+    with pytest.raises(InputError, match=r"0\.00 MB free, but the reward model takes"):
+        trainer.train()
 
 
 def test_a_policy_learns_from_a_reward_model_of_another_vocabulary(tmp_path):

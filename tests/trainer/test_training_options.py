@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
 
 import fastpg
 from fastpg.trainer import InputError, PPOConfig
+from fastpg.trainer.files import StorageError
 from fastpg.trainer.optimizer import rate_factor
+from fastpg.trainer.saver import Saver
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,29 @@ def test_a_rollout_is_left_once_the_policy_has_moved_too_far(tmp_path, target_kl
     make_trainer(tmp_path, num_steps=1, target_kl=target_kl).train()
     (row,) = metrics_of(tmp_path)
     assert row["policy/optimizer_steps"] == steps
+
+
+def test_a_best_model_that_could_not_be_saved_is_not_what_others_have_to_beat(
+    tmp_path, monkeypatch
+):
+    saver = SimpleNamespace(
+        args=SimpleNamespace(save_best_model=True),
+        accelerator=SimpleNamespace(num_processes=1),
+        log=SimpleNamespace(directory=tmp_path, say=lambda text: None),
+        more={"best_reward": 1.0},
+        model_writer=lambda: None,
+    )
+    saved = []
+
+    def full_at_first(directory, write):
+        saved.append(directory.name)
+        if len(saved) == 1:
+            raise StorageError("full")
+
+    monkeypatch.setattr("fastpg.trainer.saver.write_model", full_at_first)
+    for reward in (3.0, 2.0, 1.5):
+        Saver.keep_best(saver, {"reward/mean": reward})
+    assert saved == ["best_model"] * 2 and saver.more["best_reward"] == 2.0
 
 
 def test_the_best_model_is_that_of_the_best_evaluation(tmp_path):

@@ -156,7 +156,8 @@ def only_writer(directory: Path) -> Iterator[None]:
 
 def _clear_up(directory: Path) -> None:
     """Remove what a killed run had not written to the end."""
-    for leftover in directory.glob(".*.tmp"):
+    # Users may have temporary files of their own there; these names end with a uuid.
+    for leftover in directory.glob(f".*.{'[0-9a-f]' * 32}.tmp"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -35,6 +35,10 @@ FILES = {
 """What a run leaves in its output directory. `*` stands for any number."""
 
 
+REPLACED = ("metrics.jsonl", "model", "best_model", "checkpoint-*")
+"""The files that tell that another run has used a directory: a new one would overwrite them."""
+
+
 class RunFiles:
     """Metrics, samples, settings and provenance of a run, in its output directory.
 
@@ -87,8 +91,10 @@ class RunFiles:
         self._opened.close()
 
     def _set_earlier_run_aside(self) -> None:
-        """Move the files of a run that used the directory before into `earlier-N` inside it."""
-        if not (self.directory / "metrics.jsonl").exists():
+        """Move what another run has left in the directory into `earlier-N` inside it."""
+        # Other trainers leave models and checkpoints by the same names, which this run would
+        # replace and remove.
+        if not any(path for name in REPLACED for path in self.directory.glob(name)):
             return
         numbers = count(1)
         aside = self.directory / f"earlier-{next(numbers)}"

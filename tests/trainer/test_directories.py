@@ -7,14 +7,16 @@ from transformers import AutoModelForCausalLM
 
 from fastpg.trainer import InputError
 
-QUICK = {**RUN, "num_steps": 2, "report_to": ["none"]}
+FEW = {"num_steps": 2, "rollout_batch_size": 2, "num_ppo_epochs": 1, "num_mini_batches": 1}
+QUICK = {**RUN, **FEW, "report_to": ["none"]}
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     """The directory of a run of two steps. Any number in its name makes it no checkpoint."""
-    make_trainer(tmp_path / "checkpoint-7", **QUICK).train()
-    return tmp_path / "checkpoint-7"
+    directory = tmp_path_factory.mktemp("runs") / "checkpoint-7"
+    make_trainer(directory, **QUICK).train()
+    return directory
 
 
 def test_a_run_goes_on_in_no_directory_of_another_run(run, tmp_path):
@@ -33,12 +35,12 @@ def test_the_directory_of_a_run_may_be_named_like_a_checkpoint(run):
     assert [row["step"] for row in metrics_of(run)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("place", ["model", "checkpoint-2/model"])
-def test_a_run_does_not_start_from_its_own_files(run, place):
+def test_a_run_does_not_start_from_its_own_files(run):
     before = sorted(run.rglob("*"))
-    again = make_trainer(run, model=str(run / place), **QUICK, lora_rank=2)
-    with pytest.raises(InputError, match=r"is where the run in .* writes its own files"):
-        again.train()
+    for place in ("model", "checkpoint-2/model"):
+        again = make_trainer(run, model=str(run / place), **QUICK)
+        with pytest.raises(InputError, match=r"is where the run in .* writes its own files"):
+            again.train()
     assert sorted(run.rglob("*")) == before
 
 
@@ -51,6 +53,7 @@ def test_a_model_is_saved_in_the_working_directory(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_a_whole_model_replaces_an_adapter(tmp_path):
     pytest.importorskip("peft")
     make_trainer(tmp_path / "adapters", **QUICK, lora_rank=2).save_model(tmp_path / "model")
@@ -58,3 +61,14 @@ def test_a_whole_model_replaces_an_adapter(tmp_path):
     trainer.save_model(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.lm_head.weight.equal(trainer.policy.lm_head.weight)
+
+
+def test_a_new_run_loses_nothing_that_others_left_in_its_directory(tmp_path):
+    # Hugging Face's Trainer names its checkpoints as we do.
+    found = ["checkpoint-500/model.safetensors", "model/model.safetensors", ".mine.tmp", "notes"]
+    for name in found:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    make_trainer(tmp_path, **QUICK).train()
+    left = [*(f"earlier-1/{name}" for name in found[:2]), *found[2:]]
+    assert [(tmp_path / name).read_text() for name in left] == found

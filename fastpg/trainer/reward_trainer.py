@@ -37,6 +37,7 @@ from fastpg.trainer.parsing import InputError, convert_all
 from fastpg.trainer.ranges import MixedPrecision, check_ranges
 from fastpg.trainer.reward_model import RewardModel
 from fastpg.trainer.reward_report import Judgement
+from fastpg.trainer.run_files import check_apart
 from fastpg.trainer.settings import option
 from fastpg.trainer.signals import Interrupted, StopSignals
 
@@ -185,8 +186,8 @@ class RewardTrainer:
             What `evaluate` returns at the end.
 
         Raises:
-            InputError: `output_dir` cannot be written to, has no room for the model, or another run
-                is writing to it.
+            InputError: `output_dir` cannot be written to, has no room for the model, holds the one
+                that is trained, or another run is writing to it.
             Interrupted: A signal has stopped the training; the model is saved as it was then.
         """
         with self._own_directory(), StopSignals(immediate=False) as stop:
@@ -225,6 +226,8 @@ class RewardTrainer:
             yield
 
     def _open_directory(self, opened: contextlib.ExitStack) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        check_apart(model.name_or_path, self.directory)
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

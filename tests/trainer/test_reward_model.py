@@ -126,6 +126,15 @@ def test_a_directory_in_use_keeps_its_settings(tmp_path):
         assert (tmp_path / "config.yaml").read_text() == "those of the other run"
 
 
+def test_a_reward_model_does_not_replace_the_model_that_it_starts_from(workspace, capsys):
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, praise_pairs(10))))
+    before = Path("model/model.safetensors").read_bytes()
+    flags = ["--model", "model", "--dataset", "pairs.jsonl", "--output_dir", "."]
+    assert main(["reward-model", *flags]) == 2
+    assert "model is where the run in . writes its own files" in capsys.readouterr().err
+    assert Path("model/model.safetensors").read_bytes() == before
+
+
 def test_a_full_disk_is_found_before_a_reward_model_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     trainer = make_reward_trainer(tmp_path, praise_pairs(20))

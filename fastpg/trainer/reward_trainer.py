@@ -188,7 +188,8 @@ class RewardTrainer:
         Raises:
             InputError: `output_dir` cannot be written to, has no room for the model, holds the one
                 that is trained, or another run is writing to it.
-            Interrupted: A signal has stopped the training; the model is saved as it was then.
+            Interrupted: A signal has stopped the training; model and metrics are saved as they were
+                then.
         """
         with self._own_directory(), StopSignals(immediate=False) as stop:
             self.console.print(f"Scoring {len(self.eval_pairs)} held-out pairs ...")
@@ -201,12 +202,11 @@ class RewardTrainer:
                     self._show(step, metrics)
                     # All processes have to stop at the same step.
                     if on_any_process(self.accelerator, stop.requested is not None):
-                        self.save_model()
+                        self._save(rows)
                         raise Interrupted(stop.requested or SIGTERM)
             after = self._judge()
-            self.save_model()
+            self._save(rows)
             if self.accelerator.is_main_process:
-                write_text(self.directory / "metrics.jsonl", "".join(rows))
                 after.write(self.directory, before)
         metrics = after.metrics()
         self.console.print(
@@ -255,6 +255,12 @@ class RewardTrainer:
         """
         if self.accelerator.is_main_process:
             write_model(Path(output_dir or self.directory / "model"), self._write_model)
+
+    def _save(self, rows: list[str]) -> None:
+        """Write the model, and the lines of its metrics."""
+        self.save_model()
+        if self.accelerator.is_main_process:
+            write_text(self.directory / "metrics.jsonl", "".join(rows))
 
     def _write_model(self, directory: Path) -> None:
         self.accelerator.unwrap_model(self.model).save_pretrained(directory)

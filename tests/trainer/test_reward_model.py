@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from fastpg.trainer import InputError, RewardConfig, RewardModel, RewardTrainer,
 from fastpg.trainer.files import only_writer
 from fastpg.trainer.pairs import read_pairs
 from fastpg.trainer.reward_report import Judgement
+from fastpg.trainer.signals import Interrupted
 
 __all__ = ["workspace"]
 
@@ -133,6 +136,17 @@ def test_a_reward_model_does_not_replace_the_model_that_it_starts_from(workspace
     assert main(["reward-model", *flags]) == 2
     assert "model is where the run in . writes its own files" in capsys.readouterr().err
     assert Path("model/model.safetensors").read_bytes() == before
+
+
+def test_a_signal_saves_a_reward_model_and_its_metrics(tmp_path, monkeypatch):
+    trainer = make_reward_trainer(tmp_path, praise_pairs(40), batch_size=8)
+    monkeypatch.setattr(
+        trainer, "_show", lambda step, _: step == 2 and os.kill(os.getpid(), signal.SIGTERM)
+    )
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2]
+    assert (tmp_path / "model/model.safetensors").exists()
 
 
 def test_a_full_disk_is_found_before_a_reward_model_is_trained(tmp_path, monkeypatch):

@@ -151,7 +151,8 @@ class OwnLoop(ABC):
         saver = self._saver or self._open()
         episodes = episodes_as_given(rollout, numbers, self.tokenizer, self.args)
         everyone, metrics = self.learn(rollout, episodes)
-        saver.log.step(number, everyone, metrics)
+        with saver.saving_if_stopped(number):
+            saver.log.step(number, everyone, metrics)
         saver.after(number)
         if number == self.args.num_steps:
             self.finish()

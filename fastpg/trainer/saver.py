@@ -193,7 +193,7 @@ class Saver:
         # Only the settings of the command line name the model.
         if hasattr(self.args, "model"):
             return f"fastpg train --resume {self.log.directory}"
-        return "train(resume_from_checkpoint=True)"
+        return "train(resume_from_checkpoint=True), or resume() of a loop of your own"
 
     def _save_stopped(self, step: int, drawn: dict[str, Any]) -> None:
         """Save checkpoint and model of a run that ends early, and say so."""

@@ -15,7 +15,7 @@ from recorded_runs import OF_ALGORITHM, SETTINGS, move, trained_parameters
 from tiny_trainer import PROMPTS, make_trainer, metrics_of, share_of_praise
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from fastpg.trainer import InputError, PPOConfig, PPOTrainer
+from fastpg.trainer import InputError, PPOConfig, PPOTrainer, TrainerCallback
 from fastpg.trainer.rollout import encode
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +138,19 @@ def test_a_loop_that_ends_early_saves_its_model(tmp_path):
     assert (tmp_path / "checkpoint-1").exists()
     with pytest.raises(InputError, match="This loop is finished"):
         trainer.step(queries, responses, torch.arange(8))
+
+
+def test_a_callback_that_raises_loses_no_step_of_a_loop(tmp_path):
+    class Raising(TrainerCallback):
+        def on_step(self, step, metrics):
+            raise ZeroDivisionError
+
+    trainer = own_trainer(tmp_path, num_steps=2)
+    trainer.callbacks = [Raising()]
+    with pytest.raises(ZeroDivisionError):
+        trainer.step(**GOOD)
+    assert (tmp_path / "LATEST").read_text() == "checkpoint-1"
+    assert (tmp_path / "model" / "model.safetensors").exists()
 
 
 def test_train_says_what_it_lacks(tmp_path):

@@ -124,7 +124,8 @@ def _name_in_model(name: str) -> str:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
+    first, second = (x.contiguous().view(-1).view(torch.uint8) for x in (a, b))
+    return torch.equal(first, second)
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -307,10 +307,8 @@ class PPOTrainer(OwnLoop):
         Raises:
             StorageError: It cannot be written; a model that was there before is whole.
         """
-        directory, write = (
-            Path(output_dir or Path(self.args.output_dir, "model")),
-            self._model_writer(),
-        )
+        directory = Path(output_dir or Path(self.args.output_dir, "model"))
+        write = self._model_writer()
         on_main_process(self.accelerator, lambda: write_model(directory, write))
 
     def _model_writer(self) -> Callable[[Path], None]:

@@ -3,12 +3,12 @@
 `make real` lays it out. Where it is not, these tests are left out.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_trainer import metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpg.trainer import PPOConfig, PPOTrainer
@@ -99,7 +99,7 @@ def test_a_step_begins_at_ratio_1_and_what_is_saved_is_tied(trainer):
     before = trainer.policy.lm_head.weight.detach().clone()
     trainer.train()
     folder = Path(trainer.args.output_dir)
-    metrics = json.loads((folder / "metrics.jsonl").read_text())
+    (metrics,) = metrics_of(folder)
     # The default settings make several optimiser steps; the first of them is at ratio 1.
     assert metrics["policy/first_ratio_deviation"] < 1e-4
     with safe_open(folder / "model" / "model.safetensors", "pt") as stored:

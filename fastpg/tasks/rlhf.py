@@ -21,13 +21,14 @@ from fastpg.trainer import PPOConfig, PPOTrainer, RewardConfig, RewardModel, Rew
 from fastpg.trainer.rollout import sample
 from fastpg.trainer.trainer import check_packages
 
-NUM_PAIRS = 2500
+NUM_PAIRS = 1500
+"""So few that what the reward model overrates is near; with 2500 not every seed finds it."""
 SURENESS = 8.0
 """A pair is ordered rightly with probability sigmoid(SURENESS · difference of kind words)."""
 
 INTRODUCTION = """\
 The embedded task with a learned reward. A tiny model learns to write film
-reviews (supervised, some 15 seconds); a reward model learns from 2500 pairs of
+reviews (supervised, some 15 seconds); a reward model learns from 1500 pairs of
 them which is the kinder one; then {algorithm} trains the first on the second.
 Watch rewards/true_reward beside rewards/reward_model: with --kl_coef 0 the reward
 model is pleased by what is no sentence any more. It runs on one thread, since more

@@ -103,5 +103,5 @@ def test_without_a_kl_penalty_the_learned_reward_is_optimised_too_far(tmp_path, 
         after = rlhf.build_trainer(args).train()
         assert after["eval/rewards/reward_model/mean"] > 2
         true.append(after["eval/rewards/true_reward/mean"])
-    # In three seeds it was 0.88 to 0.92 with the penalty, and -1 to -0.81 without.
-    assert true[0] > 0 > true[1]
+    # In three seeds it was 0.88 to 0.94 with the penalty, and -0.97 to -0.19 without.
+    assert true[0] > 0.5 > true[1]

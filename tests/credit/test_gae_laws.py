@@ -293,8 +293,12 @@ def test_edges_of_tiles(kernel, length):
     length = scaled_to_blocks(length, kernel)
     rewards, values, _ = inputs((2, length), seed=length)
     rewards, values = leaves(rewards, values)
-    advantages, returns = gae(rewards, values, gamma=0.9, lam=0.8)
-    expected = by_loop(rewards, values, None, 0.9, 0.8)
+    bootstrap = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    advantages, returns = gae(rewards, values, bootstrap=bootstrap, gamma=0.9, lam=0.8)
+    # The value that follows the last token counts like a reward of gamma times it there.
+    ended = rewards.detach().clone()
+    ended[:, -1] += 0.9 * bootstrap
+    expected = by_loop(ended, values, None, 0.9, 0.8)
     torch.testing.assert_close(torch.stack([advantages, returns]), expected)
     weight = torch.randn(2, length, dtype=torch.float64)
     grads = torch.autograd.grad(advantages, (rewards, values), weight)

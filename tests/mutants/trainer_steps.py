@@ -36,7 +36,7 @@ MUTANTS = [
         LEARNER,
         "            policy_stats += result.policy_stats\n",
         "            if i < len(parts):\n"
-        "                self.optimizer.zero_grad()\n"
+        "                self.model.zero_grad()\n"  # the optimiser's own waits for the last one
         "            policy_stats += result.policy_stats\n",
         STEPS,
     ),

@@ -267,8 +267,8 @@ MUTANTS = [
     Mutant(
         "an-infinite-denominator",
         TOKEN_WEIGHTS,
-        "if not 0 <= value < math.inf:",
-        "if not 0 <= value <= math.inf:",
+        "if not 0 <= denom < math.inf:",
+        "if not 0 <= denom <= math.inf:",
         ("tests/weight/test_token_weights.py::test_bad_arguments_raise", *ON_REFERENCE),
     ),
     Mutant(

@@ -86,20 +86,23 @@ def checked_denom(denom: float | Tensor | None, mask: Tensor) -> Tensor | None:
     """D as a constant in fp64. One on a GPU is not looked at: that would synchronise."""
     if denom is None:
         return None
-    value = 0.0
     if not isinstance(denom, Tensor):
         checks.check_number("token_weights", "denom", denom)
-        value = denom
-    else:
-        checks.check_shape("token_weights", "denom", denom, mask, ())
-        if denom.is_complex():
-            raise TypeError(f"token_weights: denom must be real, got {denom.dtype}")
-        denom = denom.detach().double()
-        if denom.device.type == "cpu" and not torch.compiler.is_compiling():
-            value = denom.item()
-    if not 0 <= value < math.inf:
-        raise ValueError(f"token_weights: denom must be finite and >= 0, got {value}")
-    return denom if isinstance(denom, Tensor) else scalar(denom, torch.float64, mask.device)
+        check_divisor(denom)
+        return scalar(denom, torch.float64, mask.device)
+    checks.check_shape("token_weights", "denom", denom, mask, ())
+    if denom.is_complex():
+        raise TypeError(f"token_weights: denom must be real, got {denom.dtype}")
+    denom = denom.detach().double()
+    if denom.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_divisor(denom.item())
+    return denom
+
+
+def check_divisor(denom: float) -> None:
+    """D is finite, and not below 0."""
+    if not 0 <= denom < math.inf:
+        raise ValueError(f"token_weights: denom must be finite and >= 0, got {denom}")
 
 
 def token_weights(

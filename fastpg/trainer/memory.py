@@ -80,7 +80,7 @@ def _moved_to_file(weights: list[nn.Parameter], directory: Path) -> mmap.mmap:
         # Writing to a page of a file for which the disk has no room would kill the process.
         os.posix_fallocate(file.fileno(), 0, starts[-1])
         memory = mmap.mmap(file.fileno(), starts[-1])
-    for weight, start in zip(weights, starts, strict=False):
+    for weight, start in zip(weights, starts[:-1], strict=True):
         place = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel(), offset=start)
         weight.data = place.view(weight.shape).copy_(weight.data)
     return memory

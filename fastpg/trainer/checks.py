@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.columns import SAMPLED, dataset_columns
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.encoding import encode_one, eos_ids, vocabulary_size
 from fastpg.trainer.engine import own_part, reshard
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.reward_adapters import adapted
 from fastpg.trainer.rewards import RewardFunction, accepted, load_reward, name_of
-from fastpg.trainer.rollout import encode_one, eos_ids, vocabulary_size
 
 logger = logging.getLogger(__name__)
 

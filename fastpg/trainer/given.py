@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.checks import most_positions
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.encoding import eos_ids, known_pad_id, vocabulary_size
 from fastpg.trainer.parsing import InputError
-from fastpg.trainer.rollout import Rollout, eos_ids, known_pad_id, vocabulary_size
+from fastpg.trainer.rollout import Rollout
 
 Tokens = Tensor | Sequence[int]
 """Token ids, or a mask of them: a 1-D tensor or a list of integers."""

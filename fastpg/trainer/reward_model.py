@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastpg.trainer.encoding import vocabulary_size
 from fastpg.trainer.loading import load_scorer, load_tokenizer
 from fastpg.trainer.parsing import InputError
-from fastpg.trainer.rollout import vocabulary_size
 
 logger = logging.getLogger(__name__)
 

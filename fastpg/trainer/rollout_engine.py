@@ -11,11 +11,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.encoding import Prompt
 from fastpg.trainer.engine import shares_weights
 from fastpg.trainer.models import policy_through
 from fastpg.trainer.packing import Packing
 from fastpg.trainer.parsing import InputError
-from fastpg.trainer.rollout import Prompt, Rollout, sample
+from fastpg.trainer.rollout import Rollout, sample
 from fastpg.trainer.stop_strings import stop_criteria
 
 

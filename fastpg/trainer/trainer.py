@@ -23,6 +23,7 @@ from fastpg.trainer.checks import (
     most_positions,
 )
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.encoding import encode_one, vocabulary_size
 from fastpg.trainer.engine import (
     make_accelerator,
     naming_lost_processes,
@@ -42,7 +43,7 @@ from fastpg.trainer.parsing import InputError
 from fastpg.trainer.prompts import Example, prompt_loader
 from fastpg.trainer.reward_model import RewardModel
 from fastpg.trainer.rewards import RewardFunction, name_of
-from fastpg.trainer.rollout import Rollout, encode_one, vocabulary_size
+from fastpg.trainer.rollout import Rollout
 from fastpg.trainer.rollout_engine import check_engine, make_engine
 from fastpg.trainer.saver import Saver
 from fastpg.trainer.signals import StopSignals

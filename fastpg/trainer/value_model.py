@@ -5,10 +5,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.checks import check_finite
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.encoding import vocabulary_size
 from fastpg.trainer.loading import Loaded, dtype_of_files, load_scorer, load_tokenizer
 from fastpg.trainer.models import score_head
 from fastpg.trainer.parsing import InputError
-from fastpg.trainer.rollout import vocabulary_size
 
 
 def load_value_model(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Loaded | None:

@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from fastpg.trainer.adapters import merged_weights
 from fastpg.trainer.config import PPOConfig
+from fastpg.trainer.encoding import Prompt, encode_for, eos_ids
 from fastpg.trainer.forward import causal_lm
 from fastpg.trainer.kept_sets import KeptSets
-from fastpg.trainer.rollout import Prompt, Rollout, encode_for, eos_ids
+from fastpg.trainer.rollout import Rollout
 from fastpg.trainer.sampling import Sampling
 
 # The weights are handed to vLLM as tensors, which only works where its engine is in this process.

@@ -10,6 +10,7 @@ GENERATION = "fastpg/trainer/generation.py"
 EPISODES = "fastpg/trainer/episodes.py"
 PROMPTS = "fastpg/trainer/prompts.py"
 ROLLOUT = "fastpg/trainer/rollout.py"
+ENCODING = "fastpg/trainer/encoding.py"
 ROLLOUT_ENGINE = "fastpg/trainer/rollout_engine.py"
 TRAINER = "fastpg/trainer/trainer.py"
 
@@ -49,21 +50,21 @@ MUTANTS = [
     ),
     Mutant(
         "ends-of-the-generation-config-ignored",
-        ROLLOUT,
+        ENCODING,
         "more = policy.generation_config.eos_token_id\n",
         "more = None\n",
         SAMPLING,
     ),
     Mutant(
         "only-the-first-end-of-the-generation-config",
-        ROLLOUT,
+        ENCODING,
         "ends.update(more)",
         "ends.update(more[:1])",
         SAMPLING,
     ),
     Mutant(
         "end-of-the-tokenizer-ignored",
-        ROLLOUT,
+        ENCODING,
         "known = sorted(end for end in ends if end < size)",
         "known = sorted(e for e in ends - {tokenizer.eos_token_id} or ends if e < size)",
         SAMPLING,

@@ -12,8 +12,9 @@ from tiny_trainer import metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpg.trainer import PPOConfig, PPOTrainer
+from fastpg.trainer.encoding import encode
 from fastpg.trainer.models import CompletionBatch, logprobs_through
-from fastpg.trainer.rollout import encode, sample
+from fastpg.trainer.rollout import sample
 
 MODEL = Path(__file__).parents[2] / ".real" / "smollm2"
 CHATS = [

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fastpg
+from fastpg.trainer.encoding import encode_one, eos_ids
 from fastpg.trainer.engine import shares_weights
 from fastpg.trainer.episodes import Episodes
 from fastpg.trainer.experience import Experience
@@ -20,7 +21,7 @@ from fastpg.trainer.learner import Learner
 from fastpg.trainer.models import logprobs_through, policy_through
 from fastpg.trainer.packing import Packing
 from fastpg.trainer.prompts import Example
-from fastpg.trainer.rollout import Rollout, encode_one, eos_ids
+from fastpg.trainer.rollout import Rollout
 
 if TYPE_CHECKING:
     from fastpg.trainer.trainer import PPOTrainer

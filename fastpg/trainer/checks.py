@@ -11,9 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.columns import SAMPLED, dataset_columns
 from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.encoding import encode_one, eos_ids, vocabulary_size
+from fastpg.trainer.encoding import encode_one, eos_ids
 from fastpg.trainer.engine import own_part, reshard
+from fastpg.trainer.forward import most_positions, vocabulary_size
 from fastpg.trainer.learner import Learner
+from fastpg.trainer.loading import check_finite
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.reward_adapters import adapted
 from fastpg.trainer.rewards import RewardFunction, accepted, load_reward, name_of
@@ -22,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 Examples = Sequence[dict[str, Any]]
 
-_POSITIONS = "max_position_embeddings"
 _LOOKED_AT = 64  # tokens of a prompt
 _LARGEST_GAP = 1e-3  # nats, above the rounding of what is computed twice
 
@@ -118,13 +119,6 @@ def checked_rewards(given: Any, args: PPOConfig) -> list[RewardFunction]:
             f"reward_weights has {len(weights)} values for {len(names)} reward functions."
         )
     return reward_funcs
-
-
-def check_finite(model: PreTrainedModel, what: str) -> None:
-    """Refuse a model with a weight that is NaN or infinite; `what` names it."""
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise InputError(f"The weight {name} of {what} is not finite.")
 
 
 def check_trained(accelerator: Accelerator, model: nn.Module, step: int) -> None:
@@ -231,12 +225,6 @@ def check_prompts(
             name,
             args.max_prompt_length,
         )
-
-
-def most_positions(readers: Sequence[PreTrainedModel]) -> int | None:
-    """Return how many tokens of an episode every model can read. None: any number."""
-    known = [getattr(m.config.get_text_config(), _POSITIONS, None) for m in readers]
-    return min((count for count in known if count is not None), default=None)
 
 
 def check_repeatable(learner: Learner, ids: list[int]) -> None:

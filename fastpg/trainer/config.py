@@ -5,13 +5,9 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import yaml
-
 from fastpg.algorithms import ALGORITHMS, Algorithm, AlgorithmName, GaeOptions, SurrogateOptions
-from fastpg.trainer.files import write_text
 from fastpg.trainer.parsing import InputError, Verbatim, convert, convert_all, did_you_mean
 from fastpg.trainer.ranges import MixedPrecision, check_ranges
 from fastpg.trainer.settings import (
@@ -299,16 +295,6 @@ def _plain(name: str) -> str:
 
 def _given_or(given: Setting | None, default: Setting) -> Setting:
     return default if given is None else given
-
-
-def save_config(config: Any, path: Path) -> None:
-    """Write settings as they were given, as YAML, in the order of their declaration.
-
-    Args:
-        config: The dataclass of the settings.
-        path: The file to write.
-    """
-    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 Config = TypeVar("Config")

@@ -1,13 +1,13 @@
 """Turns prompts into token ids that a model knows."""
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpg.trainer.forward import causal_lm
+from fastpg.trainer.forward import vocabulary_size
 from fastpg.trainer.parsing import InputError
 
 Prompt = str | list[dict[str, str]] | list[int]
@@ -174,10 +174,3 @@ def eos_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
             f"model's {size} tokens, so no completion could ever end."
         )
     return known
-
-
-def vocabulary_size(policy: PreTrainedModel) -> int:
-    """Return the number of tokens that a model knows, padding of its weights included."""
-    embeddings = causal_lm(policy).get_input_embeddings()
-    config: Any = policy.config.get_text_config()
-    return getattr(embeddings, "num_embeddings", config.vocab_size)

@@ -1,6 +1,7 @@
-"""The trunk of a language model: from completions to the states that predict their tokens."""
+"""The trunk of a language model: what it takes, and the states that predict tokens."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,3 +75,16 @@ def plain_inputs(policy: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 def takes_positions(policy: PreTrainedModel) -> bool:
     """Return whether the forward of a model is told the position of each token."""
     return "position_ids" in inspect.signature(causal_lm(policy).forward).parameters
+
+
+def vocabulary_size(policy: PreTrainedModel) -> int:
+    """Return the number of tokens that a model knows, padding of its weights included."""
+    embeddings = causal_lm(policy).get_input_embeddings()
+    config: Any = policy.config.get_text_config()
+    return getattr(embeddings, "num_embeddings", config.vocab_size)
+
+
+def most_positions(readers: Sequence[PreTrainedModel]) -> int | None:
+    """Return how many tokens of an episode every model can read. None: any number."""
+    known = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in readers]
+    return min((count for count in known if count is not None), default=None)

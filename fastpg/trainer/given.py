@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpg.trainer.checks import most_positions
 from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.encoding import eos_ids, known_pad_id, vocabulary_size
+from fastpg.trainer.encoding import eos_ids, known_pad_id
+from fastpg.trainer.forward import most_positions, vocabulary_size
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.rollout import Rollout
 

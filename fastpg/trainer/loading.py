@@ -279,3 +279,10 @@ def save_model(
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_finite(model: PreTrainedModel, what: str) -> None:
+    """Refuse a model with a weight that is NaN or infinite; `what` names it."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(f"The weight {name} of {what} is not finite.")

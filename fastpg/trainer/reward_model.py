@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpg.trainer.encoding import vocabulary_size
+from fastpg.trainer.forward import vocabulary_size
 from fastpg.trainer.loading import load_scorer, load_tokenizer
 from fastpg.trainer.parsing import InputError
 

@@ -21,7 +21,6 @@ from transformers import (
 )
 
 import fastpg
-from fastpg.trainer.config import save_config
 from fastpg.trainer.engine import (
     make_accelerator,
     on_any_process,
@@ -37,7 +36,7 @@ from fastpg.trainer.parsing import InputError, convert_all
 from fastpg.trainer.ranges import MixedPrecision, check_ranges
 from fastpg.trainer.reward_model import RewardModel
 from fastpg.trainer.reward_report import Judgement
-from fastpg.trainer.run_files import check_apart
+from fastpg.trainer.run_files import check_apart, save_config
 from fastpg.trainer.settings import option
 from fastpg.trainer.signals import Interrupted, StopSignals
 

@@ -12,8 +12,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fastpg.trainer.checkpoint import LATEST
-from fastpg.trainer.config import PPOConfig, save_config
+from fastpg.trainer.config import PPOConfig
 from fastpg.trainer.files import only_writer, write_text
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.start import Start
@@ -257,3 +259,13 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return {name: math.nan if x is None else x for name, x in row.items()}
     except (ValueError, AttributeError):
         return None
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write settings as they were given, as YAML, in the order of their declaration.
+
+    Args:
+        config: The dataclass of the settings.
+        path: The file to write.
+    """
+    write_text(path, yaml.safe_dump(asdict(config), sort_keys=False))

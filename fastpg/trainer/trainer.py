@@ -20,10 +20,9 @@ from fastpg.trainer.checks import (
     check_prompts,
     check_repeatable,
     checked_rewards,
-    most_positions,
 )
 from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.encoding import encode_one, vocabulary_size
+from fastpg.trainer.encoding import encode_one
 from fastpg.trainer.engine import (
     make_accelerator,
     naming_lost_processes,
@@ -33,6 +32,7 @@ from fastpg.trainer.engine import (
 from fastpg.trainer.episodes import Episodes, score_rollout
 from fastpg.trainer.fast_paths import find_fast_paths
 from fastpg.trainer.files import write_model
+from fastpg.trainer.forward import most_positions, vocabulary_size
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.loading import load_policy, load_tokenizer
 from fastpg.trainer.logging import RunLog, Stopwatch

@@ -3,10 +3,9 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpg.trainer.checks import check_finite
 from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.encoding import vocabulary_size
-from fastpg.trainer.loading import Loaded, dtype_of_files, load_scorer, load_tokenizer
+from fastpg.trainer.forward import vocabulary_size
+from fastpg.trainer.loading import Loaded, check_finite, dtype_of_files, load_scorer, load_tokenizer
 from fastpg.trainer.models import score_head
 from fastpg.trainer.parsing import InputError
 

@@ -12,10 +12,11 @@ from tiny_trainer import make_trainer, metrics_of
 
 from fastpg.algorithms import ALGORITHMS
 from fastpg.trainer import InputError, PPOConfig, config
-from fastpg.trainer.config import from_mapping, save_config
+from fastpg.trainer.config import from_mapping
 from fastpg.trainer.learner import Learner
 from fastpg.trainer.parsing import load_yaml
 from fastpg.trainer.rollout import Rollout
+from fastpg.trainer.run_files import save_config
 
 
 # RLOO takes one step on a rollout, the others eight.

@@ -193,9 +193,21 @@ def fractions(op: str, name: str, x: Tensor, mask: Tensor | None, dtype: torch.d
     return x
 
 
-def as_bool(mask: MaybeTensor) -> MaybeTensor:
-    """A 0/1 tensor of any dtype as bool."""
-    return mask if mask is None or mask.dtype is torch.bool else mask != 0
+def as_bool(op: str, name: str, flags: MaybeTensor) -> MaybeTensor:
+    """A 0/1 tensor of any dtype as bool.
+
+    The values of floats are looked at on the CPU only: elsewhere that would synchronise. A mask
+    that is added to scores of attention, 0 and -inf, would keep what it is to leave out.
+    """
+    if flags is None or flags.dtype is torch.bool:
+        return flags
+    kept = flags != 0
+    if not flags.is_floating_point() or flags.device.type != "cpu" or torch.compiler.is_compiling():
+        return kept
+    if not torch.equal(kept.to(flags.dtype), flags):
+        bad = flags[kept & (flags != 1)][0].item()
+        raise ValueError(f"{op}: {name} must be bool or 0/1, holds {bad}")
+    return kept
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, tokens: Tensor) -> None:

@@ -367,7 +367,7 @@ def gae(
     count = checks.sequence_count("gae", "rewards", rewards, cu_seqlens)
     checks.check_shape("gae", "values", values, rewards, rewards.shape)
     checks.check_shape("gae", "mask", mask, rewards, rewards.shape)
-    mask = checks.as_bool(mask)
+    mask = checks.as_bool("gae", "mask", mask)
     # The tokens whose gamma and lam are read.
     steps = mask if masked == "skip" else gae_options.steps(mask, rewards, cu_seqlens)
     gammas, gamma = gae_options.discount("gamma", gamma, rewards, steps, count, dtype)

@@ -65,7 +65,8 @@ def endings(
     checks.check_shape("gae", "bootstrap", bootstrap, rewards, follows)
     if truncated is not None and bootstrap is None:
         raise ValueError("gae: truncated needs bootstrap, the value that follows")
-    terminated, truncated = checks.as_bool(terminated), checks.as_bool(truncated)
+    terminated = checks.as_bool("gae", "terminated", terminated)
+    truncated = checks.as_bool("gae", "truncated", truncated)
     if truncated is not None and truncated.shape != rewards.shape:
         # A bootstrap per sequence says the same: it is read unless the sequence is terminated.
         terminated = ~truncated if terminated is None else terminated

@@ -187,5 +187,5 @@ def token_rewards(
     checks.check_shape(op, "scores", scores, mask, (count,))
     checks.check_shape(op, "kl", kl, mask, mask.shape)
     kl, kl_coef = penalty(kl, kl_coef, dtype)
-    scores, mask = checks.cast(scores, dtype), checks.as_bool(mask)
+    scores, mask = checks.cast(scores, dtype), checks.as_bool(op, "mask", mask)
     return _token_rewards(Inputs(scores, mask, kl, cu_seqlens, kl_coef))[0]

@@ -228,7 +228,7 @@ def whiten(
     checks.check_number("whiten", "eps", eps)
     if not 0 < eps < math.inf:
         raise ValueError(f"whiten: eps must be finite and > 0, got {eps}")
-    x, mask = checks.cast(x, dtype), checks.as_bool(mask)
+    x, mask = checks.cast(x, dtype), checks.as_bool("whiten", "mask", mask)
     if process_group is None:
         return _whiten(Inputs(x, mask, None, center, float(eps)))[0]
     if x.requires_grad:

@@ -204,7 +204,7 @@ def importance_weights(
     inputs = Inputs(
         logp=logp.detach() if logp.requires_grad else logp,
         behavior_logp=behavior_logp.detach() if behavior_logp.requires_grad else behavior_logp,
-        mask=checks.as_bool(mask),
+        mask=checks.as_bool(op, "mask", mask),
         cu_seqlens=cu_seqlens,
         level=level,
         low=low,

@@ -149,4 +149,5 @@ def token_weights(
     checks.check_choice("token_weights", "reduce", reduce, REDUCTIONS)
     checks.sequence_count("token_weights", "mask", mask, cu_seqlens)
     divisor = checked_denom(denom, mask)
-    return token_weights_op(Inputs(checks.as_bool(mask), divisor, cu_seqlens, reduce)).weight
+    kept = checks.as_bool("token_weights", "mask", mask)
+    return token_weights_op(Inputs(kept, divisor, cu_seqlens, reduce)).weight

@@ -70,6 +70,8 @@ def test_bad_arguments_raise():
     policy, value = stats_of(0)
     with pytest.raises(ValueError, match="stats is empty"):
         merge_stats([])
+    with pytest.raises(TypeError, match="stats is NoneType, must be PolicyStats or"):
+        merge_stats(None)
     with pytest.raises(TypeError, match="mixes PolicyStats and ValueStats"):
         merge_stats([policy, value])
     with pytest.raises(TypeError, match="stats holds Tensor"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import get_args
 
 import torch
 import torch.distributed as dist
 
 from .stats import Stats
+
+KNOWN = " or ".join(kind.__name__ for kind in get_args(Stats))
 
 
 def merge_stats(
@@ -85,6 +87,8 @@ def merge_stats(
         Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", for the merge
         of the moments in ValueStats.
     """
+    if not isinstance(stats, Iterable):
+        raise TypeError(f"merge_stats: stats is {type(stats).__name__}, must be {KNOWN}, or a list")
     parts = [stats] if isinstance(stats, Stats) else list(stats)
     kind = _kind(parts)
     # Sums add up, minima and maxima compare, moments merge: no mean of means is taken.
@@ -105,8 +109,7 @@ def _kind(parts: list[Stats]) -> type[Stats]:
     kind = type(parts[0])
     for part in parts:
         if not isinstance(part, Stats):
-            known = " or ".join(k.__name__ for k in get_args(Stats))
-            raise TypeError(f"merge_stats: stats holds {type(part).__name__}, must be {known}")
+            raise TypeError(f"merge_stats: stats holds {type(part).__name__}, must be {KNOWN}")
         if type(part) is not kind:
             raise TypeError(f"merge_stats: stats mixes {kind.__name__} and {type(part).__name__}")
     return kind

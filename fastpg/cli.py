@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor",
         help="print what is installed, and what is missing for what; "
         "`fastpg doctor mismatch` says why log-probs differ from a rollout engine's",
+        description="Print what is installed. `fastpg doctor mismatch --help` tells of another "
+        "command: why log-probs differ from a rollout engine's.",
     ).set_defaults(text=checkup)
     parser.set_defaults(text=kernels)
     print(parser.parse_args(argv).text())

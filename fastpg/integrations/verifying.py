@@ -102,6 +102,8 @@ class VerifyReport(NamedTuple):
         return replaced and not any(row.worse for row in self.rows)
 
     def __str__(self) -> str:
+        if not self.rows:
+            return str(self.patch)
         lines = [["", "error of values", "", "of gradients", "", "seconds", "", "peak MiB", "", ""]]
         lines.append(["case", *["stock", "fastpg"] * 4, ""])
         for row in self.rows:

@@ -7,10 +7,11 @@ target each, are bench/results/<machine>.jsonl.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastpg.bench import report
-from fastpg.bench.plots import draw
+from fastpg.bench.plots import draw, draw_ops
 from fastpg.bench.problem import COMPILED, OURS, PLAIN
 from fastpg.bench.report import TIMED, time_text
 from fastpg.bench.running import Row
@@ -147,7 +148,15 @@ def table_in_words(groups: list[list[Row]]) -> list[str]:
     """A line for each case."""
     titles = ("", "fastpg takes", "than PyTorch", f"than {COMPILED}", "than the best other")
     header = f"| {' | '.join([*titles, 'extra memory'])} |"
-    return [header, "|---|---:|---:|---:|---|---|", *map(in_words, groups)]
+    table = [header, "|---|---:|---:|---:|---|---|", *map(in_words, groups)]
+    return [*table, *(f"\n{text}" for group in groups for text in why_slower(group))]
+
+
+def why_slower(group: list[Row]) -> Iterator[str]:
+    """A sentence where anyone is faster than fastpg."""
+    row = next(row for row in group if row["candidate"] == OURS)
+    if any(r.get("ratio", 1.0) < 1 / report.NOISE for r in group):
+        yield f"Slower at {WORDS[row['op']]}, {row['case']}: {row['note'].strip('()')}"
 
 
 def verdicts(rows: list[Row]) -> list[str]:
@@ -217,7 +226,8 @@ def page_of_benchmarks(rows: list[Row]) -> list[str]:
     ]
     for title, body in sections:
         lines += ["", f"## {title}", "", *body]
-    return [*lines, "", "## Who took no part", "", *(f"- {line}" for line in report.absent(rows))]
+    lines += ["", "## Who was left out, and why", ""]
+    return [*lines, *(f"- {line}" for line in report.absent(rows))]
 
 
 def between(text: str, lines: list[str]) -> str:
@@ -247,4 +257,6 @@ def write() -> None:
     for path, text in pages().items():
         path.write_text(text)
     for path in sorted(RESULTS.glob("*.csv")):
-        draw(report.read_csv(path), PLOTS)
+        rows = report.read_csv(path)
+        draw(rows, PLOTS)
+        draw_ops(rows, PLOTS / "ops")

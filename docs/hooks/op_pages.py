@@ -132,6 +132,14 @@ def measured(op: str) -> str:
     )
 
 
+def plotted(op: str) -> str:
+    """The picture of an op's rows of `fastpg bench`, where it has some."""
+    if not (ROOT / f"docs/plots/ops/{op}.svg").exists():
+        return ""
+    said = "Time of the others as a multiple of fastpg's"
+    return f"![{said}](../plots/ops/{op}.svg)\n\n[Every candidate](../benchmarks.md).\n\n"
+
+
 def measured_in_short() -> str:
     """For each machine a table with a line for each case: its time, and the others' over it."""
     lines: list[str] = []
@@ -162,7 +170,7 @@ def made(op: str, formula_of: str | None) -> str:
     if where := rows(ROOT / "docs/gpu.md", op):
         parts.append("## Where it runs\n\n" + "\n".join(where))
         parts.append("Backward runs where forward does. [More about GPUs](../gpu.md).")
-    if times := measured(op):
+    if times := plotted(op) + measured(op):
         how = "[how this was measured](../speed.md)"
         parts.append(f"## Measured on a CPU\n\nMedians of interleaved runs: {how}.\n\n{times}")
     if predicted := rows(ROOT / "docs/predicted_gpu_times.md", op):

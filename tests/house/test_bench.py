@@ -168,6 +168,22 @@ def test_every_problem_is_solved_at_a_small_size():
             assert not errors(problem, solution).too_large, (problem.op, name)
 
 
+def test_few_tokens_of_the_clipped_loss_are_clipped_so_that_few_products_are_spared():
+    problem = suites.head_policy_loss(quick(), 4, 256, 4, 100, torch.float32)
+    hidden, weight, labels, advantages, old_logp = problem.inputs
+    logp = baselines.head_log_probs(hidden.flatten(0, 1), weight, labels.flatten())
+    ratio = (logp.view_as(labels) - old_logp).exp()
+    rising, falling = advantages[:, None] > 0, advantages[:, None] < 0
+    clipped = rising & (ratio > 1 + baselines.CLIP) | falling & (ratio < 1 - baselines.CLIP)
+    assert 0 < clipped.float().mean() < 0.1
+
+
+def test_every_candidate_computes_in_the_dtype_of_its_inputs():
+    problem = suites.advantages(quick(), 2, 33, 0.9)
+    for name, solution in problem.solutions.items():
+        assert solution(*problem.inputs).dtype is torch.float32, name
+
+
 def test_fastpg_is_right_on_every_hard_input_and_plain_lines_are_not(monkeypatch):
     # The tests fill fresh memory with NaN; here that would be 4 GiB of which two rows are read.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
@@ -273,10 +289,12 @@ def test_the_committed_pictures_are_those_of_the_committed_rows(tmp_path):
     assert {path.name for path in drawn} == {
         f"{name}.{suffix}" for name in ("speed", "roofline") for suffix in ("png", "svg")
     }
+    drawn += plots.draw_ops(rows, tmp_path / "ops")
     for path in drawn:
         if path.suffix == ".svg":
-            assert path.read_text() == (readme.PLOTS / path.name).read_text(), path.name
-    assert plots.draw([], tmp_path) == []
+            committed = readme.PLOTS / path.relative_to(tmp_path)
+            assert path.read_text() == committed.read_text(), path.name
+    assert plots.draw([], tmp_path) == plots.draw_ops([], tmp_path) == []
 
 
 def test_an_installed_package_has_no_commit(monkeypatch, tmp_path):

@@ -87,8 +87,8 @@ def gae_by_filter(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> 
     from scipy.signal import lfilter
 
     delta = deltas(rewards, values, gamma).numpy()
-    advantages = lfilter([1.0], [1.0, -gamma * lam], delta[:, ::-1])[:, ::-1]
-    return torch.from_numpy(advantages.copy())
+    b, a = delta.dtype.type([1.0]), delta.dtype.type([1.0, -gamma * lam])  # or it computes in fp64
+    return torch.from_numpy(lfilter(b, a, delta[:, ::-1])[:, ::-1].copy())
 
 
 def clipped_surrogate(logp: Tensor, advantages: Tensor, weight: Tensor, old_logp: Tensor) -> Tensor:

@@ -17,10 +17,14 @@ from fastpg.integrations.verify_command import available
 
 from . import accuracy, report, scaling, step, suites, torture
 from .problem import LEAST_ROUNDS, OURS, Errors, Problem
-from .provenance import machine, processor, provenance
+from .provenance import busyness, cores, machine, processor, provenance
 from .running import Row, run
 from .suites import Settings
 from .timing import Case
+
+BUSY = """Other programs keep this machine busy (load {load}). Threads then wait for each other, and
+an op of many short parts waits longer than one of few: OMP_NUM_THREADS=1 times the work alone.
+"""
 
 REJECTED, STOPPED = 2, 128 + signal.SIGINT
 
@@ -162,17 +166,22 @@ def cannot_write(options: argparse.Namespace) -> str:
 
 def all_rows(names: list[str], settings: Settings) -> Iterator[list[Row]]:
     """The rows of each case, printed as it is done."""
+    load = busyness()
     facts = provenance() | {
         "machine": machine(settings.device),
         "device": settings.device,
         "python": platform.python_version(),
+        "load": load,
     }
 
     def told(suite: str, rows: list[Row]) -> list[Row]:
         return [row | facts | {"suite": suite} for row in rows]
 
     roof = told("hardware", hardware(settings))
-    print(introduction(roof, settings.device), report.OF_PAIR, report.HEADER, sep="\n", flush=True)
+    print(introduction(roof, settings.device), flush=True)
+    if settings.device == "cpu" and torch.get_num_threads() > 1 and load > cores() / 2:
+        print(BUSY.format(load=load), end="")
+    print(report.OF_PAIR, report.HEADER, sep="\n", flush=True)
     yield roof
     for name in names:
         yield from (told(name, rows) for rows in suite_rows(name, settings))

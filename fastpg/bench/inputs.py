@@ -43,3 +43,14 @@ def head_and_labels(
     bias = torch.randn(vocab, generator=random)
     labels = torch.randint(vocab, tuple(rows), generator=random)
     return hidden.to(dtype), weight.to(dtype), bias.to(dtype), labels
+
+
+def log_ratios(*shape: int) -> Tensor:
+    """log(π / π_old) as after a few updates of PPO.
+
+    Every 16th is -0.5, of which a negative advantage makes a clipped token: 3 of 100. The others
+    are within 0.1 of 0. None is so near a bound that rounding decides on which side of it.
+    """
+    ratios = 0.2 * torch.rand(shape) - 0.1
+    ratios.view(-1)[::16] = -0.5
+    return ratios

@@ -24,7 +24,7 @@ Adapter = Callable[[str], Solution]  # from "cpu" or "cuda"
 GPU = "its kernels need a GPU"
 
 # Without a GPU torch.compile makes the form that these have.
-COMPILED_ON_A_CPU = ("cut-cross-entropy",)
+COMPILED_ON_A_CPU = ("cut-cross-entropy", "liger-kernel")
 
 
 class LeftOutError(Exception):
@@ -154,10 +154,10 @@ def quack_head(device: str) -> Solution:
 
 
 def liger_policy_loss(device: str) -> Solution:
-    """Liger's loss of GRPO from hidden states, in chunks of sequences, in PyTorch."""
+    """Liger's loss of GRPO from hidden states, in chunks of sequences, by torch.compile."""
     needs("liger_kernel", device)
     chunked = import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
-    grpo = chunked(beta=0.0, compiled=device == "cuda", use_ref_model=False, loss_type="bnpo")
+    grpo = chunked(beta=0.0, use_ref_model=False, loss_type="bnpo")
 
     def loss(
         hidden: Tensor, weight: Tensor, labels: Tensor, advantages: Tensor, old_logp: Tensor

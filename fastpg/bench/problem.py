@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,17 @@ class Problem:
         gradients = sum(self.inputs[i].nbytes for i in self.leaves)
         return sum(x.nbytes for x in self.inputs) + gradients
 
+    @property
+    def checked(self) -> tuple[Tensor, ...]:
+        """The inputs that every solution is checked on."""
+        return self.few or self.inputs
+
+    @cached_property
+    def wanted(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What is right for them: values and gradients in fp64."""
+        doubles = tuple(x.double() if x.is_floating_point() else x for x in self.checked)
+        return evaluated(self.exact, doubles, self.leaves)
+
     def case(self, *, compiled: bool, found: dict[str, Errors]) -> Case:
         """The problem as something to be timed.
 
@@ -93,7 +105,8 @@ class Problem:
         """
         solutions = dict(self.solutions)
         if compiled:
-            solutions[COMPILED] = torch.compile(solutions[self.compiled])
+            # Where fewer rows are checked, it would take the size of the others for a variable.
+            solutions[COMPILED] = torch.compile(solutions[self.compiled], dynamic=False)
         gates = {name: gate(self, name, solution, found) for name, solution in solutions.items()}
         return Case(
             self.op,
@@ -118,11 +131,10 @@ class Problem:
 
 def errors(problem: Problem, solution: Solution) -> Errors:
     """The errors of a solution on the inputs that are checked."""
-    inputs = problem.few or problem.inputs
-    copies = tuple(x.clone() for x in inputs)  # Some packages write the gradient over the logits.
+    # Some packages write the gradient over the logits.
+    copies = tuple(x.clone() for x in problem.checked)
     got, got_gradients = evaluated(solution, copies, problem.leaves)
-    doubles = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    want, gradients_wanted = evaluated(problem.exact, doubles, problem.leaves)
+    want, gradients_wanted = problem.wanted
     if len(got) == 1 and got[0].dim() == 0:
         want = [sum((x.sum() for x in want), torch.zeros((), dtype=torch.float64))]
     pairs = list(zip(got, want, strict=True))
@@ -130,7 +142,7 @@ def errors(problem: Problem, solution: Solution) -> Errors:
     return Errors(
         max(off(*pair) for pair in pairs),
         max((off(*pair) for pair in of_gradients), default=math.nan),
-        max(TOLERANCES.get(x.dtype, TOLERANCE) for x in (*inputs, *got)),
+        max(TOLERANCES.get(x.dtype, TOLERANCE) for x in (*copies, *got)),
     )
 
 

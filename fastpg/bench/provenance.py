@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -29,6 +30,16 @@ def machine(device: str) -> str:
     threads = "" if device == "cuda" else f" {torch.get_num_threads()} threads"
     name = re.sub(r"\((r|tm)\)", "", (processor(device) + threads).lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busyness() -> float:
+    """How many programs wanted a core in the last minute; 0 where the system does not say."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0
 
 
 def provenance() -> dict[str, str]:

@@ -19,7 +19,7 @@ TEXTS = (
 NAMES = TEXTS[:4]
 NUMBERS = (
     "median_ms", "p10_ms", "p90_ms", "ratio", "extra_mib", "value_error", "gradient_error",
-    "exponent", "memory_exponent", "rate", "bytes", "operations", "threads",
+    "exponent", "memory_exponent", "rate", "bytes", "operations", "threads", "load",
 )  # fmt: skip
 NOISE = 1.05  # Less of a difference is none.
 TIMED = ("token_logprobs", "linear", "gae", "losses", "step")  # suites of usual sizes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastpg import linear_token_loss, policy_loss, token_logprobs, token_weights
 
 from . import baselines, peers
+from .inputs import log_ratios
 from .problem import COMPILED, LEAST_ROUNDS, OURS, PLAIN, Solution
 from .running import Row, run
 from .suites import Settings
@@ -46,9 +47,11 @@ def make_model(device: str) -> nn.Module:
     return model.to(device)
 
 
-def make_batch(device: str, batch: int, length: int) -> dict[str, Tensor]:
+def make_batch(model: nn.Module, device: str, batch: int, length: int) -> dict[str, Tensor]:
     """Tokens [B, T + 1] of which the last T are the completion."""
     tokens = torch.randint(VOCAB, (batch, length + 1), device=device)
+    with torch.no_grad():
+        logp = token_logprobs(model(tokens[:, :-1]).logits, tokens[:, 1:])
     mask = torch.ones(batch, length, dtype=torch.bool, device=device)
     mask[-1, length // 2 :] = False
     return {
@@ -56,7 +59,7 @@ def make_batch(device: str, batch: int, length: int) -> dict[str, Tensor]:
         "labels": tokens[:, 1:],
         "advantages": torch.randn(batch, length, device=device),
         "weight": token_weights(mask),
-        "old_logp": -10.8 + 0.1 * torch.randn(batch, length, device=device),
+        "old_logp": logp - log_ratios(batch, length).to(device),
     }
 
 
@@ -135,7 +138,7 @@ def rows(settings: Settings) -> Iterator[list[Row]]:
         settings.left_out["step"] = str(error)
         return
     size = (2, 64) if settings.quick else (8, 128)
-    batch = make_batch(settings.device, *size)
+    batch = make_batch(model, settings.device, *size)
     plain = from_logits(baselines.log_probs, plain_loss)
     losses: dict[str, StepLoss] = {OURS: from_hidden, PLAIN: plain}
     if not settings.quick:

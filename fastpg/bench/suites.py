@@ -22,15 +22,13 @@ from fastpg import (
 )
 
 from . import baselines, peers
-from .inputs import head_and_labels, logits_and_labels
+from .inputs import head_and_labels, log_ratios, logits_and_labels
 from .peers import Adapter
 from .problem import OURS, PLAIN, Problem, Solution
 
 VOCAB = 151936  # of Qwen
 DOUBLING = "PyTorch, doubling"
-CHECKED = 16  # rows that are compared with fp64, in which all of them would fill the memory
-# Of a million tokens some are so near a bound that fp32 and fp64 are on different sides of it.
-FEW_TOKENS = 4096
+CHECKED = 16  # rows that are compared with fp64 on a GPU, whose memory all would fill
 STATISTICS = "(fastpg makes the statistics of a step too, which nobody else makes here.)"
 
 # mypy reads the overloads of these, which tell apart what is not known here.
@@ -60,6 +58,11 @@ class Settings(NamedTuple):
     def tokens(self) -> int:
         """Of a batch of losses."""
         return 2**17 if self.quick else 2**20
+
+    @property
+    def checked(self) -> slice:
+        """The rows of logits that are compared with fp64."""
+        return slice(CHECKED if self.device == "cuda" else None)
 
     def peers(self, adapters: Mapping[str, Adapter]) -> dict[str, Solution]:
         """The other packages that are there; the reasons of the others are noted."""
@@ -93,7 +96,7 @@ def log_probs(
             "PyTorch, cross_entropy": baselines.log_probs_by_cross_entropy,
             **settings.peers(peers.LOG_PROBS),
         },
-        few=(logits[:CHECKED], labels[:CHECKED]),
+        few=(logits[settings.checked], labels[settings.checked]),
         operations=(6.0 if backward else 4.0) * logits.numel(),
         calls=calls,
     )
@@ -114,7 +117,7 @@ def log_probs_and_entropy(settings: Settings, rows: int, vocab: int, dtype: torc
             PLAIN: baselines.log_probs_and_entropy,
             **settings.peers(peers.LOG_PROBS_AND_ENTROPY),
         },
-        few=(logits[:CHECKED], labels[:CHECKED]),
+        few=(logits[settings.checked], labels[settings.checked]),
         operations=6.0 * logits.numel(),
     )
 
@@ -147,7 +150,7 @@ def head_log_probs(
             PLAIN: baselines.head_log_probs,
             **settings.peers(peers.HEAD_LOG_PROBS),
         },
-        few=(hidden[:CHECKED], weight, labels[:CHECKED]),
+        few=(hidden[settings.checked], weight, labels[settings.checked]),
         operations=(6.0 if backward else 2.0) * rows * width * vocab,
         note="(It keeps no logits: for a gradient it makes them twice, by a fourth product.)",
     )
@@ -170,7 +173,7 @@ def head_cross_entropy(
             PLAIN: baselines.head_cross_entropy,
             **settings.peers(peers.HEAD_CROSS_ENTROPY),
         },
-        few=(hidden[:CHECKED], weight, labels[:CHECKED]),
+        few=(hidden[settings.checked], weight, labels[settings.checked]),
         operations=6.0 * rows * width * vocab,
     )
 
@@ -190,10 +193,9 @@ def head_policy_loss(
     """GRPO's clipped loss from hidden states, the mean over tokens, and its gradients by both."""
     with torch.device(settings.device):
         hidden, weight, _, labels = head_and_labels((batch, length), vocab, width, dtype)
-        advantages, noise = torch.randn(batch), torch.randn(batch, length)
-    few = slice(None, max(CHECKED // batch, 1))
-    first = baselines.head_log_probs(hidden[:1, 0], weight, labels[:1, 0])
-    old_logp = first + 0.1 * noise
+        advantages, ratios = torch.randn(batch), log_ratios(batch, length)
+    few = settings.checked
+    old_logp = log_probs_of_head(hidden, weight, labels) - ratios
     return Problem(
         "linear_token_loss",
         f"clipped loss, fwd + bwd, N={batch * length} H={width} V={vocab} {TYPES[dtype]}",
@@ -268,11 +270,10 @@ def advantages(settings: Settings, batch: int, length: int, lam: float, calls: i
 
 def clipped_surrogate(settings: Settings, tokens: int, calls: int = 1) -> Problem:
     """PPO's loss, with its statistics in fastpg, without them elsewhere."""
-    device = settings.device
-    logp = -torch.rand(tokens, device=device) * 5
-    advantages, noise = torch.randn(2, tokens, device=device)
-    weight = torch.full((tokens,), 1 / tokens, device=device)
-    inputs = logp, advantages, weight, logp + 0.2 * noise
+    with torch.device(settings.device):
+        logp, advantages = -torch.rand(tokens) * 5, torch.randn(tokens)
+        weight = torch.full((tokens,), 1 / tokens)
+        inputs = logp, advantages, weight, logp - log_ratios(tokens)
     return Problem(
         "policy_loss",
         f"fwd + bwd, {tokens} tokens",
@@ -283,7 +284,6 @@ def clipped_surrogate(settings: Settings, tokens: int, calls: int = 1) -> Proble
             OURS: fused_surrogate,
             PLAIN: baselines.clipped_surrogate,
         },
-        few=tuple(x[:FEW_TOKENS] for x in inputs),
         note=STATISTICS,
         operations=12.0 * tokens,
         calls=calls,
@@ -292,9 +292,10 @@ def clipped_surrogate(settings: Settings, tokens: int, calls: int = 1) -> Proble
 
 def clipped_value_loss(settings: Settings, tokens: int, calls: int = 1) -> Problem:
     """PPO's loss of the critic, with its statistics in fastpg, without them elsewhere."""
-    values, returns, noise = torch.randn(3, tokens, device=settings.device)
-    weight = torch.full((tokens,), 1 / tokens, device=settings.device)
-    inputs = values, returns, weight, values + 0.2 * noise
+    with torch.device(settings.device):
+        values, returns = torch.randn(2, tokens)
+        weight = torch.full((tokens,), 1 / tokens)
+        inputs = values, returns, weight, values - log_ratios(tokens)
     return Problem(
         "value_loss",
         f"fwd + bwd, {tokens} tokens",
@@ -305,7 +306,6 @@ def clipped_value_loss(settings: Settings, tokens: int, calls: int = 1) -> Probl
             OURS: fused_value_loss,
             PLAIN: baselines.clipped_value_loss,
         },
-        few=tuple(x[:FEW_TOKENS] for x in inputs),
         note=STATISTICS,
         operations=12.0 * tokens,
         calls=calls,

@@ -141,7 +141,7 @@ def _merged_scorer(directory: str) -> PreTrainedModel:
         )
     merged = adapted.merge_and_unload()
     # Its tokenizer is beside the adapter.
-    merged.name_or_path = directory
+    merged.name_or_path = _absolute(directory)
     return merged.requires_grad_(True)
 
 
@@ -162,12 +162,17 @@ def _load(
         raise InputError(f"{sentence}: there is no such directory.")
     with as_input_error(sentence):
         return auto_class.from_pretrained(
-            model,
+            _absolute(model),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
         )
+
+
+def _absolute(model: str) -> str:
+    """Return a name of the Hub as it is, and a directory so that it is found from anywhere."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 @contextmanager

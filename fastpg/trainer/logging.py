@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class RunLog:
     Args:
         accelerator: The accelerator of the run.
         args: The settings of the run.
+        directory: The output directory, absolute. What is said of it names it as the settings do.
         callbacks: What is told of steps, evaluations and checkpoints.
         resumed_at: The step after which an earlier run in the same directory is taken up. None:
             this is a new run.
@@ -81,6 +83,7 @@ class RunLog:
         self,
         accelerator: Accelerator,
         args: PPOConfig,
+        directory: Path,
         callbacks: Sequence[TrainerCallback],
         resumed_at: int | None,
     ) -> None:
@@ -88,8 +91,8 @@ class RunLog:
         self.args = args
         self.callbacks = callbacks
         self.resumed_at = resumed_at
-        self.files = RunFiles(args, resumed_at)
-        self.directory = self.files.directory
+        self.files = RunFiles(args, directory, resumed_at)
+        self.directory = directory
         self.display = Display(args.num_steps, (resumed_at or 0) + 1)
         self.start = Start.now(accelerator.device, accelerator.num_processes, resumed_at or 0)
 
@@ -100,8 +103,8 @@ class RunLog:
             on_main_process(self.accelerator, lambda: self.files.open(self.start))
             if self.files.set_aside is not None:
                 self.say(
-                    f"The files of an earlier run in {self.directory} are now in "
-                    f"{self.files.set_aside}."
+                    f"The files of an earlier run in {self.args.output_dir} are now in "
+                    f"{Path(self.args.output_dir, self.files.set_aside.name)}."
                 )
             steps = self.files.steps
             self.display.rewards += [x["reward/mean"] for x in steps if "reward/mean" in x]
@@ -306,6 +309,7 @@ class RunLog:
             seconds=seconds,
             start=self.start,
             directory=self.directory,
+            name=self.args.output_dir,
         )
         # The model is saved and the run is over: the report cannot take that back.
         try:

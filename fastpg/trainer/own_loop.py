@@ -45,6 +45,7 @@ class OwnLoop(ABC):
     """The part of `PPOTrainer` that needs neither a dataset nor reward functions."""
 
     args: PPOConfig
+    directory: Path  # output_dir, absolute
     callbacks: Sequence[TrainerCallback]
     tokenizer: PreTrainedTokenizerBase
     accelerator: Accelerator
@@ -184,9 +185,9 @@ class OwnLoop(ABC):
         model = self.assembled.model
         for start in filter(None, (model.policy, model.value_model)):
             if resumed is None:
-                check_apart(causal_lm(start).name_or_path, Path(self.args.output_dir))
+                check_apart(causal_lm(start).name_or_path, self.directory)
         step = None if resumed is None else resumed.step
-        return RunLog(self.accelerator, self.args, self.callbacks, step)
+        return RunLog(self.accelerator, self.args, self.directory, self.callbacks, step)
 
     def finish(self) -> None:
         """End a loop of `step`: write its last checkpoint and the model, and close its files.
@@ -202,7 +203,7 @@ class OwnLoop(ABC):
         try:
             saver.save(self.scheduler.last_epoch)
             saver.end()
-            saver.log.say(f"The model is in {saver.log.directory / 'model'}.")
+            saver.log.say(f"The model is in {Path(self.args.output_dir, 'model')}.")
         finally:
             self.stopwatch.announce = lambda phase: None
             self._close()
@@ -225,16 +226,15 @@ class OwnLoop(ABC):
         """
         if self.scheduler.last_epoch > 0:
             raise InputError("resume() has to come before the first step().")
-        self._resumed = self._load(checkpoint or self.args.output_dir)
+        self._resumed = self._load(Path(checkpoint or self.directory))
         restore_random_state(self.state.own_random_state(self._resumed))
         return self._resumed.step
 
-    def _load(self, place: str | Path) -> Checkpoint:
+    def _load(self, place: Path) -> Checkpoint:
         """Read a checkpoint of this run and take up what it holds."""
-        run, directory = run_of(Path(place)), Path(self.args.output_dir)
         # Another process must not find there what this one writes next.
-        on_main_process(self.accelerator, lambda: check_taken_up(run, directory))
-        saved = load_checkpoint(Path(place))
+        on_main_process(self.accelerator, lambda: check_taken_up(run_of(place), self.directory))
+        saved = load_checkpoint(place)
         self.state.check(saved)
         self.state.restore(saved)
         self.engine.update_weights()

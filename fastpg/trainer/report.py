@@ -81,6 +81,7 @@ class Report:
         seconds: The seconds of each phase of training.
         start: What the run was started with, for the last time.
         directory: Where the files of the run are, config.yaml among them.
+        name: How the settings name that directory.
     """
 
     title: str
@@ -90,12 +91,13 @@ class Report:
     seconds: dict[str, float]
     start: Start
     directory: Path
+    name: str
 
     def write(self) -> None:
         """Write `summary.md` and its plot."""
         rewards = [(row["step"], row.get("eval/reward/mean")) for row in self.steps]
         evaluations = [(step, reward) for step, reward in rewards if reward is not None]
-        title = f"{self.title}, {self.directory}"
+        title = f"{self.title}, {self.name}"
         plot = training_plot(title, self.steps, evaluations)
         plot.savefig(self.directory / "reward.png", dpi=120)
         text = [f"# {self.title} run", ""]
@@ -118,7 +120,7 @@ class Report:
         kinds = Counter(kernel for _, kernel in self._kernels().lines).most_common()
         kernels = ", ".join(f"{count} {kernel}" for kernel, count in kinds)
         for line in (
-            f"Written to {self.directory}: {written}.",
+            f"Written to {self.name}: {written}.",
             f"Time of the steps: {sum(self.seconds.values()):.0f} s ({shares}).",
             f"Kernels on {self.start.device}: {kernels}; `fastpg` lists them.",
         ):
@@ -149,7 +151,7 @@ class Report:
             for name, what in FILES.items()
             if name == "summary.md" or any(self.directory.glob(name))
         ]
-        return Section(f"Written to {self.directory}", ("file", "what it is"), lines)
+        return Section(f"Written to {self.name}", ("file", "what it is"), lines)
 
     def _samples(self) -> Section:
         # Both evaluations have the same prompts, in the same order.

@@ -131,7 +131,7 @@ class RewardTrainer:
         processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.args = args
-        self.directory = Path(args.output_dir)
+        self.directory = Path(args.output_dir).absolute()
         train_pairs, eval_pairs = self._split(train_dataset, eval_dataset)
         # A new head is random.
         set_seed(args.seed)
@@ -211,7 +211,7 @@ class RewardTrainer:
         self.console.print(
             f"Of {len(self.eval_pairs)} held-out pairs, {metrics['accuracy']:.1%} are ordered "
             f"rightly; calibration error {metrics['calibration_error']:.3f}. "
-            f"The reward model is in {self.directory / 'model'}.",
+            f"The reward model is in {Path(self.args.output_dir, 'model')}.",
             markup=False,
             soft_wrap=True,
         )

@@ -46,9 +46,10 @@ def load_reward(spec: str, trust_remote_code: bool = False) -> RewardFunction:
             f"A reward is module:function or the directory of a reward model, not {spec!r}."
         )
     # The installed `fastpg` command, unlike `python -m fastpg`, does not search the working
-    # directory by itself.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    # directory by itself. A reward may import more after it has changed that directory.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except Exception as error:

@@ -46,14 +46,15 @@ class RunFiles:
 
     Args:
         args: The settings of the run.
+        directory: The output directory, absolute.
         resumed_at: The step after which an earlier run in the same directory is taken up. None:
             this is a new run.
     """
 
-    def __init__(self, args: PPOConfig, resumed_at: int | None) -> None:
+    def __init__(self, args: PPOConfig, directory: Path, resumed_at: int | None) -> None:
         self.args = args
+        self.directory = directory
         self.resumed_at = resumed_at
-        self.directory = Path(args.output_dir)
         self.steps: list[dict[str, Any]] = []
         """The metrics of each step, and its number as "step"."""
         self.begun = ""
@@ -236,8 +237,10 @@ def check_apart(model: str | None, directory: Path) -> None:
     Raises:
         InputError: It is.
     """
-    place, own = Path(model or "").resolve(), directory.resolve()
-    if not model or not place.is_dir() or own not in place.parents:
+    if not model or not Path(model).is_dir():
+        return
+    place, own = Path(model).resolve(), directory.resolve()
+    if own not in place.parents:
         return
     first = place.relative_to(own).parts[0]
     if any(fnmatch(first, name) for name in FILES):

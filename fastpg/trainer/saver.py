@@ -192,12 +192,12 @@ class Saver:
     def _how_to_go_on(self) -> str:
         # Only the settings of the command line name the model.
         if hasattr(self.args, "model"):
-            return f"fastpg train --resume {self.log.directory}"
+            return f"fastpg train --resume {self.args.output_dir}"
         return "train(resume_from_checkpoint=True), or resume() of a loop of your own"
 
     def _save_stopped(self, step: int, drawn: dict[str, Any]) -> None:
         """Save checkpoint and model of a run that ends early, and say so."""
-        directory, total = self.log.directory, self.args.num_steps
+        model, total = Path(self.args.output_dir, "model"), self.args.num_steps
         try:
             if step != self.saved_step:
                 self._write(step, drawn)
@@ -208,7 +208,7 @@ class Saver:
             )
         else:
             self.log.say(
-                f"Stopped after step {step} of {total}. The model is in {directory / 'model'}; "
+                f"Stopped after step {step} of {total}. The model is in {model}; "
                 f"to go on: {self._how_to_go_on()}"
             )
 

@@ -114,6 +114,8 @@ class PPOTrainer(OwnLoop):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.args = args or PPOConfig()
+        # A reward or callback may change the working directory, which must not move the run.
+        self.directory = Path(self.args.output_dir).absolute()
         self.callbacks = callbacks
         self.resolved = self.args.resolved()
         self.train_dataset: Dataset = [] if train_dataset is None else train_dataset
@@ -164,7 +166,7 @@ class PPOTrainer(OwnLoop):
         )
         self.model, optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         self.learner = Learner(self.accelerator, self.model, reference, optimizer, args, self.paths)
-        self.aside = Aside(reference, Path(args.output_dir))
+        self.aside = Aside(reference, self.directory)
         self.engine = make_engine(
             self.model, self.tokenizer, args, self.accelerator, self.paths.packing
         )
@@ -210,10 +212,10 @@ class PPOTrainer(OwnLoop):
         place = resume_from_checkpoint
         saved = None
         if place is not False:
-            saved = self._load(self.args.output_dir if place is True else place)
+            saved = self._load(self.directory if place is True else Path(place))
         self.seed()
         log = self._record(saved)
-        lost = naming_lost_processes(Path(self.args.output_dir))
+        lost = naming_lost_processes(self.directory)
         with lost, log, StopSignals(immediate=self.accelerator.num_processes == 1) as stop:
             self.stopwatch.announce = log.doing
             saver = Saver(self.state, log, self.save_model, self._model_writer, saved)
@@ -308,7 +310,7 @@ class PPOTrainer(OwnLoop):
         Raises:
             StorageError: It cannot be written; a model that was there before is whole.
         """
-        directory = Path(output_dir or Path(self.args.output_dir, "model"))
+        directory = Path(output_dir or self.directory / "model")
         write = self._model_writer()
         on_main_process(self.accelerator, lambda: write_model(directory, write))
 

@@ -1,11 +1,16 @@
 """Directories of runs and models: none of them is lost to another one."""
 
+import os
+import tempfile
+
 import pytest
 from resumable_run import RUN
-from tiny_trainer import make_trainer, metrics_of
+from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
 from transformers import AutoModelForCausalLM
 
+from fastpg.tasks import reviews
 from fastpg.trainer import InputError
+from fastpg.trainer.rewards import load_reward
 
 FEW = {"num_steps": 2, "rollout_batch_size": 2, "num_ppo_epochs": 1, "num_mini_batches": 1}
 QUICK = {**RUN, **FEW, "report_to": ["none"]}
@@ -72,3 +77,47 @@ def test_a_new_run_loses_nothing_that_others_left_in_its_directory(tmp_path):
     make_trainer(tmp_path, **QUICK).train()
     left = [*(f"earlier-1/{name}" for name in found[:2]), *found[2:]]
     assert [(tmp_path / name).read_text() for name in left] == found
+
+
+def in_a_directory_that_is_gone(prompts, completions):
+    """It leaves the process where no relative path leads anywhere."""
+    gone = tempfile.mkdtemp()
+    os.chdir(gone)
+    os.rmdir(gone)
+    return share_of_praise(prompts, completions)
+
+
+WRITTEN = {"checkpoint-2", "config.yaml", "metrics.jsonl", "model", "run.json", "tensorboard"}
+
+
+def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("base")
+    reviews.build_tokenizer().save_pretrained("base")
+    settings = {**QUICK, "model": "base", "report_to": ["tensorboard"], "save_total_limit": 1}
+    make_trainer("out", in_a_directory_that_is_gone, **settings).train()
+    assert WRITTEN | {"summary.md", "reward.png"} <= {path.name for path in tmp_path.glob("out/*")}
+    os.chdir(tmp_path)
+    taken_up = make_trainer("out", in_a_directory_that_is_gone, **{**settings, "num_steps": 3})
+    taken_up.train(resume_from_checkpoint="out/checkpoint-2")
+    assert [row["step"] for row in metrics_of(tmp_path / "out")] == [1, 2, 3]
+    assert (tmp_path / "out/checkpoint-3").is_dir()
+
+
+def test_a_loop_that_changes_the_working_directory_does_not_move_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer("out", None, dataset=None, **QUICK)
+    for _ in range(2):
+        trainer.step([[5, 6]] * 2, [[7, 8]] * 2, in_a_directory_that_is_gone([""] * 2, [""] * 2))
+    assert WRITTEN - {"tensorboard"} <= {path.name for path in tmp_path.glob("out/*")}
+
+
+def test_a_reward_imports_from_where_the_run_was_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("elsewhere")
+    late = "def reward(completions):\n    import imported_late\n    return [imported_late.SCORE]\n"
+    (tmp_path / "late_reward.py").write_text(late)
+    (tmp_path / "imported_late.py").write_text("SCORE = 3.0\n")
+    reward = load_reward("late_reward:reward")
+    monkeypatch.chdir("/")
+    assert reward(completions=[""]) == [3.0]

@@ -149,6 +149,7 @@ def test_the_report_fits_on_the_screen_and_ends_with_evaluation_and_samples(tmp_
         seconds={"generate": 1.0, "train": 3.0},
         start=Start.now(torch.device("cpu"), num_processes=1, after_step=0),
         directory=tmp_path,
+        name="out",
     )
     console = terminal()
     with console.capture() as capture:

@@ -18,8 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from fastpg.trainer import InputError, PPOConfig, PPOTrainer
-from fastpg.trainer.checks import checked_rewards
-from fastpg.trainer.trainer import check_packages
+from fastpg.trainer.checks import check_packages, checked_rewards
 
 PAD, EOS = "<pad>", "<eos>"
 OPENERS = ["honestly", "overall", "frankly"]

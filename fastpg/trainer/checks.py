@@ -19,6 +19,8 @@ from fastpg.trainer.loading import check_finite
 from fastpg.trainer.parsing import InputError
 from fastpg.trainer.reward_adapters import adapted
 from fastpg.trainer.rewards import RewardFunction, accepted, load_reward, name_of
+from fastpg.trainer.rollout_engine import check_engine
+from fastpg.trainer.trackers import checked_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,16 @@ Examples = Sequence[dict[str, Any]]
 
 _LOOKED_AT = 64  # tokens of a prompt
 _LARGEST_GAP = 1e-3  # nats, above the rounding of what is computed twice
+
+
+def check_packages(args: PPOConfig) -> None:
+    """Refuse settings that name an unknown tracker, or need a package that is not installed.
+
+    Raises:
+        InputError: They do.
+    """
+    checked_trackers(args.report_to)
+    check_engine(args)
 
 
 def check_dataset(name: str, dataset: Examples, reward_funcs: Sequence[RewardFunction]) -> None:

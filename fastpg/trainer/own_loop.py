@@ -37,7 +37,7 @@ from fastpg.trainer.rollout import Rollout
 from fastpg.trainer.rollout_engine import RolloutEngine
 from fastpg.trainer.run_files import check_apart, check_taken_up
 from fastpg.trainer.saver import Saver
-from fastpg.trainer.state import TrainingState, restore_random_state
+from fastpg.trainer.state import TrainingState
 from fastpg.trainer.steps import pace_metrics
 
 
@@ -192,14 +192,16 @@ class OwnLoop(ABC):
     def finish(self) -> None:
         """End a loop of `step`: write its last checkpoint and the model, and close its files.
 
-        After `num_steps` steps that is done by itself.
+        After `num_steps` steps that is done by itself. A loop that `resume` has taken up may be
+        ended without another step: one that was stopped before its model was written, say.
 
         Raises:
             InputError: No loop of `step` has begun, or the model cannot be written.
         """
-        if self._saver is None:
+        if self._saver is None and self._resumed is None:
             raise InputError("There is no loop of step() to finish.")
-        saver, self._saver, self._is_finished = self._saver, None, True
+        saver = self._saver or self._open()
+        self._saver, self._is_finished = None, True
         try:
             saver.save(self.scheduler.last_epoch)
             saver.end()
@@ -227,7 +229,7 @@ class OwnLoop(ABC):
         if self.scheduler.last_epoch > 0:
             raise InputError("resume() has to come before the first step().")
         self._resumed = self._load(Path(checkpoint or self.directory))
-        restore_random_state(self.state.own_random_state(self._resumed))
+        self.state.restore_random(self._resumed)
         return self._resumed.step
 
     def _load(self, place: Path) -> Checkpoint:

@@ -156,7 +156,9 @@ class Saver:
             # The next one may succeed, and the one before is whole.
             self.log.say(f"There is no checkpoint of step {step}: {error}")
         else:
-            self.log.saved(step, f"checkpoint-{step}")
+            # Of an error in a callback, the model is to be there as for any other.
+            with self.saving_if_stopped(step):
+                self.log.saved(step, f"checkpoint-{step}")
 
     def end(self) -> None:
         """Save the model of a run that has made all its steps.

@@ -265,6 +265,6 @@ class TrainingState:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
-    def own_random_state(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Return the part of this process in the random numbers of a checkpoint."""
-        return checkpoint.state["random"][self.accelerator.process_index]
+    def restore_random(self, checkpoint: Checkpoint) -> None:
+        """Set the generators of this process to where the step after a checkpoint begins."""
+        restore_random_state(checkpoint.state["random"][self.accelerator.process_index])

@@ -16,6 +16,7 @@ from fastpg.trainer.callbacks import TrainerCallback
 from fastpg.trainer.checkpoint import Checkpoint
 from fastpg.trainer.checks import (
     check_dataset,
+    check_packages,
     check_policy,
     check_prompts,
     check_repeatable,
@@ -44,25 +45,14 @@ from fastpg.trainer.prompts import Example, prompt_loader
 from fastpg.trainer.reward_model import RewardModel
 from fastpg.trainer.rewards import RewardFunction, name_of
 from fastpg.trainer.rollout import Rollout
-from fastpg.trainer.rollout_engine import check_engine, make_engine
+from fastpg.trainer.rollout_engine import make_engine
 from fastpg.trainer.saver import Saver
 from fastpg.trainer.signals import StopSignals
-from fastpg.trainer.state import TrainingState, origin_of_run, restore_random_state
-from fastpg.trainer.trackers import checked_trackers
+from fastpg.trainer.state import TrainingState, origin_of_run
 from fastpg.trainer.value_model import load_value_model
 
 Dataset = Sequence[Example]
 """Dicts with a "prompt", text or chat messages, and any other columns."""
-
-
-def check_packages(args: PPOConfig) -> None:
-    """Refuse settings that name an unknown tracker, or need a package that is not installed.
-
-    Raises:
-        InputError: They do.
-    """
-    checked_trackers(args.report_to)
-    check_engine(args)
 
 
 class PPOTrainer(OwnLoop):
@@ -170,14 +160,9 @@ class PPOTrainer(OwnLoop):
         self.engine = make_engine(
             self.model, self.tokenizer, args, self.accelerator, self.paths.packing
         )
+        kl_controller = self.learner.kl_controller
         self.state = TrainingState(
-            self.accelerator,
-            self.model,
-            optimizer,
-            self.scheduler,
-            args,
-            origin,
-            self.learner.kl_controller,
+            self.accelerator, self.model, optimizer, self.scheduler, args, origin, kl_controller
         )
 
     @property
@@ -209,10 +194,8 @@ class PPOTrainer(OwnLoop):
         self._require_data("train", train_dataset=self.train_dataset)
         if self.scheduler.last_epoch > 0:
             raise InputError("This trainer has trained already; make a new one to train further.")
-        place = resume_from_checkpoint
-        saved = None
-        if place is not False:
-            saved = self._load(self.directory if place is True else Path(place))
+        place = self.directory if resume_from_checkpoint is True else resume_from_checkpoint
+        saved = self._load(Path(place)) if place else None
         self.seed()
         log = self._record(saved)
         lost = naming_lost_processes(self.directory)
@@ -222,26 +205,39 @@ class PPOTrainer(OwnLoop):
             saver.begin(self.stopwatch.seconds)
             with stop.at_once():
                 before = saver.first_evaluation(self._play_evaluation)
-            log.begin(before)
+            done = saved.step if saved else 0
+            with saver.saving_if_stopped(done):
+                log.begin(before)
             saver.keep_best(before.metrics())
-            for step, examples in self._batches(saved):
+            batches = self._batches(saved)
+            for step in range(done + 1, self.args.num_steps + 1):
+                # A dataset may be code of the user's, as rewards are.
                 with saver.saving_if_stopped(step - 1), stop.at_once():
-                    rollout, episodes = self.roll_out(examples)
+                    rollout, episodes = self.roll_out(next(batches))
                 everyone, metrics = self.learn(rollout, episodes)
                 with saver.saving_if_stopped(step), log.recording(step, everyone, metrics):
                     if self.args.eval_steps and step % self.args.eval_steps == 0:
                         metrics |= self._evaluate_after(step, log, saver)
                 saver.after(step, stop)
-            # The model is saved first: a reward that fails in the evaluation must not lose it.
-            log.doing("writing the model")
-            saver.end()
-            log.doing("evaluating the trained model")
-            with saver.saving_if_stopped(self.args.num_steps), stop.at_once():
-                after = self._play_evaluation()
-            saver.keep_best(after.metrics())
-            log.end(after)
+            if saved is not None and done == self.args.num_steps:
+                # The reward of the last evaluation may draw from Python's or NumPy's generator.
+                self.state.restore_random(saved)
+                log.say(f"All {done} steps are made; model, last evaluation and report are left.")
+            after = self._end(log, saver, stop)
         log.report(before, after, self.stopwatch.seconds)
         return after.metrics("eval/")
+
+    def _end(self, log: RunLog, saver: Saver, stop: StopSignals) -> Episodes:
+        """Write and evaluate the model of a run that has made all its steps."""
+        # The model is saved first: a reward that fails in the evaluation must not lose it.
+        log.doing("writing the model")
+        saver.end()
+        log.doing("evaluating the trained model")
+        with saver.saving_if_stopped(self.args.num_steps), stop.at_once():
+            after = self._play_evaluation()
+        saver.keep_best(after.metrics())
+        log.end(after)
+        return after
 
     def _evaluate_after(self, step: int, log: RunLog, saver: Saver) -> dict[str, float]:
         """Evaluate in the midst of a run; returns the metrics of it that belong to the step."""
@@ -265,19 +261,16 @@ class PPOTrainer(OwnLoop):
         # Each process draws its own numbers: the same ones would sample the same completions.
         set_seed(self.args.seed, device_specific=True)
 
-    def _batches(self, saved: Checkpoint | None) -> Iterator[tuple[int, list[Example]]]:
-        """Yield the number and the examples of each step to come."""
-        done = 0 if saved is None else saved.step
+    def _batches(self, saved: Checkpoint | None) -> Iterator[list[Example]]:
+        """Yield the examples of each step to come."""
+        done = saved.step if saved else 0
         loader = skip_first_batches(self.loader, done) if done else self.loader
-        for step, examples in enumerate(loader, start=done + 1):
+        for number, examples in enumerate(loader):
             # Making a loader draws a number, so the generators are set only after that. A run that
             # is taken up at step 0 has drawn what any new run draws.
-            if saved is not None and 0 < done == step - 1:
-                restore_random_state(self.state.own_random_state(saved))
-            yield step, examples
-        if saved is not None and done == self.args.num_steps:
-            # Only the evaluation is left, whose reward may draw from Python's or NumPy's generator.
-            restore_random_state(self.state.own_random_state(saved))
+            if saved is not None and done > 0 and number == 0:
+                self.state.restore_random(saved)
+            yield examples
 
     def evaluate(self) -> dict[str, float]:
         """Sample completions of the evaluation prompts and score them.

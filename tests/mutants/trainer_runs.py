@@ -257,7 +257,7 @@ MUTANTS = [
     Mutant(
         "random-numbers-begin-anew",
         TRAINER,
-        "if saved is not None and 0 < done == step - 1:",
+        "if saved is not None and done > 0 and number == 0:",
         "if False:",
         RESUME,
     ),

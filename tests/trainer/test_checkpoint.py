@@ -20,11 +20,14 @@ from resumable_run import (
     without_times,
 )
 from safetensors import SafetensorError
-from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
+from safetensors.torch import load_file
+from tiny_trainer import PROMPTS, make_trainer, metrics_of, share_of_praise, tiny_model
 from transformers import AutoModelForCausalLM
 
-from fastpg.trainer import InputError, PPOTrainer, files
+from fastpg.trainer import InputError, PPOTrainer, TrainerCallback, files
 from fastpg.trainer.signals import Interrupted
+
+QUICK = {**RUN, "rollout_batch_size": 2, "num_mini_batches": 1, "num_ppo_epochs": 1}
 
 
 @pytest.mark.parametrize(
@@ -118,10 +121,19 @@ def finished(finished_once, tmp_path):
     return folder
 
 
-def test_a_run_with_only_its_last_evaluation_left_draws_the_same_numbers_for_it(finished):
+def test_a_run_with_only_its_last_evaluation_left_draws_the_same_numbers_for_it(finished, capsys):
     whole = metrics_of(finished)
+    ends = [finished / "model" / "model.safetensors", finished / "summary.md"]
+    weights = ends[0].read_bytes()
+    for path in ends:
+        path.unlink()
     trained(finished, resume=True)
+    assert "All 4 steps are made; model, last evaluation and report are left." in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert without_times(metrics_of(finished)) == without_times(whole)
+    assert ends[0].read_bytes() == weights
+    assert ends[1].exists()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"starts": 1}', "\xff"])
@@ -252,6 +264,44 @@ def test_a_reward_that_raises_loses_no_finished_step(tmp_path, eval_steps):
         make_trainer(tmp_path, reward, **settings).train()
     assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2]
     assert (tmp_path / "LATEST").read_text() == "checkpoint-2"
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("heard", ["on_step", "on_evaluate", "on_save"])
+def test_a_callback_that_raises_loses_no_finished_step(tmp_path, heard):
+    def fail(step, _):
+        if step == 2:
+            raise ZeroDivisionError
+
+    callback = TrainerCallback()
+    setattr(callback, heard, fail)
+    trainer = make_trainer(tmp_path, **{**QUICK, "save_steps": 2, "eval_steps": 2})
+    trainer.callbacks = [callback]
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2]
+    assert (tmp_path / "LATEST").read_text() == "checkpoint-2"
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert saved["lm_head.weight"].equal(trainer.policy.lm_head.weight)
+
+
+def test_a_dataset_that_raises_loses_no_finished_step(tmp_path):
+    class Failing(list):
+        fails = False
+
+        def __getitem__(self, i):
+            return 1 // 0 if self.fails else super().__getitem__(i)
+
+    dataset = Failing(PROMPTS)
+    trainer = make_trainer(tmp_path, dataset=dataset, **{**QUICK, "save_steps": None})
+    callback = TrainerCallback()
+    callback.on_step = lambda step, metrics: setattr(dataset, "fails", True)
+    trainer.callbacks = [callback]
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    steps = [row["step"] for row in metrics_of(tmp_path)]
+    assert steps[0] == 1
+    assert (tmp_path / "LATEST").read_text() == f"checkpoint-{steps[-1]}"
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 

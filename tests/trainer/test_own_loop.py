@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,20 @@ def test_a_loop_that_is_taken_up_ends_in_the_same_bits(tmp_path):
         again.resume()
 
 
+def test_a_loop_that_is_taken_up_at_its_end_can_be_finished(tmp_path):
+    trainer = own_trainer(tmp_path, num_steps=1)
+    trainer.step(**GOOD)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "model")
+    again = own_trainer(tmp_path, num_steps=1)
+    assert again.resume() == 1
+    again.finish()
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert len(metrics_of(tmp_path)) == 1
+    with pytest.raises(InputError, match="There is no loop of step"):
+        again.finish()
+
+
 def test_a_loop_that_ends_early_saves_its_model(tmp_path):
     trainer = own_trainer(tmp_path, num_steps=9)
     with pytest.raises(InputError, match="There is no loop of step"):
@@ -140,15 +155,18 @@ def test_a_loop_that_ends_early_saves_its_model(tmp_path):
         trainer.step(queries, responses, torch.arange(8))
 
 
-def test_a_callback_that_raises_loses_no_step_of_a_loop(tmp_path):
-    class Raising(TrainerCallback):
-        def on_step(self, step, metrics):
-            raise ZeroDivisionError
+@pytest.mark.parametrize("heard", ["on_step", "on_save"])
+def test_a_callback_that_raises_loses_no_step_of_a_loop(tmp_path, heard):
+    def fail(step, _):
+        raise ZeroDivisionError
 
+    callback = TrainerCallback()
+    setattr(callback, heard, fail)
     trainer = own_trainer(tmp_path, num_steps=2)
-    trainer.callbacks = [Raising()]
+    trainer.callbacks = [callback]
     with pytest.raises(ZeroDivisionError):
         trainer.step(**GOOD)
+        trainer.finish()
     assert (tmp_path / "LATEST").read_text() == "checkpoint-1"
     assert (tmp_path / "model" / "model.safetensors").exists()
 

@@ -11,6 +11,7 @@ The KL penalty to the supervised model is what keeps the reviews varied and gram
 
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from fastpg.trainer import InputError, PPOConfig, PPOTrainer
 from fastpg.trainer.checks import check_packages, checked_rewards
+from fastpg.trainer.run_files import make_directory
 
 PAD, EOS = "<pad>", "<eos>"
 OPENERS = ["honestly", "overall", "frankly"]
@@ -284,6 +286,7 @@ def build_trainer(args: PPOConfig) -> PPOTrainer:
     """
     # What is wrong is said before the model has trained for a while.
     check_packages(args)
+    make_directory(Path(args.output_dir))
     rewards = checked_rewards([praise, grammar], args)
     train, held_out = split_subjects(args)
     model, tokenizer = supervised_model(args.seed)

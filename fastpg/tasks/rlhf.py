@@ -20,6 +20,7 @@ from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig, PPOTrainer, RewardConfig, RewardModel, RewardTrainer
 from fastpg.trainer.checks import check_packages
 from fastpg.trainer.rollout import sample
+from fastpg.trainer.run_files import make_directory
 
 NUM_PAIRS = 1500
 """So few that what the reward model overrates is near; with 2500 not every seed finds it."""
@@ -173,6 +174,7 @@ def build_trainer(args: PPOConfig) -> PPOTrainer:
     """
     # What is wrong is said before the models have trained for a while.
     check_packages(args)
+    make_directory(Path(args.output_dir))
     train, held_out = reviews.split_subjects(args)
     model, tokenizer = reviews.supervised_model(args.seed)
     print(f"The model writes {NUM_PAIRS} pairs of reviews ...", flush=True)

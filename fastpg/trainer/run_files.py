@@ -41,6 +41,21 @@ REPLACED = ("metrics.jsonl", "model", "best_model", "checkpoint-*")
 """The files that tell that another run has used a directory: a new one would overwrite them."""
 
 
+def make_directory(directory: Path) -> None:
+    """Make an output directory.
+
+    Args:
+        directory: Its path.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot write to {error.filename}: {error.strerror}.") from error
+
+
 class RunFiles:
     """Metrics, samples, settings and provenance of a run, in its output directory.
 
@@ -74,8 +89,8 @@ class RunFiles:
         Raises:
             InputError: The directory cannot be written to, or another run is writing to it.
         """
+        make_directory(self.directory)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
             self._opened.enter_context(only_writer(self.directory))
             if self.resumed_at is None:
                 self._set_earlier_run_aside()

@@ -234,6 +234,16 @@ def test_bad_input_is_one_sentence(workspace, capsys, flags, sentence):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("task", [[], ["--rlhf"]])
+def test_a_directory_that_cannot_be_made_is_refused_before_a_model_is_taught(
+    task, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(reviews, "supervised_model", lambda seed: pytest.fail("it is taught"))
+    (tmp_path / "file").touch()
+    assert main(["train", *task, "--output_dir", str(tmp_path / "file" / "run")]) == 2
+    assert "Cannot write to" in capsys.readouterr().err
+
+
 def test_a_tokenizer_without_eos_is_refused(workspace, capsys):
     settings = json.loads(Path("model/tokenizer_config.json").read_text())
     del settings["eos_token"]

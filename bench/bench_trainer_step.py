@@ -15,12 +15,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from fastpg.bench.timing import Case
 from fastpg.trainer import PPOConfig
-from fastpg.trainer.fast_paths import find_fast_paths
-from fastpg.trainer.head import HeadTransform
-from fastpg.trainer.learner import Learner
-from fastpg.trainer.models import PolicyWithValue
-from fastpg.trainer.modes import frozen_copy
-from fastpg.trainer.rollout import Rollout
+from fastpg.trainer.learning.fast_paths import find_fast_paths
+from fastpg.trainer.learning.learner import Learner
+from fastpg.trainer.models.head import HeadTransform
+from fastpg.trainer.models.modes import frozen_copy
+from fastpg.trainer.models.policy import PolicyWithValue
+from fastpg.trainer.rollouts.rollout import Rollout
 
 LAYERS, EPISODES, PROMPT, COMPLETION = 2, 16, 32, 128
 

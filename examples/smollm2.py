@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpg.trainer import PPOConfig, PPOTrainer
-from fastpg.trainer.rollout import sample
+from fastpg.trainer.rollouts.rollout import sample
 
 SHOWN = [("What is 3 plus 1?", "4"), ("What is 5 plus 7?", "12")]
 """Questions that every prompt begins with. Without them the bare number is hardly ever sampled."""

@@ -112,9 +112,9 @@ def train_reward_model(argv: Sequence[str]) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from fastpg.trainer import RewardConfig, RewardTrainer
-    from fastpg.trainer.config import from_mapping
-    from fastpg.trainer.data import load_pairs
+    from fastpg.trainer.data.datasets import load_pairs
     from fastpg.trainer.options import read_options
+    from fastpg.trainer.settings.config import from_mapping
 
     disable_progress_bar()
     args = from_mapping(RewardConfig, read_options(argv, "reward-model", RewardConfig))
@@ -211,8 +211,8 @@ def _build_trainer(given: dict[str, Any]) -> tuple["PPOTrainer", "str | bool"]:
     from transformers.utils.logging import disable_progress_bar
 
     from fastpg.tasks import reviews, rlhf
-    from fastpg.trainer.config import algorithm_key, from_mapping
     from fastpg.trainer.options import RunConfig, settings_of_run
+    from fastpg.trainer.settings.config import algorithm_key, from_mapping
 
     disable_progress_bar()
     task = rlhf if given.get("rlhf") else reviews
@@ -243,7 +243,7 @@ def _is_own(given: dict[str, Any]) -> bool:
 def _own_trainer(args: "RunConfig") -> "PPOTrainer":
     """Build the trainer of a user's own model, dataset and reward, all three of which it needs."""
     from fastpg.trainer import PPOTrainer
-    from fastpg.trainer.data import load_prompts
+    from fastpg.trainer.data.datasets import load_prompts
 
     model, dataset, rewards = _needed(model=args.model, dataset=args.dataset, reward=args.reward)
     say(f"Reading {dataset} ...")

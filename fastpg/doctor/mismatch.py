@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpg.trainer.sampling import Sampling
+from fastpg.trainer.rollouts.sampling import Sampling
 
 from .scoring import AS_GIVEN, Scorer, Way
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from fastpg.integrations.verify_command import available, positive
-from fastpg.trainer.loading import load_policy, load_tokenizer
-from fastpg.trainer.parsing import InputError
-from fastpg.trainer.ranges import Dtype
-from fastpg.trainer.sampling import Sampling
+from fastpg.trainer.models.loading import load_policy, load_tokenizer
+from fastpg.trainer.rollouts.sampling import Sampling
+from fastpg.trainer.settings.parsing import InputError
+from fastpg.trainer.settings.ranges import Dtype
 
 from .mismatch import MismatchReport, corrections_of, diagnose
 from .prompts import forms_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from fastpg.trainer.data import Row, load_rows
-from fastpg.trainer.parsing import InputError
+from fastpg.trainer.data.datasets import Row, load_rows
+from fastpg.trainer.settings.parsing import InputError
 
 # The names of a column in the outputs of vLLM, TRL and verl.
 PROMPT = ("prompt_token_ids", "prompt_ids", "prompts")

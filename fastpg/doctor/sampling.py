@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpg.trainer.sampling import Sampling, is_kept
+from fastpg.trainer.rollouts.sampling import Sampling, is_kept
 
 
 def kept_tokens(logits: Tensor, sampled: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

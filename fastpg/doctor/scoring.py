@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 import fastpg
 from fastpg.integrations.peft import UnknownHead, head_products
 from fastpg.ops.vocabulary.head import Head
-from fastpg.trainer.forward import causal_lm, predicting_states
-from fastpg.trainer.head import find_head
-from fastpg.trainer.parsing import InputError
-from fastpg.trainer.sampling import Sampling
+from fastpg.trainer.models.forward import causal_lm, predicting_states
+from fastpg.trainer.models.head import find_head
+from fastpg.trainer.rollouts.sampling import Sampling
+from fastpg.trainer.settings.parsing import InputError
 
 from .rollouts import Rollout
 from .sampling import kept_tokens

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from fastpg.trainer import InputError, PPOConfig, PPOTrainer
 from fastpg.trainer.checks import check_packages, checked_rewards
-from fastpg.trainer.run_files import make_directory
+from fastpg.trainer.run.run_files import make_directory
 
 PAD, EOS = "<pad>", "<eos>"
 OPENERS = ["honestly", "overall", "frankly"]

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequ
 from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig, PPOTrainer, RewardConfig, RewardModel, RewardTrainer
 from fastpg.trainer.checks import check_packages
-from fastpg.trainer.rollout import sample
-from fastpg.trainer.run_files import make_directory
+from fastpg.trainer.rollouts.rollout import sample
+from fastpg.trainer.run.run_files import make_directory
 
 NUM_PAIRS = 1500
 """So few that what the reward model overrates is near; with 2500 not every seed finds it."""

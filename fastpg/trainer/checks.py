@@ -9,18 +9,18 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpg.trainer.columns import SAMPLED, dataset_columns
-from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.encoding import encode_one, eos_ids
-from fastpg.trainer.engine import own_part, reshard
-from fastpg.trainer.forward import most_positions, vocabulary_size
-from fastpg.trainer.learner import Learner
-from fastpg.trainer.loading import check_finite
-from fastpg.trainer.parsing import InputError
-from fastpg.trainer.reward_adapters import adapted
-from fastpg.trainer.rewards import RewardFunction, accepted, load_reward, name_of
-from fastpg.trainer.rollout_engine import check_engine
-from fastpg.trainer.trackers import checked_trackers
+from fastpg.trainer.data.encoding import encode_one, eos_ids
+from fastpg.trainer.learning.learner import Learner
+from fastpg.trainer.models.forward import most_positions, vocabulary_size
+from fastpg.trainer.models.loading import check_finite
+from fastpg.trainer.report.trackers import checked_trackers
+from fastpg.trainer.rewards.columns import SAMPLED, dataset_columns
+from fastpg.trainer.rewards.functions import RewardFunction, accepted, load_reward, name_of
+from fastpg.trainer.rewards.reward_adapters import adapted
+from fastpg.trainer.rollouts.rollout_engine import check_engine
+from fastpg.trainer.run.engine import own_part, reshard
+from fastpg.trainer.settings.config import PPOConfig
+from fastpg.trainer.settings.parsing import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import fastpg
-from fastpg.trainer.checkpoint import run_of
-from fastpg.trainer.config import PPOConfig, RunSettings
-from fastpg.trainer.display import COLUMNS
-from fastpg.trainer.parsing import InputError, did_you_mean, load_yaml
-from fastpg.trainer.reward_trainer import RewardConfig
-from fastpg.trainer.settings import (
+from fastpg.trainer.report.display import COLUMNS
+from fastpg.trainer.rewards.reward_trainer import RewardConfig
+from fastpg.trainer.run.checkpoint import run_of
+from fastpg.trainer.settings.config import PPOConfig, RunSettings
+from fastpg.trainer.settings.groups import (
     CreditSettings,
     ModelSettings,
     OptimizerSettings,
@@ -22,6 +21,7 @@ from fastpg.trainer.settings import (
     WatchSettings,
     option,
 )
+from fastpg.trainer.settings.parsing import InputError, did_you_mean, load_yaml
 
 OWN = ("model", "dataset", "reward", "prompt_column", "eval_dataset", "value_model")
 """The settings of a user's own run, which the embedded task has no use for."""

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpg.trainer.assembly import Assembled
-from fastpg.trainer.callbacks import TrainerCallback
-from fastpg.trainer.checkpoint import Checkpoint, load_checkpoint, run_of
 from fastpg.trainer.checks import check_trained
-from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.engine import on_main_process
-from fastpg.trainer.episodes import Episodes, episodes_as_given
-from fastpg.trainer.forward import causal_lm
-from fastpg.trainer.given import (
+from fastpg.trainer.learning.learner import Learner
+from fastpg.trainer.learning.steps import pace_metrics
+from fastpg.trainer.models.assembly import Assembled
+from fastpg.trainer.models.forward import causal_lm
+from fastpg.trainer.models.memory import Aside, give_back_freed
+from fastpg.trainer.report.callbacks import TrainerCallback
+from fastpg.trainer.report.logging import RunLog, Stopwatch
+from fastpg.trainer.rewards.episodes import Episodes, episodes_as_given
+from fastpg.trainer.rollouts.given import (
     Tokens,
     check_counts,
     check_equal,
@@ -29,16 +30,15 @@ from fastpg.trainer.given import (
     given_rollout,
     given_scores,
 )
-from fastpg.trainer.learner import Learner
-from fastpg.trainer.logging import RunLog, Stopwatch
-from fastpg.trainer.memory import Aside, give_back_freed
-from fastpg.trainer.parsing import InputError
-from fastpg.trainer.rollout import Rollout
-from fastpg.trainer.rollout_engine import RolloutEngine
-from fastpg.trainer.run_files import check_apart, check_taken_up
+from fastpg.trainer.rollouts.rollout import Rollout
+from fastpg.trainer.rollouts.rollout_engine import RolloutEngine
+from fastpg.trainer.run.checkpoint import Checkpoint, load_checkpoint, run_of
+from fastpg.trainer.run.engine import on_main_process
+from fastpg.trainer.run.run_files import check_apart, check_taken_up
+from fastpg.trainer.run.state import TrainingState
 from fastpg.trainer.saver import Saver
-from fastpg.trainer.state import TrainingState
-from fastpg.trainer.steps import pace_metrics
+from fastpg.trainer.settings.config import PPOConfig
+from fastpg.trainer.settings.parsing import InputError
 
 
 class OwnLoop(ABC):

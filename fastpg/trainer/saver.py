@@ -8,14 +8,14 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-from fastpg.trainer.checkpoint import LATEST, Checkpoint, save_checkpoint
-from fastpg.trainer.engine import on_any_process, on_main_process
-from fastpg.trainer.episodes import Episodes
-from fastpg.trainer.files import StorageError, require_space, size_of, write_model
-from fastpg.trainer.logging import RunLog
-from fastpg.trainer.parsing import InputError
-from fastpg.trainer.signals import Interrupted, StopSignals
-from fastpg.trainer.state import TrainingState, random_state
+from fastpg.trainer.report.logging import RunLog
+from fastpg.trainer.rewards.episodes import Episodes
+from fastpg.trainer.run.checkpoint import LATEST, Checkpoint, save_checkpoint
+from fastpg.trainer.run.engine import on_any_process, on_main_process
+from fastpg.trainer.run.files import StorageError, require_space, size_of, write_model
+from fastpg.trainer.run.signals import Interrupted, StopSignals
+from fastpg.trainer.run.state import TrainingState, random_state
+from fastpg.trainer.settings.parsing import InputError
 
 
 class Saver:

@@ -11,9 +11,6 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpg.trainer.assembly import assemble, write_models
-from fastpg.trainer.callbacks import TrainerCallback
-from fastpg.trainer.checkpoint import Checkpoint
 from fastpg.trainer.checks import (
     check_dataset,
     check_packages,
@@ -22,34 +19,37 @@ from fastpg.trainer.checks import (
     check_repeatable,
     checked_rewards,
 )
-from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.encoding import encode_one
-from fastpg.trainer.engine import (
+from fastpg.trainer.data.encoding import encode_one
+from fastpg.trainer.data.prompts import Example, prompt_loader
+from fastpg.trainer.learning.fast_paths import find_fast_paths
+from fastpg.trainer.learning.learner import Learner
+from fastpg.trainer.learning.optimizer import make_optimizer, make_schedule
+from fastpg.trainer.models.assembly import assemble, write_models
+from fastpg.trainer.models.forward import most_positions, vocabulary_size
+from fastpg.trainer.models.loading import load_policy, load_tokenizer
+from fastpg.trainer.models.memory import Aside
+from fastpg.trainer.models.value_model import load_value_model
+from fastpg.trainer.own_loop import OwnLoop
+from fastpg.trainer.report.callbacks import TrainerCallback
+from fastpg.trainer.report.logging import RunLog, Stopwatch
+from fastpg.trainer.rewards.episodes import Episodes, score_rollout
+from fastpg.trainer.rewards.functions import RewardFunction, name_of
+from fastpg.trainer.rewards.reward_model import RewardModel
+from fastpg.trainer.rollouts.rollout import Rollout
+from fastpg.trainer.rollouts.rollout_engine import make_engine
+from fastpg.trainer.run.checkpoint import Checkpoint
+from fastpg.trainer.run.engine import (
     make_accelerator,
     naming_lost_processes,
     on_main_process,
     whole_state,
 )
-from fastpg.trainer.episodes import Episodes, score_rollout
-from fastpg.trainer.fast_paths import find_fast_paths
-from fastpg.trainer.files import write_model
-from fastpg.trainer.forward import most_positions, vocabulary_size
-from fastpg.trainer.learner import Learner
-from fastpg.trainer.loading import load_policy, load_tokenizer
-from fastpg.trainer.logging import RunLog, Stopwatch
-from fastpg.trainer.memory import Aside
-from fastpg.trainer.optimizer import make_optimizer, make_schedule
-from fastpg.trainer.own_loop import OwnLoop
-from fastpg.trainer.parsing import InputError
-from fastpg.trainer.prompts import Example, prompt_loader
-from fastpg.trainer.reward_model import RewardModel
-from fastpg.trainer.rewards import RewardFunction, name_of
-from fastpg.trainer.rollout import Rollout
-from fastpg.trainer.rollout_engine import make_engine
+from fastpg.trainer.run.files import write_model
+from fastpg.trainer.run.signals import StopSignals
+from fastpg.trainer.run.state import TrainingState, origin_of_run
 from fastpg.trainer.saver import Saver
-from fastpg.trainer.signals import StopSignals
-from fastpg.trainer.state import TrainingState, origin_of_run
-from fastpg.trainer.value_model import load_value_model
+from fastpg.trainer.settings.config import PPOConfig
+from fastpg.trainer.settings.parsing import InputError
 
 Dataset = Sequence[Example]
 """Dicts with a "prompt", text or chat messages, and any other columns."""

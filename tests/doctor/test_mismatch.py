@@ -25,7 +25,7 @@ from fastpg.doctor.mismatch_command import load_model, report_of
 from fastpg.doctor.rollouts import Rollout, load_rollouts
 from fastpg.doctor.sampling import kept_tokens
 from fastpg.trainer import InputError
-from fastpg.trainer.sampling import Sampling
+from fastpg.trainer.rollouts.sampling import Sampling
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<answer>", *(f"w{i}" for i in range(91))]
 KNOWN = len(WORDS)

@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from fastpg.trainer.config import from_mapping
 from fastpg.trainer.options import RunConfig, read_options
-from fastpg.trainer.parsing import load_yaml
-from fastpg.trainer.reward_trainer import RewardConfig
+from fastpg.trainer.rewards.reward_trainer import RewardConfig
+from fastpg.trainer.settings.config import from_mapping
+from fastpg.trainer.settings.parsing import load_yaml
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "train_your_own_model.md"

@@ -6,12 +6,12 @@ STEPS = ("tests/trainer/test_trainer_steps.py",)
 SAMPLING = ("tests/trainer/test_trainer_sampling.py",)
 SETS = ("tests/trainer/test_kept_sets.py",)
 VLLM = ("tests/trainer/test_vllm_engine.py",)
-GENERATION = "fastpg/trainer/generation.py"
-EPISODES = "fastpg/trainer/episodes.py"
-PROMPTS = "fastpg/trainer/prompts.py"
-ROLLOUT = "fastpg/trainer/rollout.py"
-ENCODING = "fastpg/trainer/encoding.py"
-ROLLOUT_ENGINE = "fastpg/trainer/rollout_engine.py"
+GENERATION = "fastpg/trainer/rollouts/generation.py"
+EPISODES = "fastpg/trainer/rewards/episodes.py"
+PROMPTS = "fastpg/trainer/data/prompts.py"
+ROLLOUT = "fastpg/trainer/rollouts/rollout.py"
+ENCODING = "fastpg/trainer/data/encoding.py"
+ROLLOUT_ENGINE = "fastpg/trainer/rollouts/rollout_engine.py"
 TRAINER = "fastpg/trainer/trainer.py"
 
 MUTANTS = [
@@ -92,21 +92,21 @@ MUTANTS = [
     # Kept sets.
     Mutant(
         "log-probs-over-the-whole-vocabulary",
-        "fastpg/trainer/learner.py",
+        "fastpg/trainer/learning/learner.py",
         "support=None if rollout.kept is None else rollout.kept.support,",
         "support=None,",
         SETS,
     ),
     Mutant(
         "sets-of-other-episodes",
-        "fastpg/trainer/kept_sets.py",
+        "fastpg/trainer/rollouts/kept_sets.py",
         "order = places.argsort()",
         "order = torch.arange(len(places))",
         SETS,
     ),
     Mutant(
         "sets-before-the-temperature",
-        "fastpg/trainer/sampling.py",
+        "fastpg/trainer/rollouts/sampling.py",
         "z = logits / sampling.temperature",
         "z = logits",
         SETS,
@@ -122,7 +122,7 @@ MUTANTS = [
     ),
     Mutant(
         "vllm-not-corrected",
-        "fastpg/trainer/objective.py",
+        "fastpg/trainer/models/objective.py",
         "weight = weight * targets.importance",
         "pass",
         VLLM,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpg.trainer import report
+from fastpg.trainer.report import end_report
 
 
 class Undrawn:
@@ -19,4 +19,4 @@ class Undrawn:
 def undrawn_plots(request, monkeypatch):
     """Leaves the plot of a run undrawn, a third of a tiny run's time; test_report draws it."""
     if request.module.__name__ != "test_report":
-        monkeypatch.setattr(report, "training_plot", lambda *_: Undrawn())
+        monkeypatch.setattr(end_report, "training_plot", lambda *_: Undrawn())

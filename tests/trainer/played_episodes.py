@@ -3,7 +3,7 @@
 import torch
 from recorded_runs import Episode
 
-from fastpg.trainer.rollout import Rollout
+from fastpg.trainer.rollouts.rollout import Rollout
 
 EOS = 1
 

@@ -9,9 +9,9 @@ from tiny_trainer import make_trainer, share_of_praise, tiny_model
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fastpg.trainer.engine import reshard, shared_like, whole
-from fastpg.trainer.generation import generate
-from fastpg.trainer.models import LossRequest, PolicyRequest
+from fastpg.trainer.models.policy import LossRequest, PolicyRequest
+from fastpg.trainer.rollouts.generation import generate
+from fastpg.trainer.run.engine import reshard, shared_like, whole
 
 ENDS = {1, 5, 9, 20, 21, 22}
 """The tokenizer's EOS and more of the model, so that most completions end, after few tokens."""
@@ -170,7 +170,7 @@ def recording(trainer):
         # The plot at the end of a run would take as long as a training step.
         with (
             mock.patch("matplotlib.figure.Figure.savefig"),
-            mock.patch("fastpg.trainer.rollout.generate", recorded_generate),
+            mock.patch("fastpg.trainer.rollouts.rollout.generate", recorded_generate),
         ):
             yield rounds
     finally:

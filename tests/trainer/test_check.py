@@ -11,12 +11,15 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from fastpg import algorithms
 from fastpg.cli import main
 from fastpg.tasks import reviews
-from fastpg.trainer import forward, learner, rollout, trainer
+from fastpg.trainer import trainer
 from fastpg.trainer.check import of_learning
 from fastpg.trainer.check.command import CHECKS, check_run, gather_evidence
-from fastpg.trainer.generation import Sampler
-from fastpg.trainer.head import HeadTransform
-from fastpg.trainer.state import TrainingState
+from fastpg.trainer.learning import learner
+from fastpg.trainer.models import forward
+from fastpg.trainer.models.head import HeadTransform
+from fastpg.trainer.rollouts import rollout
+from fastpg.trainer.rollouts.generation import Sampler
+from fastpg.trainer.run.state import TrainingState
 
 UNEQUAL = [{"prompt": "the story was"}, {"prompt": "honestly the story was"}]
 CHECK = {check.__name__: check for check in CHECKS}
@@ -100,7 +103,7 @@ def padding_in_positions(patch):
 def padding_attended(patch):
     sound = forward.plain_inputs
     patch.setattr(
-        "fastpg.trainer.head.plain_inputs",
+        "fastpg.trainer.models.head.plain_inputs",
         lambda policy, ids, mask: sound(policy, ids, torch.ones_like(mask)),
     )
     return {"dataset": UNEQUAL}, None

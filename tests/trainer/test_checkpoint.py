@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from tiny_trainer import PROMPTS, make_trainer, metrics_of, share_of_praise, tiny_model
 from transformers import AutoModelForCausalLM
 
-from fastpg.trainer import InputError, PPOTrainer, TrainerCallback, files
-from fastpg.trainer.signals import Interrupted
+from fastpg.trainer import InputError, PPOTrainer, TrainerCallback
+from fastpg.trainer.run import files
+from fastpg.trainer.run.signals import Interrupted
 
 QUICK = {**RUN, "rollout_batch_size": 2, "num_mini_batches": 1, "num_ppo_epochs": 1}
 

@@ -14,8 +14,8 @@ from transformers import Qwen3ForSequenceClassification
 from fastpg.cli import main
 from fastpg.tasks import reviews
 from fastpg.trainer import InputError, PPOTrainer
-from fastpg.trainer.encoding import encode, encode_one, eos_ids
-from fastpg.trainer.rollout import sample
+from fastpg.trainer.data.encoding import encode, encode_one, eos_ids
+from fastpg.trainer.rollouts.rollout import sample
 
 __all__ = ["workspace"]
 

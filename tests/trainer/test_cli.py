@@ -15,8 +15,8 @@ import fastpg
 from fastpg.cli import main
 from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig
-from fastpg.trainer.config import from_mapping
-from fastpg.trainer.run_files import save_config
+from fastpg.trainer.run.run_files import save_config
+from fastpg.trainer.settings.config import from_mapping
 
 REPOSITORY = Path(__file__).parents[2]
 REWARDS = """

@@ -10,7 +10,7 @@ from tiny_trainer import PROMPTS, make_trainer
 
 from fastpg.cli import main
 from fastpg.trainer import InputError
-from fastpg.trainer.data import load_pairs, load_prompts
+from fastpg.trainer.data.datasets import load_pairs, load_prompts
 
 __all__ = ["workspace"]
 

@@ -22,7 +22,12 @@ from transformers import (
 )
 
 from fastpg.integrations.peft import UnknownHead
-from fastpg.trainer.head import HeadTransform, completion_logprobs, completion_loss, find_head
+from fastpg.trainer.models.head import (
+    HeadTransform,
+    completion_logprobs,
+    completion_loss,
+    find_head,
+)
 
 SIZES = {
     "vocab_size": 43,
@@ -172,7 +177,7 @@ def test_verifies_under_autocast(family, dtype):
 @pytest.mark.parametrize("change", [{"softcap": 30.0}, {"scale": 0.9}, {"scale": 1.1}])
 def test_a_wrong_head_does_not_verify(monkeypatch, change):
     wrong = HeadTransform(**change)
-    monkeypatch.setattr("fastpg.trainer.head.HeadTransform", lambda *_: wrong)
+    monkeypatch.setattr("fastpg.trainer.models.head.HeadTransform", lambda *_: wrong)
     with pytest.raises(UnknownHead, match=r"log-probs that differ by .* \(tolerance 0.0005\)"):
         find_head(build(FAMILIES["llama"][0]), contextlib.nullcontext)
 

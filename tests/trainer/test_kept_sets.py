@@ -9,9 +9,9 @@ from tiny_trainer import make_trainer, tiny_model
 from fastpg.trainer import InputError, PPOConfig
 from fastpg.trainer.check.command import gather_evidence
 from fastpg.trainer.check.of_rollouts import ends, sampled_distribution
-from fastpg.trainer.forward import plain_inputs
-from fastpg.trainer.kept_sets import KeptSets
-from fastpg.trainer.models import logprobs_through
+from fastpg.trainer.models.forward import plain_inputs
+from fastpg.trainer.models.policy import logprobs_through
+from fastpg.trainer.rollouts.kept_sets import KeptSets
 
 CUT = {"top_k": 12, "top_p": 0.8, "temperature": 0.7}
 WAYS = {

@@ -13,8 +13,9 @@ from test_micro_batches import gradient
 from test_trainer import tiny_gpt2
 from tiny_trainer import make_trainer, metrics_of, tiny_model
 
-from fastpg.trainer import learner, memory
-from fastpg.trainer.memory import Aside
+from fastpg.trainer.learning import learner
+from fastpg.trainer.models import memory
+from fastpg.trainer.models.memory import Aside
 
 
 def tied_model():

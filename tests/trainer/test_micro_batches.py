@@ -8,9 +8,9 @@ from tiny_trainer import make_trainer, metrics_of, tiny_model
 
 from fastpg.cli import main
 from fastpg.trainer import InputError, PPOConfig
-from fastpg.trainer.micro_batches import cut_by_tokens, split_into
-from fastpg.trainer.packing import pack
-from fastpg.trainer.rollout import Rollout
+from fastpg.trainer.learning.micro_batches import cut_by_tokens, split_into
+from fastpg.trainer.models.packing import pack
+from fastpg.trainer.rollouts.rollout import Rollout
 
 NONE_IS_PACKED = None
 PACKINGS = [WHOLE, NONE_IS_PACKED]

@@ -24,9 +24,9 @@ from transformers import (
 
 from fastpg.tasks import reviews
 from fastpg.trainer import InputError
-from fastpg.trainer.adapters import WithoutAdapter
-from fastpg.trainer.models import logprobs_through, reference_logprobs_through
-from fastpg.trainer.modes import frozen_copy
+from fastpg.trainer.models.adapters import WithoutAdapter
+from fastpg.trainer.models.modes import frozen_copy
+from fastpg.trainer.models.policy import logprobs_through, reference_logprobs_through
 
 __all__ = ["workspace"]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_trainer import make_trainer
 
-from fastpg.trainer.models import (
+from fastpg.trainer.models.objective import Targets
+from fastpg.trainer.models.policy import (
     CompletionLogprobs,
     CompletionLoss,
     LossRequest,
@@ -14,7 +15,6 @@ from fastpg.trainer.models import (
     logprobs_through,
     loss_through,
 )
-from fastpg.trainer.objective import Targets
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tiny_trainer import PROMPTS, make_trainer, metrics_of, share_of_praise
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fastpg.trainer import InputError, PPOConfig, PPOTrainer, TrainerCallback
-from fastpg.trainer.encoding import encode
+from fastpg.trainer.data.encoding import encode
 
 ROOT = Path(__file__).parents[2]
 SCORES = torch.linspace(-1, 1, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(2))]

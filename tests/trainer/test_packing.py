@@ -8,13 +8,13 @@ from test_head import FAMILIES, build
 from tiny_trainer import make_trainer, tiny_model
 from transformers import BloomConfig, GenerationConfig, MistralConfig
 
-from fastpg.trainer import generation
-from fastpg.trainer.forward import predicting_states
-from fastpg.trainer.generation import Sampler, sampling
-from fastpg.trainer.head import completion_logprobs, find_head
-from fastpg.trainer.packable import CannotPack, find_packing
-from fastpg.trainer.packing import Packing, find_families, pack
-from fastpg.trainer.rollout import completion_mask
+from fastpg.trainer.learning.packable import CannotPack, find_packing
+from fastpg.trainer.models.forward import predicting_states
+from fastpg.trainer.models.head import completion_logprobs, find_head
+from fastpg.trainer.models.packing import Packing, find_families, pack
+from fastpg.trainer.rollouts import generation
+from fastpg.trainer.rollouts.generation import Sampler, sampling
+from fastpg.trainer.rollouts.rollout import completion_mask
 
 WHOLE = Packing(additive=False, token_cost=1e9)
 """A packing that puts any number of completions behind a prompt."""

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from fastpg.integrations.peft import UnknownHead, head_products
 from fastpg.trainer import InputError
-from fastpg.trainer.head import HeadTransform, find_head
-from fastpg.trainer.loading import load_policy
+from fastpg.trainer.models.head import HeadTransform, find_head
+from fastpg.trainer.models.loading import load_policy
 
 pytest.importorskip("peft")
 

@@ -12,9 +12,9 @@ from tiny_trainer import metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpg.trainer import PPOConfig, PPOTrainer
-from fastpg.trainer.encoding import encode
-from fastpg.trainer.models import CompletionBatch, logprobs_through
-from fastpg.trainer.rollout import sample
+from fastpg.trainer.data.encoding import encode
+from fastpg.trainer.models.policy import CompletionBatch, logprobs_through
+from fastpg.trainer.rollouts.rollout import sample
 
 MODEL = Path(__file__).parents[2] / ".real" / "smollm2"
 CHATS = [

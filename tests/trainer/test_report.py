@@ -10,11 +10,11 @@ from rich.live import Live
 from tiny_trainer import make_trainer
 
 from fastpg.tasks import reviews
-from fastpg.trainer.display import Display, sparkline
-from fastpg.trainer.episodes import Episodes
-from fastpg.trainer.plot import training_plot
-from fastpg.trainer.report import Report, _shortened
-from fastpg.trainer.start import Start
+from fastpg.trainer.report.display import Display, sparkline
+from fastpg.trainer.report.end_report import Report, _shortened
+from fastpg.trainer.report.plot import training_plot
+from fastpg.trainer.rewards.episodes import Episodes
+from fastpg.trainer.run.start import Start
 
 
 @pytest.mark.parametrize(

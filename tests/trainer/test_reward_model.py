@@ -20,11 +20,12 @@ from transformers import (
 
 from fastpg.cli import main
 from fastpg.tasks import reviews
-from fastpg.trainer import InputError, RewardConfig, RewardModel, RewardTrainer, files
-from fastpg.trainer.files import only_writer
-from fastpg.trainer.pairs import read_pairs
-from fastpg.trainer.reward_report import Judgement
-from fastpg.trainer.signals import Interrupted
+from fastpg.trainer import InputError, RewardConfig, RewardModel, RewardTrainer
+from fastpg.trainer.rewards.pairs import read_pairs
+from fastpg.trainer.rewards.reward_report import Judgement
+from fastpg.trainer.run import files
+from fastpg.trainer.run.files import only_writer
+from fastpg.trainer.run.signals import Interrupted
 
 __all__ = ["workspace"]
 

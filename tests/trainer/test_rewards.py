@@ -8,8 +8,8 @@ from tiny_trainer import PROMPTS, make_trainer
 
 from fastpg.tasks import reviews
 from fastpg.trainer import InputError
-from fastpg.trainer.reward_adapters import adapted
-from fastpg.trainer.rewards import load_reward, score
+from fastpg.trainer.rewards.functions import load_reward, score
+from fastpg.trainer.rewards.reward_adapters import adapted
 
 
 def chat_tokenizer():

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from fastpg.trainer import InputError, PPOConfig
 from fastpg.trainer.check.command import gather_evidence
 from fastpg.trainer.check.of_rollouts import completions_mask, ends
-from fastpg.trainer.given import given_rollout
+from fastpg.trainer.rollouts.given import given_rollout
 
 LETTERS = list("abcdefxyz")  # the library looks for "abcdef" in every vocabulary
 PIECES = ["<pad>", "<eos>", *LETTERS, "ab", "bc", "abc", "ca", "xa", "by"]
@@ -50,9 +50,9 @@ def rolled_out(folder, way, **settings):
 def test_a_completion_ends_with_the_first_stop_string(tmp_path, monkeypatch, way, cut):
     if way == "vllm":
         monkeypatch.setitem(sys.modules, "vllm", vllm_stub)
-        sys.modules.pop("fastpg.trainer.vllm_engine", None)
+        sys.modules.pop("fastpg.trainer.rollouts.vllm_engine", None)
     evidence = gather_evidence(rolled_out(tmp_path, way, **cut))
-    sys.modules.pop("fastpg.trainer.vllm_engine", None)
+    sys.modules.pop("fastpg.trainer.rollouts.vllm_engine", None)
     rollout = evidence.rollout
     stopped = 0
     for ids, mask, finished in zip(

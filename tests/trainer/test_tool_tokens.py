@@ -10,9 +10,9 @@ from recorded_runs import moved_trainer, trained_parameters
 from tiny_trainer import make_trainer
 
 from fastpg.tasks import reviews
-from fastpg.trainer.columns import reward_columns
-from fastpg.trainer.config import PPOConfig
-from fastpg.trainer.episodes import score_rollout
+from fastpg.trainer.rewards.columns import reward_columns
+from fastpg.trainer.rewards.episodes import score_rollout
+from fastpg.trainer.settings.config import PPOConfig
 
 SCORES = torch.linspace(-1, 1, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(2))]
 

@@ -10,7 +10,7 @@ from tiny_trainer import make_trainer, metrics_of, rows_of
 
 from fastpg.tasks import reviews, rlhf
 from fastpg.trainer import InputError, PPOConfig, TrainerCallback
-from fastpg.trainer.trackers import checked_trackers
+from fastpg.trainer.report.trackers import checked_trackers
 
 # What the package has that the trainer calls.
 WANDB = """

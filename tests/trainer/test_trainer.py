@@ -9,8 +9,8 @@ from tiny_trainer import make_trainer, metrics_of, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from fastpg.ops.vocabulary import linear_token_loss
-from fastpg.trainer.head import HeadTransform
-from fastpg.trainer.models import CompletionBatch, PolicyWithValue
+from fastpg.trainer.models.head import HeadTransform
+from fastpg.trainer.models.policy import CompletionBatch, PolicyWithValue
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:

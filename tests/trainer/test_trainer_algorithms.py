@@ -11,12 +11,13 @@ from test_trainer import by_hand, parameters_after_a_step, perturb
 from tiny_trainer import make_trainer, metrics_of
 
 from fastpg.algorithms import ALGORITHMS
-from fastpg.trainer import InputError, PPOConfig, config
-from fastpg.trainer.config import from_mapping
-from fastpg.trainer.learner import Learner
-from fastpg.trainer.parsing import load_yaml
-from fastpg.trainer.rollout import Rollout
-from fastpg.trainer.run_files import save_config
+from fastpg.trainer import InputError, PPOConfig
+from fastpg.trainer.learning.learner import Learner
+from fastpg.trainer.rollouts.rollout import Rollout
+from fastpg.trainer.run.run_files import save_config
+from fastpg.trainer.settings import config
+from fastpg.trainer.settings.config import from_mapping
+from fastpg.trainer.settings.parsing import load_yaml
 
 
 # RLOO takes one step on a rollout, the others eight.

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fastpg.tasks import reviews
 from fastpg.trainer import InputError, PPOTrainer
-from fastpg.trainer.encoding import encode
-from fastpg.trainer.generation import sampling
-from fastpg.trainer.rollout import completion_mask, sample
+from fastpg.trainer.data.encoding import encode
+from fastpg.trainer.rollouts.generation import sampling
+from fastpg.trainer.rollouts.rollout import completion_mask, sample
 
 
 def test_saved_model_loads(tmp_path):

@@ -20,9 +20,9 @@ from two_processes import ENGINES, in_two_processes
 
 from fastpg.tasks import reviews
 from fastpg.trainer import InputError
-from fastpg.trainer.engine import is_deepspeed, is_zero3, whole_state
-from fastpg.trainer.micro_batches import cut_by_tokens
-from fastpg.trainer.rollout import Rollout
+from fastpg.trainer.learning.micro_batches import cut_by_tokens
+from fastpg.trainer.rollouts.rollout import Rollout
+from fastpg.trainer.run.engine import is_deepspeed, is_zero3, whole_state
 
 CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
 EPISODES, PROMPT, LENGTH, GROUP = 20, 3, 6, 5

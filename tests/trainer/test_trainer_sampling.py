@@ -7,7 +7,7 @@ from tiny_trainer import PROMPTS, make_trainer, metrics_of, share_of_praise, tin
 
 from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig, PPOTrainer
-from fastpg.trainer.generation import generate
+from fastpg.trainer.rollouts.generation import generate
 
 MANY = [{"prompt": subject} for subject in reviews.subjects()[:16]]
 ONE = [{"prompt": "the story was"}]
@@ -136,7 +136,7 @@ def put_noise_after_the_end(monkeypatch, ends):
         completions[after_end] = torch.randint(1, 43, completions.shape, generator=g)[after_end]
         return sequences
 
-    monkeypatch.setattr("fastpg.trainer.rollout.generate", noisy)
+    monkeypatch.setattr("fastpg.trainer.rollouts.rollout.generate", noisy)
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
 
 import fastpg
 from fastpg.trainer import InputError, PPOConfig
-from fastpg.trainer.files import StorageError
-from fastpg.trainer.optimizer import rate_factor
+from fastpg.trainer.learning.optimizer import rate_factor
+from fastpg.trainer.run.files import StorageError
 from fastpg.trainer.saver import Saver
 
 

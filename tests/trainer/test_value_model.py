@@ -14,8 +14,8 @@ from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
 from fastpg.cli import main
 from fastpg.tasks import reviews
 from fastpg.trainer import InputError, RewardModel
-from fastpg.trainer.loading import load_scorer
-from fastpg.trainer.models import logprobs_through
+from fastpg.trainer.models.loading import load_scorer
+from fastpg.trainer.models.policy import logprobs_through
 
 # peft asks for a property of transformers by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -12,11 +12,11 @@ import vllm_stub
 from tiny_trainer import PROMPTS, make_trainer, tiny_model
 
 from fastpg.trainer import InputError, PPOConfig, PPOTrainer
-from fastpg.trainer.adapters import merged_weights, with_adapter
 from fastpg.trainer.check.command import gather_evidence
 from fastpg.trainer.check.of_forwards import padding
 from fastpg.trainer.check.of_rollouts import completions_mask, sampled_distribution
-from fastpg.trainer.mismatch import correct
+from fastpg.trainer.learning.mismatch import correct
+from fastpg.trainer.models.adapters import merged_weights, with_adapter
 
 TWO_LENGTHS = [{"prompt": "the story was"}, {"prompt": "honestly the story was"}] * 5
 
@@ -26,9 +26,9 @@ def vllm(monkeypatch):
     """Lets `import vllm` give the stub."""
     monkeypatch.setattr(vllm_stub.LLM, "off", 0.0)
     monkeypatch.setitem(sys.modules, "vllm", vllm_stub)
-    sys.modules.pop("fastpg.trainer.vllm_engine", None)
+    sys.modules.pop("fastpg.trainer.rollouts.vllm_engine", None)
     yield vllm_stub
-    sys.modules.pop("fastpg.trainer.vllm_engine", None)
+    sys.modules.pop("fastpg.trainer.rollouts.vllm_engine", None)
 
 
 def weights_of(trainer):
@@ -159,7 +159,8 @@ def test_what_vllm_cannot_do_is_refused(tmp_path, vllm, monkeypatch):
     trainer = make_trainer(tmp_path, use_vllm=True)
     with pytest.raises(InputError, match="turn use_vllm off"):
         trainer.step([[3]], [[4]], [0.0])
-    monkeypatch.setattr("fastpg.trainer.rollout_engine.shares_weights", lambda accelerator: True)
+    shares_weights = "fastpg.trainer.rollouts.rollout_engine.shares_weights"
+    monkeypatch.setattr(shares_weights, lambda accelerator: True)
     with pytest.raises(InputError, match="use_vllm is for a run of one process"):
         make_trainer(tmp_path, use_vllm=True)
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fastpg
-from fastpg.trainer.encoding import encode_one, eos_ids
-from fastpg.trainer.engine import shares_weights
-from fastpg.trainer.episodes import Episodes
-from fastpg.trainer.experience import Experience
-from fastpg.trainer.head import HeadTransform
-from fastpg.trainer.learner import Learner
-from fastpg.trainer.models import logprobs_through, policy_through
-from fastpg.trainer.packing import Packing
-from fastpg.trainer.prompts import Example
-from fastpg.trainer.rollout import Rollout
+from fastpg.trainer.data.encoding import encode_one, eos_ids
+from fastpg.trainer.data.prompts import Example
+from fastpg.trainer.learning.experience import Experience
+from fastpg.trainer.learning.learner import Learner
+from fastpg.trainer.models.head import HeadTransform
+from fastpg.trainer.models.packing import Packing
+from fastpg.trainer.models.policy import logprobs_through, policy_through
+from fastpg.trainer.rewards.episodes import Episodes
+from fastpg.trainer.rollouts.rollout import Rollout
+from fastpg.trainer.run.engine import shares_weights
 
 if TYPE_CHECKING:
     from fastpg.trainer.trainer import PPOTrainer

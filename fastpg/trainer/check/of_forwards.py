@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastpg.trainer.check.evidence import Evidence, Finding
-from fastpg.trainer.engine import is_deepspeed
-from fastpg.trainer.models import logprobs_through
+from fastpg.trainer.models.policy import logprobs_through
+from fastpg.trainer.run.engine import is_deepspeed
 
 _LARGEST_GAP = 1e-3  # nats between two forwards that ought to be the same
 

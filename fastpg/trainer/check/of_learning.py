@@ -12,8 +12,8 @@ from torch import Tensor
 import fastpg
 from fastpg import algorithms
 from fastpg.trainer.check.evidence import Evidence, Finding
-from fastpg.trainer.engine import is_deepspeed
-from fastpg.trainer.state import random_state, restore_random_state
+from fastpg.trainer.run.engine import is_deepspeed
+from fastpg.trainer.run.state import random_state, restore_random_state
 
 _MOST_EQUAL_GROUPS = 0.5
 _LEAST_EXPLAINED = -0.5

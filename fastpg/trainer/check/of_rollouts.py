@@ -5,8 +5,8 @@ import math
 from torch import Tensor
 
 from fastpg.trainer.check.evidence import Evidence, Finding, Verdict
-from fastpg.trainer.encoding import encode_one
-from fastpg.trainer.forward import vocabulary_size
+from fastpg.trainer.data.encoding import encode_one
+from fastpg.trainer.models.forward import vocabulary_size
 
 _LOOKED_AT = 256  # prompts of the dataset
 _LARGEST_TRUNCATED = 0.5

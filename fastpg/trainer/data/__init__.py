@@ -1,0 +1,1 @@
+"""What a run reads: datasets, and the tokens of their prompts."""

@@ -1,0 +1,1 @@
+"""The policy, its reference and its critic: from files, and from completions to log-probs."""

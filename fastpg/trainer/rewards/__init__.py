@@ -1,0 +1,1 @@
+"""What completions earn: reward functions, reward models and their training."""

@@ -258,7 +258,7 @@ def drop_the_tokenizer():
         (lambda: None, ["--model", "model/config.json"], "config.json': it is a file"),
         (lambda: None, ["--model", "nowhere/"], "from 'nowhere/': there is no such directory."),
         (ask_for_code, [], "code of its own, which only trust_remote_code lets run."),
-        (drop_the_tokenizer, [], "There is no tokenizer in 'model'."),
+        (drop_the_tokenizer, [], "There is no tokenizer in '"),
     ],
 )
 def test_spoiled_model_files_are_one_sentence(workspace, capsys, spoil, flags, sentence):

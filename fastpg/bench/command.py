@@ -23,7 +23,8 @@ from .suites import Settings
 from .timing import Case
 
 BUSY = """Other programs keep this machine busy (load {load}). Threads then wait for each other, and
-an op of many short parts waits longer than one of few: OMP_NUM_THREADS=1 times the work alone.
+an op of many short parts waits longer than one of few: OMP_WAIT_POLICY=passive shortens that, and
+OMP_NUM_THREADS=1 times the work alone.
 """
 
 REJECTED, STOPPED = 2, 128 + signal.SIGINT

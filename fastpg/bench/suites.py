@@ -29,6 +29,8 @@ from .problem import OURS, PLAIN, Problem, Solution
 VOCAB = 151936  # of Qwen
 DOUBLING = "PyTorch, doubling"
 CHECKED = 16  # rows that are compared with fp64 on a GPU, whose memory all would fill
+TWICE = "(It keeps no logits: for a gradient it makes them twice, by a fourth product.)"
+TILES = "(Its threads meet once a tile of 4096 tokens, and wait there for one whose core is taken.)"
 STATISTICS = "(fastpg makes the statistics of a step too, which nobody else makes here.)"
 
 # mypy reads the overloads of these, which tell apart what is not known here.
@@ -152,7 +154,7 @@ def head_log_probs(
         },
         few=(hidden[settings.checked], weight, labels[settings.checked]),
         operations=(6.0 if backward else 2.0) * rows * width * vocab,
-        note="(It keeps no logits: for a gradient it makes them twice, by a fourth product.)",
+        note=TWICE if backward else TILES,
     )
 
 
@@ -175,6 +177,7 @@ def head_cross_entropy(
         },
         few=(hidden[settings.checked], weight, labels[settings.checked]),
         operations=6.0 * rows * width * vocab,
+        note=TILES,
     )
 
 
@@ -209,6 +212,7 @@ def head_policy_loss(
         },
         few=(hidden[:, few], weight, labels[:, few], advantages, old_logp[:, few]),
         operations=6.0 * batch * length * width * vocab,
+        note=TILES,
     )
 
 

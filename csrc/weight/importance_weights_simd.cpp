@@ -56,9 +56,11 @@ template <typename T>
 void importance_block(const ImportanceTokens<T>& in, int64_t n, const ImportanceBounds& bounds,
                       T* weights, double* part) {
   const int64_t whole = ceil_div(n, kTokenLanes) * kTokenLanes;
-  T kept[kTokenBlock];  // GCC makes narrow vectors of a loop with bytes in it
+  // The mask is copied to T: GCC makes narrow vectors of a loop with bytes in it. The zeros behind
+  // its last token are written first, for all of the last lanes.
+  T kept[kTokenBlock];
+  for (int64_t i = whole - kTokenLanes; i < whole; ++i) kept[i] = T(0);
   for (int64_t i = 0; i < n; ++i) kept[i] = T(in.mask[i]);
-  for (int64_t i = n; i < whole; ++i) kept[i] = T(0);
   if (n == whole) return importance_pass(in.logp, in.behavior_logp, kept, n, bounds, weights, part);
   T copy[3][kTokenBlock];
   importance_pass(padded(in.logp, n, copy[0]), padded(in.behavior_logp, n, copy[1]), kept, whole,

@@ -1,7 +1,22 @@
 """Records: NamedTuples that name the inputs, the outputs or the saved tensors of an op.
 
 A record may hold another record, and a list of tensors. torch knows neither: it takes and keeps a
-flat list of values. A `Layout` goes from one to the other.
+flat list of values. A `Layout` goes from one to the other. Of these two records
+
+    class Inputs(NamedTuple):         class BackwardInputs(NamedTuple):
+        logp: Tensor                      inputs: Inputs
+        kind: str                         grad_kl: Tensor
+
+the `Layout` of the second has the flat fields logp, kind and grad_kl, and the functions
+
+    flatten   lambda record: (record[0][0], record[0][1], record[1])
+    restore   lambda values: BackwardInputs(Inputs(values[0], values[1]), values[2])
+    split     lambda record: ((record[0][0], record[1]), (record[0][1],))
+    join      lambda tensors, others: BackwardInputs(Inputs(tensors[0], others[0]), tensors[1])
+
+They are written and compiled when an op is made, as namedtuple does with its own. Every call of the
+op goes through them: loops over the fields would cost a tenth of it. torch.compile traces them,
+which it does not do with operator.itemgetter.
 """
 
 from __future__ import annotations
@@ -34,19 +49,17 @@ class Layout(Generic[RecordT]):
     def __init__(self, record: type[RecordT]) -> None:
         self.record = record
         self.nested: dict[str, Layout] = {}
-        self.types: dict[str, Any] = {}
         self.names: list[str] = []
         self.kinds: list[Any] = []
         for name, kind in get_type_hints(record).items():
             if inspect.isclass(kind) and issubclass(kind, tuple):
                 self.nested[name] = Layout(kind)
-                self.types |= self.nested[name].types
                 self.names += self.nested[name].names
                 self.kinds += self.nested[name].kinds
             else:
-                self.types[name] = kind
                 self.names.append(name)
                 self.kinds.append(kind)
+        self.types: dict[str, Any] = dict(zip(self.names, self.kinds, strict=True))
         flat = zip(self.names, self.kinds, strict=True)
         self.tensors = [name for name, kind in flat if _holds_tensors(kind)]
         self.has_lists = list[Tensor] in self.kinds
@@ -54,47 +67,50 @@ class Layout(Generic[RecordT]):
         self.restore: Callable[[Sequence], RecordT]
         self.split: Callable[[RecordT], tuple[Sequence, Sequence]]
         self.join: Callable[[Sequence, Sequence], RecordT]
-        self._compile()
+        self._write_functions()
 
-    def _compile(self) -> None:
-        """Makes the four functions. They are called with every op, and loops would cost a tenth.
-
-        As namedtuple does, they are compiled, from an expression for each flat field: its place in
-        the record, as in record[1][0], in the flat values, or in one of the two parts of a split.
-        """
-        in_record = _places(self)
-        in_values = [f"values[{i}]" for i in range(len(in_record))]
+    def _write_functions(self) -> None:
+        """Makes the four functions, as the top of this page shows them."""
+        places = _places(self)
         parts: dict[str, list[str]] = {"tensors": [], "others": []}
-        in_parts = []
-        for place, kind in zip(in_record, self.kinds, strict=True):
+        in_parts: list[str] = []  # for each flat field, as in "tensors[1]"
+        for place, kind in zip(places, self.kinds, strict=True):
             part = "tensors" if _holds_tensors(kind) else "others"
             in_parts.append(f"{part}[{len(parts[part])}]")
             parts[part].append(place)
-        types: dict[str, type] = {}
-        restored = _construction(self, iter(in_values), types)
-        joined = _construction(self, iter(in_parts), types)
-        names = {"new": tuple.__new__, **types}
-        self.flatten = eval(f"lambda record: {_tuple(in_record)}")
-        self.restore = eval(f"lambda values: {restored}", names)
-        self.split = eval(f"lambda record: ({_tuple(parts['tensors'])}, {_tuple(parts['others'])})")
-        self.join = eval(f"lambda tensors, others: {joined}", names)
+        tensors, others = _tuple(parts["tensors"]), _tuple(parts["others"])
+        self.flatten = _function("record", _tuple(places), {})
         if not self.nested:
-            self.flatten = lambda record: record
+            self.flatten = lambda record: record  # it is a tuple of its flat fields already
+        self.split = _function("record", f"({tensors}, {others})", {})
+        known: dict[str, Any] = {"new": tuple.__new__}
+        in_values = [f"values[{i}]" for i in range(len(places))]
+        self.restore = _function("values", _construction(self, iter(in_values), known), known)
+        self.join = _function("tensors, others", _construction(self, iter(in_parts), known), known)
 
     def chosen(self, names: Sequence[str]) -> Callable[[RecordT], Sequence]:
         """The function that gives these flat fields of a record; the first of two with one name."""
-        in_record = _places(self)
-        members = [in_record[self.names.index(name)] for name in names]
-        return eval(f"lambda record: {_tuple(members)}")
+        places = _places(self)
+        return _function("record", _tuple([places[self.names.index(name)] for name in names]), {})
 
     def flatten_coded(self, tables: Mapping[int, Mapping]) -> Callable[[RecordT], Sequence]:
-        """`flatten`, but of the flat fields that have a table, by their places, what it has for
-        their values."""
-        names = {f"table_{i}": table for i, table in tables.items()}
-        members = [
-            f"table_{i}[{place}]" if i in tables else place for i, place in enumerate(_places(self))
-        ]
-        return eval(f"lambda record: {_tuple(members)}", names) if tables else self.flatten
+        """`flatten`, but a field that has a table gives what the table has for its value.
+
+        Args:
+            tables: The tables, each by the place of its field among the flat ones.
+        """
+        if not tables:
+            return self.flatten
+        members = _places(self)
+        for place in tables:
+            members[place] = f"table_{place}[{members[place]}]"
+        known = {f"table_{place}": table for place, table in tables.items()}
+        return _function("record", _tuple(members), known)
+
+
+def _function(arguments: str, expression: str, known: Mapping[str, Any]) -> Callable:
+    """The function that returns an expression of its arguments and of what is known by name."""
+    return eval(f"lambda {arguments}: {expression}", dict(known))
 
 
 def _holds_tensors(kind: Any) -> bool:
@@ -108,7 +124,7 @@ def _tuple(members: Sequence[str]) -> str:
 
 
 def _places(layout: Layout, record: str = "record") -> list[str]:
-    """An expression for each flat field of a record."""
+    """An expression for each flat field of a record, as "record[0][1]"."""
     places: list[str] = []
     for place, name in enumerate(layout.record._fields):
         field = f"{record}[{place}]"
@@ -116,17 +132,17 @@ def _places(layout: Layout, record: str = "record") -> list[str]:
     return places
 
 
-def _construction(layout: Layout, values: Iterator[str], types: dict[str, type]) -> str:
-    """An expression for the record of these values.
+def _construction(layout: Layout, values: Iterator[str], known: dict[str, Any]) -> str:
+    """An expression for the record that has the values of these expressions.
 
-    `types` receives the records by the names that they have in the expression.
+    `known` receives the records by the names that they have in it.
     """
     fields = [
-        _construction(layout.nested[name], values, types) if name in layout.nested else next(values)
+        _construction(layout.nested[name], values, known) if name in layout.nested else next(values)
         for name in layout.record._fields
     ]
-    name = f"{layout.record.__name__}_{len(types)}"
-    types[name] = layout.record
+    name = f"{layout.record.__name__}_{len(known)}"  # two records may have one name
+    known[name] = layout.record
     return f"new({name}, {_tuple(fields)})"
 
 

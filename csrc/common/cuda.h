@@ -1,4 +1,4 @@
-// Floor 0 of CUDA: how a kernel is launched, where its sequences lie, how its threads load.
+// How a CUDA kernel is launched, where its sequences lie, how its threads load.
 #pragma once
 
 #include <cuda_runtime.h>

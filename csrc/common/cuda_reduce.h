@@ -1,4 +1,4 @@
-// Floor 1 of CUDA: statistics of all tokens in one launch. Each block reduces its tokens, the last
+// Statistics of all tokens in one launch. Each block reduces its tokens, the last
 // one to finish merges what all have left, both in a fixed order: no bit depends on the timing.
 //
 // Stats is a struct of doubles, x[2^n], whose fields merge one by one: Stats::initial(field) and
@@ -17,7 +17,8 @@ struct Sums {
   __device__ static double merged(int, double a, double b) { return a + b; }
 };
 
-constexpr int kReduceThreads = kReduceTokens / 4, kReduceWarps = kReduceThreads / kWarp;
+constexpr int kReduceThreads = kReduceTokens / 4;
+constexpr int kReduceWarps = kReduceThreads / kWarp;
 
 template <typename Stats>
 constexpr int kFieldsOf = sizeof(Stats) / sizeof(double);
@@ -98,7 +99,8 @@ template <typename Stats>
 __device__ inline const Stats& merge_parts(const Scratch<Stats>& scratch) {
   constexpr int kFields = kFieldsOf<Stats>;
   __shared__ double warps[kReduceWarps][kFields];
-  const int field = threadIdx.x % kFields, lane = threadIdx.x % kWarp;
+  const int field = threadIdx.x % kFields;
+  const int lane = threadIdx.x % kWarp;
   double x = Stats::initial(field);
 #pragma unroll 8
   for (unsigned i = threadIdx.x / kFields; i < gridDim.x; i += kReduceThreads / kFields)

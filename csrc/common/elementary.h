@@ -1,4 +1,4 @@
-// Floor 0: exp, e^x - 1 - x, tanh, expm1 and log. The float ones of the first three are branch-free
+// exp, e^x - 1 - x, tanh, expm1 and log. The float ones of the first three are branch-free
 // polynomials, so that a plain loop over them is vectorised for every instruction set, with the
 // same error (below 2 ulp) on each.
 #pragma once
@@ -7,7 +7,8 @@
 
 namespace fpg {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
 
 FPG_HD double exp(double x) { return __builtin_exp(x); }
 FPG_HD double expm1(double x) { return __builtin_expm1(x); }
@@ -84,13 +85,17 @@ FPG_HD double vectorised_exp(double x) {
 // sqrt(1/2) and sqrt(2), and the polynomial of fdlibm for log(m). Its error is below 1 ulp. Of a
 // subnormal x it is that of the smallest normal number.
 FPG_HD double vectorised_log(double x) {
-  constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kOne = 0x3ff0000000000000;
-  constexpr uint64_t kMantissa = (uint64_t(1) << 52) - 1, kTwoTo52 = 0x4330000000000000;
+  constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+  constexpr uint64_t kOne = 0x3ff0000000000000;
+  constexpr uint64_t kMantissa = (uint64_t(1) << 52) - 1;
+  constexpr uint64_t kTwoTo52 = 0x4330000000000000;
   const double normal = larger(x, 0x1p-1022);
   const uint64_t bits = __builtin_bit_cast(uint64_t, normal) + (kOne - kSqrtHalf);
   const double n = __builtin_bit_cast(double, (bits >> 52) | kTwoTo52) - (0x1p52 + 1023.0);
   const double f = __builtin_bit_cast(double, (bits & kMantissa) + kSqrtHalf) - 1.0;
-  const double s = f / (2.0 + f), z = s * s, half_square = 0.5 * f * f;
+  const double s = f / (2.0 + f);
+  const double z = s * s;
+  const double half_square = 0.5 * f * f;
   double p = 1.479819860511658591e-01;
   p = p * z + 1.531383769920937332e-01;
   p = p * z + 1.818357216161805012e-01;

@@ -27,8 +27,8 @@ struct Moving {
 
 template <typename T>
 struct LogRatioBound {
-  T most;    // the bound of log-ratios,
-  T beyond;  // and the factor of a gradient beyond it: 1 holds it, 0 stops it
+  T most;    // the bound of log-ratios
+  T beyond;  // the factor of a gradient beyond the bound: 1 holds it, 0 stops it
 };
 
 // logp - other at its bound, if it is beyond. It does not move with a log-prob of -inf.

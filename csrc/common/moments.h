@@ -1,5 +1,4 @@
-// Floor 0: mean and spread from parts that merge, without the cancellation of E[x^2] - E[x]^2
-// (Chan).
+// Mean and spread from parts that merge, without the cancellation of E[x^2] - E[x]^2 (Chan).
 #pragma once
 
 #include "common/numbers.h"
@@ -7,12 +6,16 @@
 namespace fpg {
 
 struct Moments {
-  double count, mean, m2;  // m2: sum of (x - mean)^2
+  double count;
+  double mean;
+  double m2;  // the sum of (x - mean)^2
 };
 
 FPG_HD Moments merge(Moments a, Moments b) {
   if (b.count == 0) return a;
-  const double count = a.count + b.count, d = b.mean - a.mean, share = b.count / count;
+  const double count = a.count + b.count;
+  const double d = b.mean - a.mean;
+  const double share = b.count / count;
   return {count, a.mean + d * share, a.m2 + b.m2 + d * d * a.count * share};
 }
 

@@ -1,4 +1,4 @@
-// Floor 0: what every kernel needs of a number. No torch, no CUDA runtime, no SIMD intrinsics.
+// What every kernel needs of a number. No torch, no CUDA runtime, no SIMD intrinsics.
 //
 // Host functions are static and always inlined: each instruction set's translation unit must keep
 // its own copy, or the linker could pick an AVX-512 one for a machine without AVX-512.
@@ -43,7 +43,8 @@ FPG_HD double load(double x) { return x; }
 FPG_HD float load(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
 
 FPG_HD float load(fp16 x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7fff;
   // Shifted into place the exponent is 112 too small; the product repairs it, subnormals included.
   const float scaled = __builtin_bit_cast(float, magnitude << 13) * 0x1p112f;
   const uint32_t special = magnitude >= 0x7c00 ? 0x7f800000u : 0u;  // inf and NaN
@@ -62,7 +63,8 @@ FPG_HD void store(bf16* out, float x) {
 
 FPG_HD void store(fp16* out, float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  const uint32_t sign = bits & 0x80000000u;
+  const uint32_t magnitude = bits ^ sign;
   const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13;
   // Adding 0.5 lets the float unit shift and round the mantissa of a subnormal half.
   const float nudged = __builtin_bit_cast(float, magnitude) + 0.5f;

@@ -13,7 +13,8 @@ namespace fpg {
 
 // All statistics of this extension. fastpg/ops/common/stats.py compares their names with its own.
 struct StatisticsNames {
-  const char *kind, *names;  // `kind` is the name of the class in Python
+  const char* kind;   // the name of the class in Python
+  const char* names;  // of the statistics, separated by commas
 
   static std::vector<StatisticsNames>& all() {
     static std::vector<StatisticsNames> kinds;

@@ -1,4 +1,4 @@
-// Floor 0: what a CUDA launch takes besides its tensors, without CUDA's headers.
+// What a CUDA launch takes besides its tensors, without CUDA's headers.
 #pragma once
 
 #include <stdint.h>

@@ -8,17 +8,22 @@
 namespace fpg {
 namespace {
 
-constexpr int kLanes = 4;  // So many sequences are in flight: each hides the others' latency.
-constexpr int64_t kGrain = 16384;  // A thread should have at least so many tokens.
+// So many sequences are in flight: each hides the others' latency.
+constexpr int kLanes = 4;
+// A thread should have at least so many tokens.
+constexpr int64_t kGrain = 16384;
 
 // Reads what is known of each token; what is not given has its default.
 template <typename X, Look kLook>
 struct Tokens {
   const GaeInputs in;
-  const X *rewards = static_cast<const X*>(in.rewards), *values = static_cast<const X*>(in.values),
-          *gammas = static_cast<const X*>(in.gammas), *lams = static_cast<const X*>(in.lams),
-          *bootstrap = static_cast<const X*>(in.bootstrap), *rhos = static_cast<const X*>(in.rho),
-          *cs = static_cast<const X*>(in.c);
+  const X* rewards = static_cast<const X*>(in.rewards);
+  const X* values = static_cast<const X*>(in.values);
+  const X* gammas = static_cast<const X*>(in.gammas);
+  const X* lams = static_cast<const X*>(in.lams);
+  const X* bootstrap = static_cast<const X*>(in.bootstrap);
+  const X* rhos = static_cast<const X*>(in.rho);
+  const X* cs = static_cast<const X*>(in.c);
 
   static constexpr bool kAll = kLook == Look::kEverything;
 
@@ -76,7 +81,8 @@ void run(const Walk& walk, const Sequences& sequences) {
 // From the last token to the first.
 template <typename X, Look kLook>
 struct Forward : Tokens<X, kLook> {
-  X *advantages, *returns;
+  X* advantages;
+  X* returns;
 
   Forward(const GaeInputs& in, void* advantages, void* returns)
       : Tokens<X, kLook>{in},
@@ -85,8 +91,8 @@ struct Forward : Tokens<X, kLook> {
 
   Lane start(int64_t sequence) const {
     const bool follows = this->bootstrap && !this->in.truncated;
-    const int64_t begin = this->in.sequences().begin(sequence),
-                  end = this->in.sequences().end(sequence);
+    const int64_t begin = this->in.sequences().begin(sequence);
+    const int64_t end = this->in.sequences().end(sequence);
     return {sequence, end - 1, end - begin, {0.0, follows ? this->bootstrap[sequence] : 0.0}};
   }
 
@@ -102,8 +108,8 @@ struct Forward : Tokens<X, kLook> {
       lane.carry = {0.0, this->bootstrap[i]};
     }
     const GaeFactors<double> factors = this->factors(lane.sequence, i);
-    if (this->kAll && factors.trace == 0)
-      lane.carry.advantage = 0;  // 0 times infinity would be NaN
+    // A trace of 0 lets nothing through: 0 times an infinite advantage would be NaN.
+    if (this->kAll && factors.trace == 0) lane.carry.advantage = 0;
     lane.carry = gae_step(lane.carry, double(this->rewards[i]), this->value(i), factors);
     advantages[i] = X(lane.carry.advantage);
     returns[i] = X(lane.carry.advantage + lane.carry.value);
@@ -115,8 +121,11 @@ struct Forward : Tokens<X, kLook> {
 // From the first token to the last; the carry is what the token before sends.
 template <typename X, Look kLook>
 struct Backward : Tokens<X, kLook> {
-  const X *grad_advantages, *grad_returns;
-  X *grad_rewards, *grad_values, *grad_bootstrap;
+  const X* grad_advantages;
+  const X* grad_returns;
+  X* grad_rewards;
+  X* grad_values;
+  X* grad_bootstrap;
 
   Backward(const GaeInputs& in, const void* grad_advantages, const void* grad_returns,
            void* grad_rewards, void* grad_values, void* grad_bootstrap)
@@ -128,8 +137,8 @@ struct Backward : Tokens<X, kLook> {
         grad_bootstrap(static_cast<X*>(grad_bootstrap)) {}
 
   Lane start(int64_t sequence) const {
-    const int64_t begin = this->in.sequences().begin(sequence),
-                  end = this->in.sequences().end(sequence);
+    const int64_t begin = this->in.sequences().begin(sequence);
+    const int64_t end = this->in.sequences().end(sequence);
     return {sequence, begin, end - begin, {0.0, 0.0}};
   }
 

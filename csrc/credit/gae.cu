@@ -131,11 +131,13 @@ __device__ inline LastMessage<typename Scan::Message> show_message(const Lane<kF
 // carries what is left to the next group. The lanes beyond the first eight repeat what those do.
 template <typename Scan>
 __device__ inline void scan_warps(const Division& division, int group, Shared<Scan>& all) {
-  const int lane = threadIdx.x % kWarp, warp = lane % kWarps;
+  const int lane = threadIdx.x % kWarp;
+  const int warp = lane % kWarps;
   const Team& team = all.teams[warp];
   Carry<Scan> carry = all.carry[team.begin];
   const auto map = compose_lanes<kWarps>(all.maps[warp], lane - warp + team.begin);
-  const double x = map(carry.x), before = __shfl_up_sync(kAllLanes, x, 1);
+  const double x = map(carry.x);
+  const double before = __shfl_up_sync(kAllLanes, x, 1);
   const unsigned given = __ballot_sync(kAllLanes, lane < kWarps && all.last[warp].given);
   if (lane >= kWarps) return;
   all.x[warp] = warp == team.begin ? carry.x : before;

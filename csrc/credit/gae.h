@@ -38,12 +38,16 @@ struct GaeInputs {
   int dtype;  // of every array of numbers: fp32 or fp64
   int64_t sequence_count, length;
   bool gamma_per_token, lam_per_token;  // else they are per sequence
-  const void *rewards, *values;         // [tokens]; without values they are 0
+  const void* rewards;                  // [tokens]
+  const void* values;                   // [tokens]; null: 0
   const void* bootstrap;                // [tokens] with truncated, else [sequences]; null: 0
-  const bool* mask;                     // [tokens], as all that follow; null: every token is kept
-  const void *gammas, *lams;            // also [sequences]; null: gamma and lam
-  const void *rho, *c;                  // null: 1
-  const bool *terminated, *truncated;   // null: none is
+  const bool* mask;                     // [tokens]; null: every token is kept
+  const void* gammas;                   // [tokens] or [sequences]; null: gamma for all
+  const void* lams;                     // [tokens] or [sequences]; null: lam for all
+  const void* rho;                      // [tokens]; null: 1
+  const void* c;                        // [tokens]; null: 1
+  const bool* terminated;               // [tokens]; null: no token is
+  const bool* truncated;                // [tokens]; null: no token is
   const int32_t* cu_seqlens;            // [sequences + 1]; null: padded
   double gamma, lam;
 
@@ -66,7 +70,8 @@ struct GaeScratch {
 
 struct GaeArguments {
   GaeInputs inputs;
-  void *advantages, *returns;  // [tokens]
+  void* advantages;  // [tokens]
+  void* returns;     // [tokens]
   GaeScratch scratch;
   Stream stream;
 
@@ -75,8 +80,11 @@ struct GaeArguments {
 
 struct GaeBackwardArguments {
   GaeInputs inputs;
-  const void *grad_advantages, *grad_returns;         // [tokens]
-  void *grad_rewards, *grad_values, *grad_bootstrap;  // of the shape of the input, if it is there
+  const void* grad_advantages;  // [tokens]
+  const void* grad_returns;     // [tokens]
+  void* grad_rewards;           // [tokens]
+  void* grad_values;            // like values, if there are any
+  void* grad_bootstrap;         // like bootstrap, if there is one
   GaeScratch scratch;
   Stream stream;
 

@@ -7,7 +7,9 @@
 
 namespace fpg {
 
-constexpr int kLaneTokens = 4, kTileTokens = kLaneTokens * kWarp, kWarps = 8;
+constexpr int kLaneTokens = 4;
+constexpr int kTileTokens = kLaneTokens * kWarp;
+constexpr int kWarps = 8;
 static_assert(kGroupTokens == kTileTokens * kWarps, "a group has a tile for each warp of a block");
 
 // x -> b + a x. Where kCuts, and a is 0, it is b whatever x is: nothing leaks out of an episode.
@@ -49,7 +51,8 @@ __device__ inline LastMessage<Message> last_message_of_warp(const LastMessage<Me
     before = {from_lane(own.message, (lane + kWarp - 1) % kWarp), lane > 0};
     return own;  // The last lane's is the warp's.
   }
-  const unsigned all = __ballot_sync(kAllLanes, own.given), lower = all & ((1u << lane) - 1);
+  const unsigned all = __ballot_sync(kAllLanes, own.given);
+  const unsigned lower = all & ((1u << lane) - 1);
   before = {from_lane(own.message, lower ? 31 - __clz(lower) : 0), lower != 0};
   return {from_lane(own.message, all ? 31 - __clz(all) : 0), all != 0};
 }

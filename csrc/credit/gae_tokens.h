@@ -50,7 +50,8 @@ struct SettingsReader {
     out.truncated = four<kWide, bool>(in.truncated, i, count);
     if (in.gamma_per_token) out.gammas = four<kWide>(in.gammas, i, count);
     if (in.lam_per_token) out.lams = four<kWide>(in.lams, i, count);
-    out.rho = four<kWide>(in.rho, i, count, X(1)), out.c = four<kWide>(in.c, i, count, X(1));
+    out.rho = four<kWide>(in.rho, i, count, X(1));
+    out.c = four<kWide>(in.c, i, count, X(1));
     return out;
   }
 
@@ -92,7 +93,8 @@ struct SettingsReader {
 // From the last token to the first. The message of a token is its value, for the token before.
 template <typename X, Look kLook>
 struct Forward : SettingsReader<X, kLook> {
-  X *advantages, *returns;
+  X* advantages;
+  X* returns;
 
   static constexpr bool kReverse = true;
   using Message = X;
@@ -125,10 +127,12 @@ struct Forward : SettingsReader<X, kLook> {
 
   __device__ typename SettingsReader<X, kLook>::Map map(const Tokens& tokens, int i,
                                                         int64_t sequence, Message next) const {
-    const bool terminated = this->terminated(tokens, i), truncated = this->truncated(tokens, i);
+    const bool terminated = this->terminated(tokens, i);
+    const bool truncated = this->truncated(tokens, i);
     const double value = terminated ? X(0) : truncated ? tokens.bootstrap.x[i] : next;
     const GaeFactors<double> factors = this->factors(tokens, i, sequence);
-    const double reward = tokens.rewards.x[i], own = tokens.values.x[i];
+    const double reward = tokens.rewards.x[i];
+    const double own = tokens.values.x[i];
     return {terminated || truncated ? 0.0 : factors.trace,
             gae_step({0.0, value}, reward, own, factors).advantage};
   }
@@ -150,8 +154,11 @@ struct Forward : SettingsReader<X, kLook> {
 // From the first token to the last. The message of a token is what a unit of its gradient sends on.
 template <typename X, Look kLook>
 struct Backward : SettingsReader<X, kLook> {
-  const X *grad_advantages, *grad_returns;
-  X *grad_rewards, *grad_values, *grad_bootstrap;
+  const X* grad_advantages;
+  const X* grad_returns;
+  X* grad_rewards;
+  X* grad_values;
+  X* grad_bootstrap;
 
   static constexpr bool kReverse = false;
   using Message = GaeNext<double>;

@@ -90,7 +90,8 @@ void whiten(const WhitenArguments& in) {
     const Moments all = in.inputs.moments ? *in.inputs.moments : moments(count, x, mask);
     *in.moments_used = all;
     const double scale = whiten_scale(all, in.inputs.eps);
-    const double mean = all.mean, shift = in.inputs.center ? 0 : all.mean;
+    const double mean = all.mean;
+    const double shift = in.inputs.center ? 0 : all.mean;
     parallel_for(count, kGrain * kBlock, [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         y[i] = mask[i] ? T(whitened(double(x[i]), mean, scale, shift)) : T(0);
@@ -108,7 +109,8 @@ void whiten_backward(const WhitenBackwardArguments& in) {
     const T* grad_y = static_cast<const T*>(in.grad_y);
     T* grad_x = static_cast<T*>(in.grad_x);
     const GradientSums sums = gradient_sums(count, grad_y, x, mask, all.mean);
-    const double scale = whiten_scale(all, in.inputs.eps), mean = all.mean;
+    const double scale = whiten_scale(all, in.inputs.eps);
+    const double mean = all.mean;
     const WhitenGradient g =
         whiten_gradient(all, scale, in.inputs.center, sums.grad, sums.grad_deviation);
     parallel_for(count, kGrain * kBlock, [=](int64_t begin, int64_t end) {

@@ -20,8 +20,9 @@ struct DistillationStats {
 struct DistillationInputs {
   int dtype;  // of every array
   int64_t token_count, kept_count;
-  const void *logp, *teacher_logp;  // [tokens, kept]
-  const void* weight;               // [tokens]; 0 masks a token
+  const void* logp;          // [tokens, kept]
+  const void* teacher_logp;  // [tokens, kept]
+  const void* weight;        // [tokens]; 0 masks a token
   Divergence divergence;
   double beta;  // of the Jensen-Shannon divergence
 
@@ -73,7 +74,9 @@ FPG_HD double pull_of(const Bucket& x, double u) {
 
 template <typename T>
 struct DistillationBatch {
-  const T *logp, *teacher_logp, *weight;
+  const T* logp;
+  const T* teacher_logp;
+  const T* weight;
   int64_t kept;
   Divergence divergence;
   double beta;
@@ -82,7 +85,8 @@ struct DistillationBatch {
 
 // A distribution over the kept tokens, in double, with room for whole lanes.
 struct Distribution {
-  double *logp, *p;
+  double* logp;
+  double* p;
 };
 
 // What a token needs while it is computed.

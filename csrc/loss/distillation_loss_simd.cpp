@@ -9,7 +9,8 @@ namespace {
 // Reads the log-probs of a token's kept tokens. Lanes beyond them have a probability of 0.
 template <typename T>
 void read(const T* logp, int64_t kept, int64_t lanes, const Distribution& into) {
-  double* __restrict__ const log_p = into.logp, * __restrict__ const p = into.p;
+  double* __restrict__ const log_p = into.logp;
+  double* __restrict__ const p = into.p;
   for (int64_t k = 0; k < kept; ++k) log_p[k] = logp[k];
   for (int64_t k = kept; k < lanes; ++k) log_p[k] = -infinity<double>();
   for (int64_t k = 0; k < lanes; ++k) p[k] = vectorised_exp(log_p[k]);
@@ -18,19 +19,23 @@ void read(const T* logp, int64_t kept, int64_t lanes, const Distribution& into) 
 // What the kept tokens leave of 1. That of the likeliest is subtracted first, by expm1: nothing
 // cancels as the tail goes to 0. Others may be as likely.
 double tail_of(const Distribution& x, int64_t lanes) {
-  double most[kKeptLanes], others[kKeptLanes] = {}, as_likely[kKeptLanes] = {};
+  double most[kKeptLanes];
+  double others[kKeptLanes] = {};
+  double as_likely[kKeptLanes] = {};
   for (int64_t i = 0; i < kKeptLanes; ++i) most[i] = x.logp[i];
-  for (int64_t begin = kKeptLanes; begin < lanes; begin += kKeptLanes)
+  for (int64_t begin = kKeptLanes; begin < lanes; begin += kKeptLanes) {
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kKeptLanes; ++i) most[i] = larger(most[i], x.logp[begin + i]);
+  }
   const double largest = fold_max(most);
-  for (int64_t begin = 0; begin < lanes; begin += kKeptLanes)
+  for (int64_t begin = 0; begin < lanes; begin += kKeptLanes) {
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kKeptLanes; ++i) {
       const bool is_likeliest = x.logp[begin + i] == largest;
       others[i] += select(is_likeliest, 0.0, x.p[begin + i]);
       as_likely[i] += select(is_likeliest, 1.0, 0.0);
     }
+  }
   const double rest = fold_sum(others) + (fold_sum(as_likely) - 1) * vectorised_exp(largest);
   const double tail = -expm1(largest) - rest;
   return tail < 0 ? 0 : tail;  // a NaN stays one
@@ -39,8 +44,10 @@ double tail_of(const Distribution& x, int64_t lanes) {
 // Writes the slopes of the kept tokens, and returns the sum of what they add to the divergence.
 template <Divergence kKind>
 double kept_tokens(const DistillationRoom& room, int64_t lanes, double beta, double tail_slope) {
-  const double *const log_p = room.student.logp, *const p = room.student.p;
-  const double *const log_q = room.teacher.logp, *const q = room.teacher.p;
+  const double* const log_p = room.student.logp;
+  const double* const p = room.student.p;
+  const double* const log_q = room.teacher.logp;
+  const double* const q = room.teacher.p;
   double* __restrict__ const slopes = room.slopes;
   double values[kKeptLanes] = {};
   for (int64_t begin = 0; begin < lanes; begin += kKeptLanes) {
@@ -60,7 +67,8 @@ double kept_tokens(const DistillationRoom& room, int64_t lanes, double beta, dou
 template <Divergence kKind, typename T>
 void token_loop(const DistillationBatch<T>& batch, int64_t begin, int64_t end,
                 const DistillationRoom& room, DistillationStats& stats) {
-  const int64_t kept = batch.kept, lanes = ceil_div(kept, kKeptLanes) * kKeptLanes;
+  const int64_t kept = batch.kept;
+  const int64_t lanes = ceil_div(kept, kKeptLanes) * kKeptLanes;
   for (int64_t t = begin; t < end; ++t) {
     T* const coefficient = batch.coefficient + t * kept;
     const double w = batch.weight[t];

@@ -39,7 +39,8 @@ FPG_HD Moving<T> kl_term(T logp, T ref_logp, const KlBounds<T>& bounds) {
 struct KlEstimateInputs {
   int dtype;  // of every array
   int64_t count;
-  const void *logp, *ref_logp;  // [count]
+  const void* logp;      // [count]
+  const void* ref_logp;  // [count]
   KlKind kind;
   double max_log_ratio, max_kl;
   Beyond beyond;

@@ -11,15 +11,17 @@
 namespace fpg {
 namespace {
 
-constexpr int64_t kGrain = 16;             // A thread should have at least so many blocks,
-constexpr int64_t kSequenceGrain = 32768;  // or so many tokens of whole sequences.
+// A thread should have at least so many blocks of tokens, or so many tokens of whole sequences.
+constexpr int64_t kGrain = 16;
+constexpr int64_t kSequenceGrain = 32768;
 
 // In eight interleaved sums, so that the additions do not wait for one another.
 template <typename T, typename Summand>
 double mean_over_tokens(const T* logp, const T* old_logp, const T* weight, int64_t n,
                         const Summand& summand_of) {
   constexpr int64_t kSums = 8;
-  double sums[kSums] = {}, counts[kSums] = {};
+  double sums[kSums] = {};
+  double counts[kSums] = {};
   const auto add = [&](int64_t t, int64_t lane) {
     const bool kept = weight[t] != T(0);
     sums[lane] += select(kept, summand_of(logp[t], old_logp[t]), 0.0);
@@ -29,7 +31,10 @@ double mean_over_tokens(const T* logp, const T* old_logp, const T* weight, int64
   for (int64_t t = 0; t < whole; t += kSums)
     for (int64_t lane = 0; lane < kSums; ++lane) add(t + lane, lane);
   for (int64_t t = whole; t < n; ++t) add(t, t - whole);
-  for (int64_t i = 1; i < kSums; ++i) sums[0] += sums[i], counts[0] += counts[i];
+  for (int64_t i = 1; i < kSums; ++i) {
+    sums[0] += sums[i];
+    counts[0] += counts[i];
+  }
   return sums[0] / larger(counts[0], 1.0);
 }
 
@@ -90,7 +95,8 @@ void policy_loss_sequence_log_ratio(const SequenceLogRatioArguments& in) {
     T* log_ratio = static_cast<T*>(in.log_ratio);
     parallel_for(sequences, kSequenceGrain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        const int64_t begin = sequences.begin(i), end = sequences.end(i);
+        const int64_t begin = sequences.begin(i);
+        const int64_t end = sequences.end(i);
         const T d = T(mean_log_ratio(logp + begin, old_logp + begin, weight + begin, end - begin));
         for (int64_t t = begin; t < end; ++t) log_ratio[t] = select(weight[t] != T(0), d, T(0));
       }

@@ -34,15 +34,21 @@ __device__ void policy_four(const PolicyTokens<T>& in, int64_t first, int64_t le
                             const PolicyTerms& terms, T* coefficient, PolicyStats& stats) {
   const LossOptions options = options_of(terms);
   const Bounds<T> bound = bounds<T>(options);
-  const T kl_coef = T(options.kl_coef), entropy_coef = T(options.entropy_coef);
+  const T kl_coef = T(options.kl_coef);
+  const T entropy_coef = T(options.entropy_coef);
   const auto four = [&](const T* x) { return load_four(x ? x + first : x, left, T(0)); };
-  const Four<T> weight = four(in.weight), logp = four(in.logp), advantages = four(in.advantages);
-  const Four<T> old_logp = four(in.old_logp), means = four(in.sequence_log_ratio);
-  const Four<T> ref_logp = four(in.ref_logp), entropy = four(in.entropy);
+  const Four<T> weight = four(in.weight);
+  const Four<T> logp = four(in.logp);
+  const Four<T> advantages = four(in.advantages);
+  const Four<T> old_logp = four(in.old_logp);
+  const Four<T> means = four(in.sequence_log_ratio);
+  const Four<T> ref_logp = four(in.ref_logp);
+  const Four<T> entropy = four(in.entropy);
   Four<T> slopes = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const T w = weight.x[i], x = logp.x[i];
+    const T w = weight.x[i];
+    const T x = logp.x[i];
     if (w == T(0)) continue;
     // Without old_logp it is logp itself, whose ratio is 1; that of a NaN shows.
     const Moving<T> d = held_log_ratio(x, in.old_logp ? old_logp.x[i] : x, bound.log_ratio);
@@ -92,7 +98,8 @@ __global__ void __launch_bounds__(kReduceThreads)
     sequence_log_ratio_kernel(Sequences sequences, const T* logp, const T* old_logp,
                               const T* weight, T* mean) {
   const Sequence sequence = sequence_at(sequences, blockIdx.x);
-  const int64_t begin = sequence.begin + threadIdx.x, end = sequence.end;
+  const int64_t begin = sequence.begin + threadIdx.x;
+  const int64_t end = sequence.end;
   Sums<2> own = {};
   for (int64_t t = begin; t < end; t += kReduceThreads) {
     const bool kept = weight[t] != T(0);

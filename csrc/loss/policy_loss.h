@@ -18,7 +18,8 @@ struct PolicyStats {
   FPG_STATISTICS(count, loss, surrogate, ratio, ratio_sq, k1, k3, clipped_low, clipped_high,
                  clipped_dual, ref_kl, entropy, ratio_min, has_ref_kl, has_entropy, ratio_max)
 
-  static constexpr int kSums = ratio_min, kMinimaEnd = ratio_max;
+  static constexpr int kSums = ratio_min;
+  static constexpr int kMinimaEnd = ratio_max;
 
   FPG_METHOD static double initial(int field) {
     return field < kSums ? 0 : field < kMinimaEnd ? infinity<double>() : -infinity<double>();
@@ -44,11 +45,14 @@ FPG_HD void show_nan(PolicyStats& stats) {
 }
 
 template <typename T>
-struct PolicyTokens {  // all but the first three may be null
-  const T *logp, *advantages, *weight;
-  const T* old_logp;
-  const T* sequence_log_ratio;  // what the surrogate takes in place of logp - old_logp
-  const T *ref_logp, *entropy;
+struct PolicyTokens {
+  const T* logp;
+  const T* advantages;
+  const T* weight;              // 0 masks a token
+  const T* old_logp;            // null: logp itself
+  const T* sequence_log_ratio;  // of the surrogate; null: logp - old_logp
+  const T* ref_logp;            // null: there is no KL term
+  const T* entropy;             // null: there is no entropy term
 };
 
 // The tokens from the first on.
@@ -65,8 +69,8 @@ struct LossOptions {
   double low, high, dual_clip;  // bounds of the ratio; infinite: none
   double tau_positive, tau_negative;
   double kl_coef, entropy_coef;
-  double max_log_ratio;  // the bound of log-ratios,
-  double beyond;         // and the factor of a gradient beyond it: 1 holds it, 0 stops it
+  double max_log_ratio;  // the bound of log-ratios
+  double beyond;         // the factor of a gradient beyond it: 1 holds it, 0 stops it
 
   FPG_FIELDS(low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef, max_log_ratio,
              beyond)
@@ -77,7 +81,7 @@ struct PolicyTerms {
   Surrogate surrogate;
   PolicyKl kl;
   LossOptions options;
-  const LossOptions* traced_options;  // in memory of the device, in place of the others; or null
+  const LossOptions* traced_options;  // in memory of the device; null: `options` holds
 
   FPG_FIELDS(surrogate, kl, options, traced_options)
 };
@@ -121,7 +125,8 @@ struct Ppo {
   template <typename T>
   FPG_METHOD SurrogateTerm<T> operator()(Moving<T> r, T advantage, T,
                                          const Bounds<T>& bounds) const {
-    const bool gain = advantage > T(0), penalty = advantage < T(0);
+    const bool gain = advantage > T(0);
+    const bool penalty = advantage < T(0);
     const bool too_low = penalty & (r.value < bounds.low);
     const bool too_high = gain & (r.value > bounds.high);
     const bool dual = penalty & (r.value > bounds.dual_clip);
@@ -166,7 +171,8 @@ struct Sapo {
                                          const Bounds<T>& bounds) const {
     const T tau = select(advantage < T(0), bounds.tau_negative, bounds.tau_positive);
     const T x = tau * (r.value - T(1));
-    const T z = exp(select(x < T(0), x, -x)), share = T(1) / (T(1) + z);
+    const T z = exp(select(x < T(0), x, -x));
+    const T share = T(1) / (T(1) + z);
     const T sigmoid = select(x < T(0), z * share, share);
     return {T(-4) / tau * sigmoid * advantage, T(-4) * z * share * share * r.slope * advantage,
             T(0), T(0), T(0)};
@@ -230,11 +236,15 @@ FPG_HD auto with_kl(PolicyKl kind, const Body& body) {
 }
 
 struct PolicyLossInputs {
-  int dtype;                                  // of every array
-  int64_t count;                              // of tokens
-  const void *logp, *advantages, *weight;     // [count], as all arrays
-  const void *old_logp, *sequence_log_ratio;  // may be null, as in PolicyTokens,
-  const void *ref_logp, *entropy;             // and so may these
+  int dtype;         // of every array
+  int64_t count;     // of tokens
+  const void* logp;  // [count], as all arrays: those of PolicyTokens
+  const void* advantages;
+  const void* weight;
+  const void* old_logp;
+  const void* sequence_log_ratio;
+  const void* ref_logp;
+  const void* entropy;
   PolicyTerms terms;
 
   FPG_FIELDS(dtype, count, logp, advantages, weight, old_logp, sequence_log_ratio, ref_logp,
@@ -272,18 +282,20 @@ FPG_HD double summand(T logp, T old_logp) {
 struct SequenceLogRatioArguments {
   int dtype;  // of every array
   int64_t sequence_count, length;
-  const void *logp, *old_logp, *weight;  // [tokens]
-  const int32_t* cu_seqlens;             // [sequences + 1]; null: padded
-  void* log_ratio;                       // [tokens]
+  const void* logp;           // [tokens]
+  const void* old_logp;       // [tokens]
+  const void* weight;         // [tokens]; 0 masks a token
+  const int32_t* cu_seqlens;  // [sequences + 1]; null: padded
+  void* log_ratio;            // [tokens]
   Stream stream;
 
   FPG_FIELDS(dtype, sequence_count, length, logp, old_logp, weight, cu_seqlens, log_ratio, stream)
 };
 
-// loss: one T; coefficient [count] in T: dL/dlogp.
 template <typename T>
 struct PolicyOut {
-  T *loss, *coefficient;
+  T* loss;         // one number
+  T* coefficient;  // [count], dL/dlogp
   PolicyStats* stats;
 };
 

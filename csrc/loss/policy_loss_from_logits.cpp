@@ -34,9 +34,11 @@ void policy_loss_of_rows(const PolicyLossFromLogitsArguments& in) {
   rows.labels = labels.get();
 
   const bool with_entropy = rows.with_entropy;
-  const auto logp = array_of<T>(count), row_stats = array_of<T>(2 * count);
+  const auto logp = array_of<T>(count);
+  const auto row_stats = array_of<T>(2 * count);
   const auto coefficient = array_of<T>(count);
-  const auto entropy = array_of<T>(count), grad_entropy = array_of<T>(count);
+  const auto entropy = array_of<T>(count);
+  const auto grad_entropy = array_of<T>(count);
   const PolicyTokens<T> tokens = {logp.get(),
                                   static_cast<const T*>(in.advantages),
                                   weight.get(),

@@ -8,9 +8,11 @@ namespace fpg {
 
 struct PolicyLossFromLogitsArguments {
   TokenLogprobsInputs rows;
-  void* out;                        // [count, vocab]: dL/dlogits. It may be the logits.
-  const void *advantages, *weight;  // [count] in the compute type, as the next two
-  const void *old_logp, *ref_logp;  // may be null
+  void* out;               // [count, vocab]: dL/dlogits. It may be the logits.
+  const void* advantages;  // [count] in the compute type, as the next three
+  const void* weight;
+  const void* old_logp;  // null: the log-prob itself
+  const void* ref_logp;  // null: there is no KL term
   PolicyTerms terms;
   void* loss;  // one number
   PolicyStats* stats;

@@ -21,18 +21,22 @@ struct Ratios {
 template <typename T>
 bool ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T most, T* __restrict__ ratios,
                 double* part) {
-  const T *const logp = tokens.logp, *const old_logp = tokens.old_logp;
+  const T* const logp = tokens.logp;
+  const T* const old_logp = tokens.old_logp;
   const T* const weights = tokens.weight;
   const T* const later[] = {tokens.advantages, tokens.ref_logp ? tokens.ref_logp : logp,
                             tokens.entropy ? tokens.entropy : logp};
-  T k1[kTokenLanes] = {}, k3[kTokenLanes] = {}, ordinary[kTokenLanes] = {};
+  T k1[kTokenLanes] = {};
+  T k3[kTokenLanes] = {};
+  T ordinary[kTokenLanes] = {};
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
     for (const T* x : later) __builtin_prefetch(x + begin);
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kTokenLanes; ++i) {
       const int64_t t = begin + i;
       const bool kept = weights[t] != T(0);
-      const T x = select(kept, logp[t], T(0)), old = select(kept, old_logp[t], T(0));
+      const T x = select(kept, logp[t], T(0));
+      const T old = select(kept, old_logp[t], T(0));
       const T d = bounded(log_ratio(x, old), most);
       const ExpExcess<T> e = exp_excess(d);
       ratios[t] = e.exp;
@@ -41,7 +45,8 @@ bool ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T most, T* __restrict_
       ordinary[i] += select(abs(x - old) <= most, T(1), T(0));
     }
   }
-  part[PolicyStats::k1] = fold_sum(k1), part[PolicyStats::k3] = fold_sum(k3);
+  part[PolicyStats::k1] = fold_sum(k1);
+  part[PolicyStats::k3] = fold_sum(k3);
   return fold_sum(ordinary) == T(n);
 }
 
@@ -49,7 +54,8 @@ bool ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T most, T* __restrict_
 template <typename T>
 bool own_ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T* __restrict__ ratios,
                     double* part) {
-  T excess[kTokenLanes] = {}, ordinary[kTokenLanes] = {};
+  T excess[kTokenLanes] = {};
+  T ordinary[kTokenLanes] = {};
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
     for (int64_t i = 0; i < kTokenLanes; ++i) {
       const int64_t t = begin + i;
@@ -67,11 +73,13 @@ bool own_ratio_pass(const PolicyTokens<T>& tokens, int64_t n, T* __restrict__ ra
 template <typename T>
 void slope_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound,
                 const T* __restrict__ ratios, T* __restrict__ slopes) {
-  const T *const logp = tokens.logp, *const old_logp = tokens.old_logp ? tokens.old_logp : logp;
+  const T* const logp = tokens.logp;
+  const T* const old_logp = tokens.old_logp ? tokens.old_logp : logp;
   const T* const weights = tokens.weight;
   for (int64_t t = 0; t < n; ++t) {
     const bool kept = weights[t] != T(0);
-    const T x = select(kept, logp[t], T(0)), old = select(kept, old_logp[t], T(0));
+    const T x = select(kept, logp[t], T(0));
+    const T old = select(kept, old_logp[t], T(0));
     slopes[t] = ratios[t] * held_log_ratio(x, old, bound.log_ratio).slope;
   }
 }
@@ -80,13 +88,16 @@ void slope_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound
 template <typename T>
 void sequence_ratio_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound,
                          T* __restrict__ ratios, T* __restrict__ slopes) {
-  const T *const logp = tokens.logp, *const means = tokens.sequence_log_ratio;
+  const T* const logp = tokens.logp;
+  const T* const means = tokens.sequence_log_ratio;
   const T* const weights = tokens.weight;
   for (int64_t t = 0; t < n; ++t) {
     const bool kept = weights[t] != T(0);
-    const T x = select(kept, logp[t], T(0)), mean = select(kept, means[t], T(0));
+    const T x = select(kept, logp[t], T(0));
+    const T mean = select(kept, means[t], T(0));
     const Moving<T> ratio = ratio_of(held_mean(mean, x, bound));
-    ratios[t] = ratio.value, slopes[t] = ratio.slope;
+    ratios[t] = ratio.value;
+    slopes[t] = ratio.slope;
   }
 }
 
@@ -106,19 +117,31 @@ template <typename SurrogateOf, typename T>
 void surrogate_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& bound,
                     const Ratios<T>& __restrict__ ratios, T* __restrict__ coefficient,
                     double* part) {
-  const T *const logp = tokens.logp, *const advantages = tokens.advantages;
+  const T* const logp = tokens.logp;
+  const T* const advantages = tokens.advantages;
   const T* const weights = tokens.weight;
-  T count[kTokenLanes] = {}, loss[kTokenLanes] = {};
-  T sum[kTokenLanes] = {}, sum_sq[kTokenLanes] = {}, least[kTokenLanes], most[kTokenLanes];
-  T low[kTokenLanes] = {}, high[kTokenLanes] = {}, dual[kTokenLanes] = {};
-  for (int64_t i = 0; i < kTokenLanes; ++i) least[i] = infinity<T>(), most[i] = -infinity<T>();
+  T count[kTokenLanes] = {};
+  T loss[kTokenLanes] = {};
+  T sum[kTokenLanes] = {};
+  T sum_sq[kTokenLanes] = {};
+  T least[kTokenLanes];
+  T most[kTokenLanes];
+  T low[kTokenLanes] = {};
+  T high[kTokenLanes] = {};
+  T dual[kTokenLanes] = {};
+  for (int64_t i = 0; i < kTokenLanes; ++i) {
+    least[i] = infinity<T>();
+    most[i] = -infinity<T>();
+  }
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kTokenLanes; ++i) {
       const int64_t t = begin + i;
-      const T w = weights[t], ratio = ratios.value[t];
+      const T w = weights[t];
+      const T ratio = ratios.value[t];
       const bool kept = w != T(0);
-      const T a = select(kept, advantages[t], T(0)), x = select(kept, logp[t], T(0));
+      const T a = select(kept, advantages[t], T(0));
+      const T x = select(kept, logp[t], T(0));
       const SurrogateTerm<T> term = SurrogateOf()(Moving<T>{ratio, ratios.slope[t]}, a, x, bound);
       coefficient[t] = w * term.slope;
       count[i] += select(kept, T(1), T(0));
@@ -133,26 +156,33 @@ void surrogate_pass(const PolicyTokens<T>& tokens, int64_t n, const Bounds<T>& b
       dual[i] += term.dual;
     }
   }
-  part[PolicyStats::count] = fold_sum(count), part[PolicyStats::clipped_dual] = fold_sum(dual);
+  part[PolicyStats::count] = fold_sum(count);
+  part[PolicyStats::clipped_dual] = fold_sum(dual);
   part[PolicyStats::surrogate] = part[PolicyStats::loss] = fold_sum(loss);
-  part[PolicyStats::ratio] = fold_sum(sum), part[PolicyStats::ratio_sq] = fold_sum(sum_sq);
-  part[PolicyStats::clipped_low] = fold_sum(low), part[PolicyStats::clipped_high] = fold_sum(high);
-  part[PolicyStats::ratio_min] = fold_min(least), part[PolicyStats::ratio_max] = fold_max(most);
+  part[PolicyStats::ratio] = fold_sum(sum);
+  part[PolicyStats::ratio_sq] = fold_sum(sum_sq);
+  part[PolicyStats::clipped_low] = fold_sum(low);
+  part[PolicyStats::clipped_high] = fold_sum(high);
+  part[PolicyStats::ratio_min] = fold_min(least);
+  part[PolicyStats::ratio_max] = fold_max(most);
 }
 
 template <typename KlOf, typename T>
 void kl_pass(const PolicyTokens<T>& tokens, int64_t n, T kl_coef, const Bounds<T>& bound,
              T* __restrict__ coefficient, const Ratios<T>& __restrict__ ratios, double* part) {
-  const T *const logp = tokens.logp, *const ref_logp = tokens.ref_logp;
+  const T* const logp = tokens.logp;
+  const T* const ref_logp = tokens.ref_logp;
   const T* const weights = tokens.weight;
-  T sum[kTokenLanes] = {}, loss[kTokenLanes] = {};
+  T sum[kTokenLanes] = {};
+  T loss[kTokenLanes] = {};
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kTokenLanes; ++i) {
       const int64_t t = begin + i;
       const T w = weights[t];
       const bool kept = w != T(0);
-      const T x = select(kept, logp[t], T(0)), ref = select(kept, ref_logp[t], T(0));
+      const T x = select(kept, logp[t], T(0));
+      const T ref = select(kept, ref_logp[t], T(0));
       const Moving<T> d = held_log_ratio(x, ref, bound.log_ratio);
       const Moving<T> term = KlOf()(d, Moving<T>{ratios.value[t], ratios.slope[t]});
       coefficient[t] += w * kl_coef * term.slope;
@@ -167,8 +197,10 @@ void kl_pass(const PolicyTokens<T>& tokens, int64_t n, T kl_coef, const Bounds<T
 // The gradient of the entropy is a constant times the weight: nothing to write.
 template <typename T>
 void entropy_pass(const PolicyTokens<T>& tokens, int64_t n, T entropy_coef, double* part) {
-  const T *const entropy = tokens.entropy, *const weights = tokens.weight;
-  T sum[kTokenLanes] = {}, loss[kTokenLanes] = {};
+  const T* const entropy = tokens.entropy;
+  const T* const weights = tokens.weight;
+  T sum[kTokenLanes] = {};
+  T loss[kTokenLanes] = {};
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kTokenLanes; ++i) {
@@ -188,7 +220,8 @@ void whole_block(const PolicyTokens<T>& tokens, int64_t n, const PolicyTerms& te
                  double* part) {
   const LossOptions options = options_of(terms);
   const Bounds<T> bound = bounds<T>(options);
-  Ratios<T> ratios, of_sequences;
+  Ratios<T> ratios;
+  Ratios<T> of_sequences;
   make_ratios(tokens, n, bound, ratios, part);
   if (tokens.sequence_log_ratio) {
     sequence_ratio_pass(tokens, n, bound, of_sequences.value, of_sequences.held_slope);

@@ -24,7 +24,8 @@ void value_loss(const ValueLossArguments& in) {
     const auto& kernel = kernels<ValueLossKernels<T>>();
     const ValueTokens<T> tokens = tokens_of<T>(in.inputs);
     T* coefficient = static_cast<T*>(in.coefficient);
-    const int64_t count = in.inputs.count, blocks = ceil_div(count, kTokenBlock);
+    const int64_t count = in.inputs.count;
+    const int64_t blocks = ceil_div(count, kTokenBlock);
     std::vector<ValueStats> parts(blocks);
     parallel_for(blocks, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

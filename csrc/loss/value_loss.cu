@@ -17,7 +17,9 @@ template <bool kClip, typename T>
 __device__ FourTokens<T> value_four(const ValueTokens<T>& in, int64_t first, int64_t left, T clip,
                                     T* coefficient, Sums<ValueStats::kFields>& sums) {
   const auto four = [&](const T* x) { return load_four(x ? x + first : x, left, T(0)); };
-  const Four<T> weight = four(in.weight), values = four(in.values), returns = four(in.returns);
+  const Four<T> weight = four(in.weight);
+  const Four<T> values = four(in.values);
+  const Four<T> returns = four(in.returns);
   const Four<T> old_values = four(kClip ? in.old_values : nullptr);
   Four<T> slopes;
   FourTokens<T> out = {weight, {}, {}};
@@ -25,13 +27,15 @@ __device__ FourTokens<T> value_four(const ValueTokens<T>& in, int64_t first, int
   for (int i = 0; i < 4; ++i) {
     const T w = weight.x[i];
     const bool kept = w != T(0);
-    const T v = select(kept, values.x[i], T(0)), r = select(kept, returns.x[i], T(0));
+    const T v = select(kept, values.x[i], T(0));
+    const T r = select(kept, returns.x[i], T(0));
     const T error = v - r;
     const ValueTerm<T> term =
         kClip ? value_term(error, v, r, select(kept, old_values.x[i], T(0)), clip)
               : value_term(error);
     slopes.x[i] = w * term.slope;
-    out.target.x[i] = r, out.residual.x[i] = -error;
+    out.target.x[i] = r;
+    out.residual.x[i] = -error;
     sums.x[ValueStats::count] += kept;
     sums.x[ValueStats::weight] += w;
     sums.x[ValueStats::loss] += w * term.value;
@@ -57,13 +61,16 @@ __device__ const ValueStats& value_moments(const FourTokens<T>& tokens,
     const bool kept = tokens.weight.x[i] != T(0);
     const double r = select(kept, tokens.target.x[i] - target, 0.0);
     const double e = select(kept, tokens.residual.x[i] - residual, 0.0);
-    squares.x[0] += r * r, squares.x[1] += e * e;
+    squares.x[0] += r * r;
+    squares.x[1] += e * e;
   }
   const Sums<2>& total = block_reduce(squares);
   if (threadIdx.x == 0) {
     for (int i = 0; i < ValueStats::kSums; ++i) out.x[i] = sums.x[i];
-    out.x[ValueStats::return_mean] = target, out.x[ValueStats::return_m2] = total.x[0];
-    out.x[ValueStats::residual_mean] = residual, out.x[ValueStats::residual_m2] = total.x[1];
+    out.x[ValueStats::return_mean] = target;
+    out.x[ValueStats::return_m2] = total.x[0];
+    out.x[ValueStats::residual_mean] = residual;
+    out.x[ValueStats::residual_m2] = total.x[1];
   }
   __syncthreads();
   return out;
@@ -87,8 +94,10 @@ __device__ inline ValueStats merge_value_parts(const Scratch<ValueStats>& scratc
   const Sums<ValueStats::kFields>& total = block_reduce(sums);
   for (int i = 0; i < ValueStats::kFields; ++i) out.x[i] = total.x[i];
   const double share = 1.0 / larger(out.x[ValueStats::count], 1.0);
-  const double target = out.x[ValueStats::return_mean] *= share;
-  const double residual = out.x[ValueStats::residual_mean] *= share;
+  const double target = out.x[ValueStats::return_mean] * share;
+  const double residual = out.x[ValueStats::residual_mean] * share;
+  out.x[ValueStats::return_mean] = target;
+  out.x[ValueStats::residual_mean] = residual;
   Sums<2> squares = {};
   each([&](const auto& part) {
     const double count = part(ValueStats::count);
@@ -98,7 +107,8 @@ __device__ inline ValueStats merge_value_parts(const Scratch<ValueStats>& scratc
     squares.x[1] += part(ValueStats::residual_m2) + count * (e * e);
   });
   const Sums<2>& distances = block_reduce(squares);
-  out.x[ValueStats::return_m2] = distances.x[0], out.x[ValueStats::residual_m2] = distances.x[1];
+  out.x[ValueStats::return_m2] = distances.x[0];
+  out.x[ValueStats::residual_m2] = distances.x[1];
   return out;
 }
 

@@ -24,18 +24,20 @@ FPG_HD void merge(ValueStats& total, const ValueStats& part) {
   for (int mean = ValueStats::kSums; mean < ValueStats::kFields; mean += 2) {
     const Moments all = merge(Moments{total.x[ValueStats::count], total.x[mean], total.x[mean + 1]},
                               Moments{part.x[ValueStats::count], part.x[mean], part.x[mean + 1]});
-    total.x[mean] = all.mean, total.x[mean + 1] = all.m2;
+    total.x[mean] = all.mean;
+    total.x[mean + 1] = all.m2;
   }
   // The count is among the sums: it changes after the moments, which need the old one.
   for (int i = 0; i < ValueStats::kSums; ++i) total.x[i] += part.x[i];
 }
 
 struct ValueLossInputs {
-  int dtype;                     // of every array
-  int64_t count;                 // of tokens
-  const void *values, *returns;  // [count], as all arrays
-  const void* weight;            // 0 masks a token
-  const void* old_values;        // null: no clipping
+  int dtype;           // of every array
+  int64_t count;       // of tokens
+  const void* values;  // [count], as all arrays
+  const void* returns;
+  const void* weight;      // 0 masks a token
+  const void* old_values;  // null: no clipping
   double clip;
 
   FPG_FIELDS(dtype, count, values, returns, weight, old_values, clip)
@@ -53,8 +55,11 @@ struct ValueLossArguments {
 };
 
 template <typename T>
-struct ValueTokens {  // old_values may be null: no clipping
-  const T *values, *returns, *weight, *old_values;
+struct ValueTokens {
+  const T* values;
+  const T* returns;
+  const T* weight;      // 0 masks a token
+  const T* old_values;  // null: no clipping
 };
 
 template <typename T>
@@ -77,7 +82,8 @@ FPG_HD ValueTerm<T> value_term(T error) {
 // Where clipping enlarges the error, V is held at old_value +- clip: no gradient.
 template <typename T>
 FPG_HD ValueTerm<T> value_term(T error, T value, T target, T old_value, T clip) {
-  const T low = old_value - clip, high = old_value + clip;
+  const T low = old_value - clip;
+  const T high = old_value + clip;
   const T held = select(value < low, low, select(value > high, high, value)) - target;
   const bool clipped = held * held > error * error;
   const T taken = select(clipped, held, error);

@@ -10,17 +10,24 @@ namespace {
 template <bool kClip, typename T>
 void value_pass(const ValueTokens<T>& tokens, int64_t n, T clip, T* __restrict__ coefficient,
                 double* part) {
-  const T *const values = tokens.values, *const returns = tokens.returns;
-  const T *const old_values = tokens.old_values, *const weights = tokens.weight;
-  T count[kTokenLanes] = {}, weight[kTokenLanes] = {}, loss[kTokenLanes] = {};
-  T clipped[kTokenLanes] = {}, target[kTokenLanes] = {}, residual[kTokenLanes] = {};
+  const T* const values = tokens.values;
+  const T* const returns = tokens.returns;
+  const T* const old_values = tokens.old_values;
+  const T* const weights = tokens.weight;
+  T count[kTokenLanes] = {};
+  T weight[kTokenLanes] = {};
+  T loss[kTokenLanes] = {};
+  T clipped[kTokenLanes] = {};
+  T target[kTokenLanes] = {};
+  T residual[kTokenLanes] = {};
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kTokenLanes; ++i) {
       const int64_t t = begin + i;
       const T w = weights[t];
       const bool kept = w != T(0);
-      const T v = select(kept, values[t], T(0)), r = select(kept, returns[t], T(0));
+      const T v = select(kept, values[t], T(0));
+      const T r = select(kept, returns[t], T(0));
       const T error = v - r;
       const ValueTerm<T> term =
           kClip ? value_term(error, v, r, select(kept, old_values[t], T(0)), clip)
@@ -34,21 +41,28 @@ void value_pass(const ValueTokens<T>& tokens, int64_t n, T clip, T* __restrict__
       residual[i] -= error;
     }
   }
-  part[ValueStats::count] = fold_sum(count), part[ValueStats::weight] = fold_sum(weight);
-  part[ValueStats::loss] = fold_sum(loss), part[ValueStats::clipped] = fold_sum(clipped);
-  part[ValueStats::return_mean] = fold_sum(target),
+  part[ValueStats::count] = fold_sum(count);
+  part[ValueStats::weight] = fold_sum(weight);
+  part[ValueStats::loss] = fold_sum(loss);
+  part[ValueStats::clipped] = fold_sum(clipped);
+  part[ValueStats::return_mean] = fold_sum(target);
   part[ValueStats::residual_mean] = fold_sum(residual);
 }
 
 // Turns the sums of returns and residuals that the first pass left into means and moments.
 template <typename T>
 void moments_pass(const ValueTokens<T>& tokens, int64_t n, double* part) {
-  const T *const values = tokens.values, *const returns = tokens.returns;
+  const T* const values = tokens.values;
+  const T* const returns = tokens.returns;
   const T* const weights = tokens.weight;
-  const double count = part[ValueStats::count], kept_count = larger(count, 1.0);
-  const T r0 = T(part[ValueStats::return_mean] / kept_count),
-          e0 = T(part[ValueStats::residual_mean] / kept_count);
-  T r1[kTokenLanes] = {}, r2[kTokenLanes] = {}, e1[kTokenLanes] = {}, e2[kTokenLanes] = {};
+  const double count = part[ValueStats::count];
+  const double kept_count = larger(count, 1.0);
+  const T r0 = T(part[ValueStats::return_mean] / kept_count);
+  const T e0 = T(part[ValueStats::residual_mean] / kept_count);
+  T r1[kTokenLanes] = {};
+  T r2[kTokenLanes] = {};
+  T e1[kTokenLanes] = {};
+  T e2[kTokenLanes] = {};
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kTokenLanes; ++i) {
@@ -56,14 +70,18 @@ void moments_pass(const ValueTokens<T>& tokens, int64_t n, double* part) {
       const bool kept = weights[t] != T(0);
       const T r = select(kept, returns[t] - r0, T(0));
       const T e = select(kept, (returns[t] - values[t]) - e0, T(0));
-      r1[i] += r, r2[i] += r * r;
-      e1[i] += e, e2[i] += e * e;
+      r1[i] += r;
+      r2[i] += r * r;
+      e1[i] += e;
+      e2[i] += e * e;
     }
   }
   const Moments target = moments_about(r0, count, fold_sum(r1), fold_sum(r2));
   const Moments residual = moments_about(e0, count, fold_sum(e1), fold_sum(e2));
-  part[ValueStats::return_mean] = target.mean, part[ValueStats::return_m2] = target.m2;
-  part[ValueStats::residual_mean] = residual.mean, part[ValueStats::residual_m2] = residual.m2;
+  part[ValueStats::return_mean] = target.mean;
+  part[ValueStats::return_m2] = target.m2;
+  part[ValueStats::residual_mean] = residual.mean;
+  part[ValueStats::residual_m2] = residual.m2;
 }
 
 // A last block that ends within the lanes is padded with masked tokens, as in the policy loss.
@@ -78,7 +96,8 @@ void value_block(const ValueTokens<T>& in, int64_t n, T clip, T* coefficient, do
     for (int64_t i = 0; i < n; ++i) coefficient[i] = copy[4][i];
     return;
   }
-  (in.old_values ? value_pass<true, T> : value_pass<false, T>)(in, n, clip, coefficient, part);
+  const auto pass = in.old_values ? value_pass<true, T> : value_pass<false, T>;
+  pass(in, n, clip, coefficient, part);
   moments_pass(in, n, part);
 }
 

@@ -7,8 +7,9 @@
 namespace fpg {
 namespace {
 
-constexpr int64_t kTokenLanes =
-    16;  // of the loops over tokens; GCC would unroll 16 and not vectorise them
+// The loops over tokens have so many lanes. GCC would unroll 16 steps and not vectorise them: such
+// a loop says `#pragma GCC unroll 1`.
+constexpr int64_t kTokenLanes = 16;
 
 // Folds the lanes as a binary tree. Each width is a constant, or GCC would guard it against
 // overlap.

@@ -25,7 +25,8 @@ struct Rows {
   const TokenLogprobsInputs& rows;
 
   const X* at(int64_t row) const {
-    const int64_t outer = row / rows.inner, inner = row % rows.inner;
+    const int64_t outer = row / rows.inner;
+    const int64_t inner = row % rows.inner;
     return static_cast<const X*>(rows.logits.data) + outer * rows.outer_stride +
            inner * rows.inner_stride;
   }
@@ -35,7 +36,8 @@ struct Rows {
   }
   T inv_temperature(int64_t row) const { return T(1) / temperature(row); }
   T capped(int64_t row, int64_t token) const {
-    const T x = load(at(row)[token]), cap = T(rows.softcap);
+    const T x = load(at(row)[token]);
+    const T cap = T(rows.softcap);
     return cap == T(0) ? x : cap * tanh(x * (T(1) / cap));
   }
 };
@@ -66,7 +68,10 @@ void check(const TokenLogprobsInputs& rows) {
 // Where the results of each row go.
 template <typename T>
 struct LogprobsRows {
-  T *logp, *entropies, *max, *log_sums;
+  T* logp;
+  T* entropies;
+  T* max;
+  T* log_sums;
   bool with_entropy;
 
   LogprobsRows(const TokenLogprobsInputs& rows, const LogprobsOut& out)

@@ -1,4 +1,4 @@
-// Floor 1: the softmax of one row of logits, from statistics that merge.
+// The softmax of one row of logits, from statistics that merge.
 //
 // z_j = c_j / T, with c the logits after softcap: c_j = softcap * tanh(x_j / softcap).
 // A row is (max c, s = sum_j e^{z_j - z_max}, w = sum_j e^{z_j - z_max} (z_j - z_max)); two parts
@@ -55,11 +55,14 @@ struct RowResults {
 // entropy 0.
 template <typename U, typename T>
 FPG_HD RowResults<T> join_label(RowStats<T> others, T label, T temperature) {
-  const U inv_temperature = U(1) / U(temperature), max = larger(others.max, label);
+  const U inv_temperature = U(1) / U(temperature);
+  const U max = larger(others.max, label);
   const RowStats<U> rest =
       rescale<U>({others.max, others.sum, others.weighted}, max, inv_temperature);
-  const U d = (U(label) - finite_max(max)) * inv_temperature, e = exp(bounded(d));
-  const U sum = rest.sum + e, weighted = rest.weighted + e * bounded(d);
+  const U d = (U(label) - finite_max(max)) * inv_temperature;
+  const U e = exp(bounded(d));
+  const U sum = rest.sum + e;
+  const U weighted = rest.weighted + e * bounded(d);
   const U log_sum = sum == U(0) ? U(0) : d == U(0) ? log1p(rest.sum) : log(sum);
   const U entropy = sum == U(0) ? U(0) : log_sum - weighted / sum;
   const U not_below_zero = entropy < U(0) ? U(0) : entropy;  // rounding makes it negative

@@ -23,7 +23,8 @@ struct Statistics : RowReduction<X, RowSums<compute_t<X>>, Statistics<X>> {
   using T = compute_t<X>;
   const TokenLogprobsKernels<X>& kernel = kernels<TokenLogprobsKernels<X>>();
   const LogprobsRows<T> results;
-  T *sum_p_squares, *mean_logits;
+  T* sum_p_squares;
+  T* mean_logits;
   bool* are_top1;
 
   explicit Statistics(const RowStatisticsArguments& in)

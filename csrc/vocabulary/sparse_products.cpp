@@ -15,16 +15,22 @@ namespace {
 // Row i belongs to strip i % kStrips, and a thread gets whole strips: tokens that are in many sets
 // tend to be neighbours, and no thread should have them all.
 constexpr int64_t kStrips = 64;
-constexpr int64_t kGrain = 32768;         // products a thread should have at least
-constexpr int64_t kBlockBytes = 1 << 18;  // of the matrix: they stay in a second-level cache,
-constexpr int64_t kFarBytes = 1 << 22;    // and these in a third-level one.
-constexpr int64_t kPiece = 8;             // entries of a row that a block should have at least
+// A thread should have at least so many products.
+constexpr int64_t kGrain = 32768;
+// So many bytes of the matrix stay in a second-level cache, and so many in a third-level one.
+constexpr int64_t kNearBytes = 1 << 18;
+constexpr int64_t kFarBytes = 1 << 22;
+// A block should have at least so many entries of a row.
+constexpr int64_t kPiece = 8;
 
 // The rows of a thread, through the matrix block by block: what several of them need of a block is
 // read from memory once. The entries of a row are met in their order, whatever the blocks.
 struct Walk {
-  const int64_t *indices, *offsets;
-  int64_t count, matrix_rows, block;
+  const int64_t* indices;
+  const int64_t* offsets;
+  int64_t count;        // of rows with entries
+  int64_t matrix_rows;  // of the matrix
+  int64_t block;        // rows of the matrix in a block
 
   // Calls piece(place, row, first, n) with n entries of a row from `first` on, for the rows of the
   // strips begin <= s < end, of which `row` is the one at `place`.
@@ -35,7 +41,8 @@ struct Walk {
     for (size_t place = 0; place < rows.size(); ++place) next[place] = offsets[rows[place]];
     for (int64_t stop = block; stop < matrix_rows + block; stop += block)
       for (size_t place = 0; place < rows.size(); ++place) {
-        const int64_t first = next[place], last = offsets[rows[place] + 1];
+        const int64_t first = next[place];
+        const int64_t last = offsets[rows[place] + 1];
         int64_t e = first;
         while (e < last && indices[e] < stop) ++e;
         if (e > first) piece(int64_t(place), rows[place], first, e - first);
@@ -55,7 +62,8 @@ struct Walk {
 // written beside the matrix would cost as much.
 int64_t rows_in_a_block(int64_t row_bytes, int64_t matrix_rows, int64_t entries_of_row) {
   const int64_t enough = kPiece * matrix_rows / std::max<int64_t>(entries_of_row, 1);
-  const int64_t near = kBlockBytes / row_bytes, far = kFarBytes / row_bytes;
+  const int64_t near = kNearBytes / row_bytes;
+  const int64_t far = kFarBytes / row_bytes;
   return std::max<int64_t>(1, std::min(std::max(near, enough), far));
 }
 

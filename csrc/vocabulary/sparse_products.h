@@ -11,8 +11,10 @@ namespace fpg {
 struct SampledProductArguments {
   int dtype;                          // of hidden and head_weight
   int64_t count, width, matrix_rows;  // of hidden, and the rows of head_weight
-  const void *hidden, *head_weight;
-  const int64_t *token_ids, *offsets;
+  const void* hidden;
+  const void* head_weight;
+  const int64_t* token_ids;
+  const int64_t* offsets;
   void* products;  // [entries], in the compute type
   Stream stream;
 
@@ -23,8 +25,10 @@ struct SampledProductArguments {
 struct SparseProductArguments {
   int dtype;                          // of matrix and sums
   int64_t count, width, matrix_rows;  // of sums, and the rows of matrix
-  const void *matrix, *coefficients;  // the latter [entries], in the compute type
-  const int64_t *indices, *offsets;
+  const void* matrix;
+  const void* coefficients;  // [entries], in the compute type
+  const int64_t* indices;
+  const int64_t* offsets;
   void* sums;  // [count, width]
   Stream stream;
 

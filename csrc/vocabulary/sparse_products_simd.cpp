@@ -46,7 +46,8 @@ template <int kRows, typename X>
 FPG_HD void add_some(const compute_t<X>* coefficients, const X* matrix, const int64_t* indices,
                      int64_t left, int64_t width, compute_t<X>* __restrict__ sum) {
   using T = compute_t<X>;
-  const X *rows[kRows], *next[kRows];
+  const X* rows[kRows];
+  const X* next[kRows];
   for (int j = 0; j < kRows; ++j) {
     rows[j] = matrix + indices[j] * width;
     next[j] = matrix + indices[j + kRows < left ? j + kRows : left - 1] * width;

@@ -51,15 +51,18 @@ struct Backward : Rows<X> {
   }
 
   RowGradient<T> gradient(int64_t row) const {
-    const T max = value(in.stats, row), log_sum = value(in.stats, this->rows.count + row);
+    const T max = value(in.stats, row);
+    const T log_sum = value(in.stats, this->rows.count + row);
     return row_gradient(max, log_sum, value(in.entropy, row), value(in.grad_logp, row),
                         value(in.grad_entropy, row), T(this->rows.softcap),
                         this->inv_temperature(row));
   }
 
   void slice(int64_t row, int64_t index) const {
-    const int64_t vocab = this->rows.vocab, begin = index * kSlice;
-    const int64_t length = smaller(kSlice, vocab - begin), label = this->rows.labels[row];
+    const int64_t vocab = this->rows.vocab;
+    const int64_t begin = index * kSlice;
+    const int64_t length = smaller(kSlice, vocab - begin);
+    const int64_t label = this->rows.labels[row];
     X* dx = out + row * vocab + begin;
     const RowGradient<T> g = gradient(row);
     // No gradient reaches an ignored, masked or clipped token: its row is not even read.

@@ -27,17 +27,21 @@ struct TokenLogprobsInputs {
              labels, temperature, softcap, ignore_index, with_entropy)
 };
 
-// Each is [count] in the compute type, but stats: [2, count] of (max, log sum). The entropy is only
-// written with_entropy.
+// What the op writes, in the compute type.
 struct LogprobsOut {
-  void *logp, *entropy, *stats;
+  void* logp;     // [count]
+  void* entropy;  // [count]; written only with_entropy
+  void* stats;    // [2, count]: the maximum of each row, then its log sum
 
   FPG_FIELDS(logp, entropy, stats)
 };
 
-// The same. The gradients and the entropy may be null.
+// What the gradient of the logits is made of besides them, in the compute type.
 struct LogprobsGradient {
-  const void *grad_logp, *grad_entropy, *entropy, *stats;
+  const void* grad_logp;     // [count]; null: 0
+  const void* grad_entropy;  // [count]; null: 0
+  const void* entropy;       // [count]; null: 0
+  const void* stats;         // [2, count], as the op wrote them
 
   FPG_FIELDS(grad_logp, grad_entropy, entropy, stats)
 };

@@ -48,7 +48,8 @@ FPG_HD const T* without_label(const T* c, int64_t label, T* copy) {
 
 template <typename T>
 T max_without_label(const T* c, int64_t n, int64_t label) {
-  T top[kLanes], copy[kLanes];
+  T top[kLanes];
+  T copy[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) top[i] = -infinity<T>();
   for (int64_t begin = 0; begin < n; begin += kLanes) {
     const T* values = without_label(c + begin, label - begin, copy);
@@ -61,7 +62,8 @@ template <bool kSoftcap, bool kSums, typename X, typename T>
 Slice<T> load_slice(const X* x, int64_t n, int64_t label, T softcap, T* c) {
   constexpr bool kInPlace = sizeof(X) == sizeof(T) && !kSoftcap;
   const T inverse = kSoftcap ? T(1) / softcap : T(0);
-  T top[kLanes], logits[kLanes] = {};
+  T top[kLanes];
+  T logits[kLanes] = {};
   for (int64_t i = 0; i < kLanes; ++i) top[i] = -infinity<T>();
   const bool in_place = kInPlace && n % kLanes == 0;
   int64_t done = 0;
@@ -92,8 +94,12 @@ Slice<T> load_slice(const X* x, int64_t n, int64_t label, T softcap, T* c) {
 
 template <bool kEntropy, bool kSums, typename X, typename T>
 RowSums<T> reduce_slice(const X* x, Slice<T> slice, int64_t n, int64_t label, T inv_temperature) {
-  const T origin = finite_max(slice.max), scale = inv_temperature * T(kLog2E);
-  T sum[kLanes] = {}, weighted[kLanes] = {}, squares[kLanes] = {}, copy[kLanes];
+  const T origin = finite_max(slice.max);
+  const T scale = inv_temperature * T(kLog2E);
+  T sum[kLanes] = {};
+  T weighted[kLanes] = {};
+  T squares[kLanes] = {};
+  T copy[kLanes];
   for (int64_t begin = 0; begin < n; begin += kLanes) {
     prefetch_half(x + kSlice + kSlice / 2, begin);
     const T* c = without_label(slice.c + begin, label - begin, copy);

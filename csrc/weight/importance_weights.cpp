@@ -35,7 +35,7 @@ void show_nan(double* total) {
 
 void clear(double* total) {
   for (int i = 0; i < ImportanceStats::kFields; ++i) total[i] = 0;
-  total[ImportanceStats::ratio_min] = infinity<double>(),
+  total[ImportanceStats::ratio_min] = infinity<double>();
   total[ImportanceStats::ratio_max] = -infinity<double>();
 }
 
@@ -49,7 +49,8 @@ double weigh(double* part, ImportanceLevel level, const ImportanceBounds& bounds
       part[ImportanceStats::ratio_max] = ratio;
   part[ImportanceStats::weight] = weighed.weight;
   part[ImportanceStats::weight_sq] = weighed.weight * weighed.weight;
-  part[ImportanceStats::low] = weighed.below, part[ImportanceStats::high] = weighed.above;
+  part[ImportanceStats::low] = weighed.below;
+  part[ImportanceStats::high] = weighed.above;
   return weighed.weight;
 }
 
@@ -68,7 +69,8 @@ struct Batch {
 
   // Writes the weight of one sequence at its tokens, over what its blocks left there.
   void sequence(int64_t s, ImportanceLevel level, double* total) const {
-    const int64_t begin = sequences.begin(s), end = sequences.end(s);
+    const int64_t begin = sequences.begin(s);
+    const int64_t end = sequences.end(s);
     clear(total);
     for (int64_t i = begin; i < end; i += kTokenBlock) {
       double part[ImportanceStats::kFields];
@@ -91,7 +93,8 @@ void run(const ImportanceWeightsArguments& in) {
                        {logp, behavior_logp, in.inputs.mask},
                        in.inputs.bounds(),
                        static_cast<T*>(in.weight)};
-  const int64_t n = sequences.tokens(), blocks = ceil_div(n, kTokenBlock);
+  const int64_t n = sequences.tokens();
+  const int64_t blocks = ceil_div(n, kTokenBlock);
   const bool per_token = level == ImportanceLevel::kToken;
   std::vector<double> parts((per_token ? blocks : sequences.count) * ImportanceStats::kFields);
   if (per_token) {

@@ -24,7 +24,8 @@ struct ImportanceStats {
 
 template <typename T>
 struct ImportanceTokens {
-  const T *logp, *behavior_logp;
+  const T* logp;
+  const T* behavior_logp;
   const uint8_t* mask;  // 0 or 1: GCC does not vectorise loads of bool
 };
 
@@ -41,8 +42,10 @@ struct ImportanceWeight {
 
 template <typename T>
 FPG_HD ImportanceWeight<T> importance_weight(T ratio, T low, T high, bool zero) {
-  const T at_low = zero ? T(0) : low, at_high = zero ? T(0) : high;
-  const bool below = ratio<low, above = ratio> high;
+  const T at_low = zero ? T(0) : low;
+  const T at_high = zero ? T(0) : high;
+  const bool below = ratio < low;
+  const bool above = ratio > high;
   return {select(below, at_low, select(above, at_high, ratio)), select(below, T(1), T(0)),
           select(above, T(1), T(0))};
 }
@@ -55,9 +58,10 @@ FPG_HD double sequence_ratio(double sum, double count, ImportanceLevel level) {
 struct ImportanceWeightsInputs {
   int dtype;  // of logp, behavior_logp and weight: fp32 or fp64
   int64_t sequence_count, length;
-  const void *logp, *behavior_logp;  // [tokens]
-  const uint8_t* mask;               // [tokens]
-  const int32_t* cu_seqlens;         // [sequences + 1]; null: padded
+  const void* logp;           // [tokens]
+  const void* behavior_logp;  // [tokens]
+  const uint8_t* mask;        // [tokens]
+  const int32_t* cu_seqlens;  // [sequences + 1]; null: padded
   ImportanceLevel level;
   double low, high;
   Outside outside;

@@ -12,19 +12,30 @@ namespace {
 template <typename T>
 void importance_pass(const T* logp, const T* behavior_logp, const T* kept, int64_t n,
                      const ImportanceBounds& bounds, T* __restrict__ weights, double* part) {
-  const T low = T(bounds.low), high = T(bounds.high);
+  const T low = T(bounds.low);
+  const T high = T(bounds.high);
   const bool zero = bounds.zero;
   double sum_d[kTokenLanes] = {};
-  T count[kTokenLanes] = {}, k3[kTokenLanes] = {}, sum[kTokenLanes] = {}, used[kTokenLanes] = {};
-  T used_sq[kTokenLanes] = {}, n_low[kTokenLanes] = {}, n_high[kTokenLanes] = {};
-  T least[kTokenLanes], most[kTokenLanes];
-  for (int64_t i = 0; i < kTokenLanes; ++i) least[i] = infinity<T>(), most[i] = -infinity<T>();
+  T count[kTokenLanes] = {};
+  T k3[kTokenLanes] = {};
+  T sum[kTokenLanes] = {};
+  T used[kTokenLanes] = {};
+  T used_sq[kTokenLanes] = {};
+  T n_low[kTokenLanes] = {};
+  T n_high[kTokenLanes] = {};
+  T least[kTokenLanes];
+  T most[kTokenLanes];
+  for (int64_t i = 0; i < kTokenLanes; ++i) {
+    least[i] = infinity<T>();
+    most[i] = -infinity<T>();
+  }
   for (int64_t begin = 0; begin < n; begin += kTokenLanes) {
 #pragma GCC unroll 1
     for (int64_t i = 0; i < kTokenLanes; ++i) {
       const int64_t t = begin + i;
       const bool is_kept = kept[t] != T(0);
-      const T x = select(is_kept, logp[t], T(0)), y = select(is_kept, behavior_logp[t], T(0));
+      const T x = select(is_kept, logp[t], T(0));
+      const T y = select(is_kept, behavior_logp[t], T(0));
       const T d = bounded(log_ratio(x, y));
       const ExpExcess<T> e = exp_excess(d);
       count[i] += kept[t];
@@ -43,11 +54,14 @@ void importance_pass(const T* logp, const T* behavior_logp, const T* kept, int64
     }
   }
   part[ImportanceStats::tokens] = part[ImportanceStats::count] = fold_sum(count);
-  part[ImportanceStats::k1] = -fold_sum(sum_d), part[ImportanceStats::k3] = fold_sum(k3);
-  part[ImportanceStats::ratio] = fold_sum(sum), part[ImportanceStats::weight] = fold_sum(used);
+  part[ImportanceStats::k1] = -fold_sum(sum_d);
+  part[ImportanceStats::k3] = fold_sum(k3);
+  part[ImportanceStats::ratio] = fold_sum(sum);
+  part[ImportanceStats::weight] = fold_sum(used);
   part[ImportanceStats::weight_sq] = fold_sum(used_sq);
-  part[ImportanceStats::low] = fold_sum(n_low), part[ImportanceStats::high] = fold_sum(n_high);
-  part[ImportanceStats::ratio_min] = fold_min(least),
+  part[ImportanceStats::low] = fold_sum(n_low);
+  part[ImportanceStats::high] = fold_sum(n_high);
+  part[ImportanceStats::ratio_min] = fold_min(least);
   part[ImportanceStats::ratio_max] = fold_max(most);
 }
 

@@ -226,8 +226,8 @@ MUTANTS = [
     Mutant(
         "a-ratio-at-its-lower-bound-is-below-it",
         "csrc/weight/importance_weights.h",
-        "below = ratio<low,",
-        "below = ratio <= low,",
+        "below = ratio < low;",
+        "below = ratio <= low;",
         IMPORTANCE_TESTS,
     ),
     # Loss.

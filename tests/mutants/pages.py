@@ -95,8 +95,8 @@ MUTANTS = [
     Mutant(
         "every-string-has-code-0",
         RECORD,
-        'f"table_{i}[{place}]" if i in tables else place',
-        '"0" if i in tables else place',
+        'members[place] = f"table_{place}[{members[place]}]"',
+        'members[place] = "0"',
         ("tests/weight/test_token_weights.py::test_matches_a_loop_over_the_sequences",),
     ),
     Mutant(

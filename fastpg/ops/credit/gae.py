@@ -6,8 +6,7 @@
 
 Terminated cuts the bootstrap, done cuts the trace. V_next and A_next belong to the next unmasked
 token of the sequence. V_next of a truncated token is the bootstrap there; that of the last unmasked
-token is the bootstrap of the sequence, or 0. With ρ and c, clipped importance ratios, R_t is the
-V-trace target (Espeholt et al. 2018, arXiv:1802.01561); without them both are 1.
+token is the bootstrap of the sequence, or 0. ρ and c are 1, or clipped ratios, as for V-trace.
 
 Backward is the adjoint, a forward scan, with p the unmasked token before t; a done p sends nothing:
 
@@ -98,12 +97,11 @@ def tokens_of(x: Inputs) -> Tokens:
     rho = torch.where(kept, as_grid(x.rho, 1.0, x), 1.0)
     c = torch.where(kept, as_grid(x.c, 1.0, x), 1.0)
     length = x.rewards.shape[-1]
-    # For every token, this is where its sequence ends.
-    stop: int | Tensor = length
+    stop: int | Tensor = length  # where the sequence of a token ends
     if x.cu_seqlens is not None:
         stop = checks.to_tokens(x.cu_seqlens[1:], x.rewards, x.cu_seqlens)
-    ends = torch.arange(1, length + 1, device=x.rewards.device) == stop
-    ends = ends.expand_as(kept)
+    position = torch.arange(1, length + 1, device=x.rewards.device)
+    ends = (position == stop).expand_as(kept)
     done = kept & (terminal | cut)
     reads = ends & ~done if x.truncated is None else done & ~terminal
     trace = torch.where(ends | done, 0.0, gamma * lam * c)
@@ -374,7 +372,13 @@ def gae(
     lams, lam = gae_options.discount("lam", lam, rewards, steps, count, dtype)
     if not (terminated is None and truncated is None and bootstrap is None):
         bootstrap, terminated, truncated = gae_options.endings(
-            rewards, bootstrap, mask, terminated, truncated, cu_seqlens, count
+            rewards,
+            bootstrap=bootstrap,
+            mask=mask,
+            terminated=terminated,
+            truncated=truncated,
+            cu_seqlens=cu_seqlens,
+            count=count,
         )
     inputs = Inputs(
         rewards=checks.cast(rewards, dtype),

@@ -23,13 +23,13 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def check_tensors(op: str, **values: object) -> None:
-    """Each of the values is a tensor."""
+    """Raises TypeError unless each of the values is a tensor."""
     for name, value in values.items():
         check_tensor(op, name, value)
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
-    """The value is a tensor, and no DTensor."""
+    """Raises TypeError unless the value is a tensor, and no DTensor."""
     if type(value) in PLAIN_TENSORS:  # as nearly every one: it passes after one comparison
         return
     if not isinstance(value, Tensor):
@@ -38,7 +38,7 @@ def check_tensor(op: str, name: str, value: object) -> None:
 
 
 def check_number(op: str, name: str, value: object) -> None:
-    """The value is a real number."""
+    """Raises TypeError unless the value is a real number."""
     # NumPy's scalars are found by the slower second question.
     if not isinstance(value, (float, int)) and not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
@@ -56,13 +56,13 @@ def integer(op: str, name: str, value: object) -> int:
 
 
 def check_choice(op: str, name: str, value: object, known: Collection[str]) -> None:
-    """The value is one of the strings that are known."""
+    """Raises ValueError unless the value is one of the strings that are known."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def compute_dtype(op: str, **tensors: Tensor | None) -> torch.dtype:
-    """fp64 if any tensor is fp64, else fp32."""
+    """fp64 if any tensor is fp64, else fp32. Raises TypeError for one that is not floating."""
     dtype = torch.float32
     for name, tensor in tensors.items():
         if tensor is None:
@@ -152,13 +152,13 @@ def sequence_count(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None
 
 
 def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
-    """The tensor is on the device of `like`."""
+    """Raises ValueError unless the tensor is on the device of `like`."""
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name} on {tensor.device}, expected {like.device}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, like: Tensor, *shapes: tuple) -> None:
-    """The tensor has one of the shapes and the device of `like`; or there is none."""
+    """Raises unless a tensor has one of the shapes and the device of `like`; None passes."""
     if tensor is None:
         return
     check_tensor(op, name, tensor)
@@ -166,7 +166,7 @@ def check_shape(op: str, name: str, tensor: Tensor | None, like: Tensor, *shapes
 
 
 def check_shape_of_tensor(op: str, name: str, tensor: Tensor, like: Tensor, *shapes: tuple) -> None:
-    """The tensor, which may be a DTensor, has one of the shapes and the device of `like`."""
+    """Raises ValueError unless a tensor, be it a DTensor, has such a shape and this device."""
     if tensor.shape not in shapes:
         allowed = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must be {allowed}")
@@ -193,6 +193,11 @@ def fractions(op: str, name: str, x: Tensor, mask: Tensor | None, dtype: torch.d
     return x
 
 
+def where_kept(x: MaybeTensor, kept: Tensor) -> MaybeTensor:
+    """x, contiguous, and 0 where a token is not kept: what x holds there may be NaN."""
+    return None if x is None else torch.where(kept, x, 0.0).contiguous()
+
+
 def as_bool(op: str, name: str, flags: MaybeTensor) -> MaybeTensor:
     """A 0/1 tensor of any dtype as bool.
 
@@ -211,7 +216,7 @@ def as_bool(op: str, name: str, flags: MaybeTensor) -> MaybeTensor:
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, tokens: Tensor) -> None:
-    """cu_seqlens rises from 0 to N. The C++ kernels check the same.
+    """Raises ValueError unless cu_seqlens rises from 0 to N. The C++ kernels do the same.
 
     Its values are looked at on the CPU only: elsewhere that would synchronise.
     """
@@ -269,7 +274,10 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_labels(op: str, labels: Tensor, rows: Tensor) -> None:
-    """The labels are integers [...], for rows [..., V] or [..., H]. Kernels check their values."""
+    """Raises unless labels are integers [...], for rows [..., V] or [..., H].
+
+    The kernels check their values.
+    """
     if labels.dtype not in INTEGERS:
         raise TypeError(f"{op}: labels must be integers, got {labels.dtype}")
     check_shape(op, "labels", labels, rows, rows.shape[:-1])
@@ -293,9 +301,10 @@ def check_label_values(
     ignore_index: int,
     temperature: Tensor,
 ) -> None:
-    """Every label that is kept is legal, and so is its temperature. The kernels check the same.
+    """Raises IndexError for a label that is kept and not legal, ValueError for its temperature.
 
-    On other devices than the CPU that would synchronise: there bad labels are recorded.
+    The kernels do the same. On other devices than the CPU that would synchronise: there bad labels
+    are recorded.
     """
     if labels.device.type != "cpu":
         record_labels(op, labels, kept & ~legal)
@@ -308,7 +317,7 @@ def check_label_values(
 
 
 def check_temperature(op: str, temperature: Tensor, kept: Tensor) -> None:
-    """The temperature, by whose inverse kernels multiply, is legal wherever a row is kept."""
+    """Raises ValueError unless the temperature, and its inverse, is legal where a row is kept."""
     legal = (temperature > 0) & temperature.isfinite() & temperature.reciprocal().isfinite()
     bad = temperature.expand(kept.shape)[kept & ~legal]
     if len(bad):

@@ -38,14 +38,7 @@ from torch import Tensor
 from ..._autograd import Differentiable
 from ..._library import empty_like
 from ..._op import Op
-from ..common.checks import (
-    MaybeTensor,
-    alike,
-    check_cu_seqlens,
-    sequence_count,
-    to_sequences,
-    to_tokens,
-)
+from ..common import checks
 from ..common.log_ratio import (
     MAX_LOG_RATIO,
     Beyond,
@@ -57,19 +50,8 @@ from ..common.log_ratio import (
 )
 from ..common.sizes import ElementSizes, SequenceSizes, element_sizes, sequence_sizes
 from ..common.stats import PolicyStats, tally
-from .surrogates import (
-    CODES,
-    KLS,
-    SURROGATES,
-    Clip,
-    KlName,
-    Level,
-    LossOptions,
-    SurrogateName,
-    as_traced,
-    check_options,
-    check_terms,
-)
+from . import surrogates
+from .surrogates import Clip, KlName, Level, LossOptions, SurrogateName
 
 ENTROPY_COEF = LossOptions._fields.index("entropy_coef")
 
@@ -119,42 +101,51 @@ class Gradients(NamedTuple):
     grad_entropy: Tensor | None
 
 
-def masked(x: MaybeTensor, kept: Tensor) -> MaybeTensor:
-    """x, contiguous, and 0 where a token is not kept: what x holds there may be NaN."""
-    return None if x is None else torch.where(kept, x, 0.0).contiguous()
-
-
 def reference(x: Inputs) -> Outputs:
     """The specification: the tables at the top of this page."""
     options = x.options
     if x.traced_options is not None:
         options = LossOptions(*x.traced_options.to(x.logp.dtype))
     kept = x.weight != 0
-    logp, advantages = masked(x.logp, kept), masked(x.advantages, kept)
-    weight = masked(x.weight, kept)
-    old_logp, mean = masked(x.old_logp, kept), masked(x.sequence_log_ratio, kept)
-    ref_logp, entropy = masked(x.ref_logp, kept), masked(x.entropy, kept)
-    bound = options.max_log_ratio, options.beyond
+    logp, weight = checks.where_kept(x.logp, kept), checks.where_kept(x.weight, kept)
+    old_logp, ref_logp = checks.where_kept(x.old_logp, kept), checks.where_kept(x.ref_logp, kept)
+    entropy = checks.where_kept(x.entropy, kept)
     # Without old_logp it is logp itself, whose ratio is 1; that of a NaN shows.
-    d = held_log_ratio(logp, logp if old_logp is None else old_logp, *bound)
+    d = held(logp, logp if old_logp is None else old_logp, options)
     # The KL of a token takes the token's own ratio, also where the surrogate takes another.
-    ratio = token_ratio = ratio_of(d)
-    if mean is not None:
-        mean, mean_slope = held_log_ratio(mean, torch.zeros_like(mean), *bound)
-        ratio = ratio_of(Moving(mean, mean_slope.masked_fill(logp == -math.inf, 0.0)))
-    term = SURROGATES[x.surrogate](ratio, advantages, logp, options)
+    token_ratio = ratio_of(d)
+    ratio = token_ratio
+    if x.sequence_log_ratio is not None:
+        zero = torch.zeros_like(logp)
+        mean = held(checks.where_kept(x.sequence_log_ratio, kept), zero, options)
+        # A log-prob of −inf does not move the mean.
+        ratio = ratio_of(Moving(mean.value, mean.slope.masked_fill(logp == -math.inf, 0.0)))
+    surrogate = surrogates.SURROGATES[x.surrogate]
+    term = surrogate(ratio, checks.where_kept(x.advantages, kept), logp, options)
     loss, slope, ref_kl = weight * term.value, term.slope, None
     if ref_logp is not None:
-        ref_kl, kl_slope = KLS[x.kl](held_log_ratio(logp, ref_logp, *bound), token_ratio)
-        loss, slope = loss + weight * options.kl_coef * ref_kl, slope + options.kl_coef * kl_slope
+        kl = surrogates.KLS[x.kl](held(logp, ref_logp, options), token_ratio)
+        loss = loss + weight * options.kl_coef * kl.value
+        slope = slope + options.kl_coef * kl.slope
+        ref_kl = kl.value
     if entropy is not None:
         loss = loss - weight * options.entropy_coef * entropy
-    fields = {"loss": loss, "surrogate": weight * term.value, "clipped_low": term.too_low}
-    fields |= {"clipped_high": term.too_high, "clipped_dual": term.dual}
+    fields = {
+        "loss": loss,
+        "surrogate": weight * term.value,
+        "clipped_low": term.too_low,
+        "clipped_high": term.too_high,
+        "clipped_dual": term.dual,
+    }
     stats = tally(PolicyStats, fields | ratio_fields(kept, ratio.value, d.value, ref_kl, entropy))
     # torch wants outputs of their own memory, so the loss is a copy of the statistic.
     total = stats[PolicyStats.FIELDS.index("loss")].to(logp.dtype, copy=True)
     return Outputs(total, weight * slope, stats)
+
+
+def held(logp: Tensor, other: Tensor, options: LossOptions) -> Moving:
+    """logp − other within the bound of the options, and its derivative by logp."""
+    return held_log_ratio(logp, other, options.max_log_ratio, options.beyond)
 
 
 def ratio_fields(
@@ -193,14 +184,16 @@ def sizes(x: Inputs) -> ElementSizes:
 
 def reference_log_ratio(x: LogRatioInputs) -> LogRatio:
     """The mean of logp − old_logp over each token's sequence; 0 at masked tokens."""
-    check_cu_seqlens("policy_loss", x.cu_seqlens, x.weight)
+    checks.check_cu_seqlens("policy_loss", x.cu_seqlens, x.weight)
     kept = x.weight != 0
     d = torch.where(kept, log_ratio(x.logp.double(), x.old_logp.double()), 0.0)
     # The mean is bounded later, not its terms: those of a long sequence cancel in it.
     d = torch.where(d.isinf(), bounded(d), d)
-    count = to_sequences(kept.double(), x.cu_seqlens).clamp(min=1)
-    mean = (to_sequences(d, x.cu_seqlens) / count).to(x.logp.dtype)
-    return LogRatio(torch.where(kept, to_tokens(mean, x.logp, x.cu_seqlens), 0.0).contiguous())
+    count = checks.to_sequences(kept.double(), x.cu_seqlens).clamp(min=1)
+    mean = (checks.to_sequences(d, x.cu_seqlens) / count).to(x.logp.dtype)
+    return LogRatio(
+        torch.where(kept, checks.to_tokens(mean, x.logp, x.cu_seqlens), 0.0).contiguous()
+    )
 
 
 def allocate_log_ratio(x: LogRatioInputs) -> LogRatio:
@@ -221,7 +214,7 @@ policy_loss_op = Op(
     reference=reference,
     allocate=allocate,
     sizes=sizes,
-    codes=CODES,
+    codes=surrogates.CODES,
     statistics=len(PolicyStats.FIELDS),
 )
 sequence_log_ratio_op = Op(
@@ -271,12 +264,12 @@ def _sequence_log_ratio(
     logp: Tensor, old_logp: Tensor | None, weight: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor | None:
     """The log-ratio of each token's sequence; None where every one is 0."""
-    sequence_count("policy_loss", "logp", logp, cu_seqlens)
+    checks.sequence_count("policy_loss", "logp", logp, cu_seqlens)
     if old_logp is not None:
         tokens = LogRatioInputs(logp.detach(), old_logp.detach(), weight.detach(), cu_seqlens)
         return sequence_log_ratio_op(tokens).log_ratio
     if not torch.compiler.is_compiling():  # A graph cannot branch on values.
-        check_cu_seqlens("policy_loss", cu_seqlens, logp)
+        checks.check_cu_seqlens("policy_loss", cu_seqlens, logp)
     return None
 
 
@@ -360,7 +353,7 @@ def policy_loss(
         CISPO: MiniMax 2025, arXiv:2506.13585. GSPO: Zheng et al. 2025, arXiv:2507.18071. SAPO: Gao
         et al. 2025, arXiv:2511.20347. KL: Schulman 2020, joschu.net/blog/kl-approx.html.
     """
-    logp, advantages, weight, old_logp, ref_logp, entropy = alike(
+    logp, advantages, weight, old_logp, ref_logp, entropy = checks.alike(
         "policy_loss",
         ("old_logp", "ref_logp", "entropy"),
         logp=logp,
@@ -370,10 +363,18 @@ def policy_loss(
         ref_logp=ref_logp,
         entropy=entropy,
     )
-    options = check_options(
-        clip, dual_clip, tau, surrogate, kl_coef, entropy_coef, max_log_ratio, beyond
+    options = surrogates.check_options(
+        clip=clip,
+        dual_clip=dual_clip,
+        tau=tau,
+        surrogate=surrogate,
+        kl=kl,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        max_log_ratio=max_log_ratio,
+        beyond=beyond,
+        ref_logp=ref_logp,
     )
-    check_terms(kl, kl_coef, ref_logp)
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"policy_loss: entropy_coef={entropy_coef} needs entropy")
     sequence_log_ratio = None
@@ -381,20 +382,19 @@ def policy_loss(
         sequence_log_ratio = _sequence_log_ratio(logp, old_logp, weight, cu_seqlens)
     elif level != "token":
         raise ValueError(f"policy_loss: level must be token or sequence, got {level!r}")
-    options, traced = as_traced(options, logp.device)
-    loss, stats = _policy_loss(
-        Inputs(
-            logp=logp,
-            advantages=advantages,
-            weight=weight,
-            old_logp=old_logp,
-            sequence_log_ratio=sequence_log_ratio,
-            ref_logp=ref_logp,
-            entropy=entropy,
-            surrogate=surrogate,
-            kl=kl,
-            options=options,
-            traced_options=traced,
-        )
+    options, traced = surrogates.as_traced(options, logp.device)
+    inputs = Inputs(
+        logp=logp,
+        advantages=advantages,
+        weight=weight,
+        old_logp=old_logp,
+        sequence_log_ratio=sequence_log_ratio,
+        ref_logp=ref_logp,
+        entropy=entropy,
+        surrogate=surrogate,
+        kl=kl,
+        options=options,
+        traced_options=traced,
     )
+    loss, stats = _policy_loss(inputs)
     return loss, PolicyStats(stats)

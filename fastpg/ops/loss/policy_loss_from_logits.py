@@ -34,7 +34,6 @@ from .surrogates import (
     SurrogateName,
     as_traced,
     check_options,
-    check_terms,
 )
 
 OP = "policy_loss_from_logits"
@@ -73,7 +72,7 @@ class NoOutputs(NamedTuple):
     """An op that only writes to one of its inputs has no outputs."""
 
 
-def masked(labels: Tensor, weight: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def masked_by_both(labels: Tensor, weight: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Labels and weights that both mask what one of them masks."""
     kept = (weight != 0) & (labels != ignore_index)
     return torch.where(kept, labels, ignore_index), torch.where(kept, weight, 0.0)
@@ -97,7 +96,7 @@ def loss_inputs(
 
 def by_two_ops(x: Inputs, logprobs: Callable, loss_of: Callable, backward_out: Callable) -> Outputs:
     """The two ops, forward and backward, by these kernels. It writes dL/dlogits to `out`."""
-    labels, weight = masked(x.rows.labels, x.tokens.weight, x.rows.ignore_index)
+    labels, weight = masked_by_both(x.rows.labels, x.tokens.weight, x.rows.ignore_index)
     rows = x.rows._replace(labels=labels)
     logp, row_entropy, row_stats = logprobs(rows)
     entropy = row_entropy if rows.with_entropy else None
@@ -251,7 +250,7 @@ def _checked_tokens(
 def _two_ops(rows: rows_page.Inputs, tokens: Tokens, **terms: Any) -> tuple[Tensor, PolicyStats]:
     """The loss by token_logprobs and policy_loss, whose gradient is made in backward."""
     # Both ops must leave out the same tokens, or a masked label would be read.
-    labels, weight = masked(rows.labels, tokens.weight, rows.ignore_index)
+    labels, weight = masked_by_both(rows.labels, tokens.weight, rows.ignore_index)
     logprobs = partial(
         rows_page.token_logprobs,
         rows.logits,
@@ -364,10 +363,18 @@ def policy_loss_from_logits(
         ignore_index=ignore_index,
         with_entropy=entropy_coef != 0,
     )
-    options = check_options(
-        clip, dual_clip, tau, surrogate, kl_coef, entropy_coef, max_log_ratio, beyond
-    )
-    check_terms(kl, kl_coef, ref_logp)
+    terms: dict[str, Any] = {
+        "clip": clip,
+        "dual_clip": dual_clip,
+        "tau": tau,
+        "surrogate": surrogate,
+        "kl": kl,
+        "kl_coef": kl_coef,
+        "entropy_coef": entropy_coef,
+        "max_log_ratio": max_log_ratio,
+        "beyond": beyond,
+    }
+    options = check_options(ref_logp=ref_logp, **terms)
     tokens = _checked_tokens(
         labels,
         rows.temperature.dtype,
@@ -377,19 +384,7 @@ def policy_loss_from_logits(
         ref_logp=ref_logp,
     )
     if not torch.is_grad_enabled() or needs_no_gradient(logits) or logits.dtype is torch.float16:
-        return _two_ops(
-            rows,
-            tokens,
-            clip=clip,
-            dual_clip=dual_clip,
-            tau=tau,
-            surrogate=surrogate,
-            kl_coef=kl_coef,
-            kl=kl,
-            entropy_coef=entropy_coef,
-            max_log_ratio=max_log_ratio,
-            beyond=beyond,
-        )
+        return _two_ops(rows, tokens, **terms)
     inplace = inplace and may_overwrite(OP, "inplace", logits)
     options, traced = as_traced(options, logits.device)
     inputs = Inputs(rows, rows.logits, tokens, surrogate, kl, options, traced)

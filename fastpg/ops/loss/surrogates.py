@@ -127,16 +127,24 @@ CODES = {
 
 
 def check_options(
+    *,
     clip: Clip,
     dual_clip: float | None,
     tau: tuple[float, float],
     surrogate: str,
+    kl: str,
     kl_coef: float,
     entropy_coef: float,
     max_log_ratio: float,
     beyond: str,
+    ref_logp: Tensor | None,
 ) -> LossOptions:
-    """The arguments of policy_loss as the kernels take them."""
+    """The options of policy_loss as the kernels take them.
+
+    Raises:
+        TypeError: An option is no number.
+        ValueError: An option has a value that it cannot have, or needs a ref_logp that is None.
+    """
     check_choice("policy_loss", "surrogate", surrogate, SURROGATES)
     low, high = _pair("clip", clip)
     _check_numbers("clip", clip, (float, Real, type(None)))
@@ -158,6 +166,11 @@ def check_options(
         raise ValueError(f"policy_loss: kl_coef must be finite and >= 0, got {kl_coef}")
     if not -math.inf < entropy_coef < math.inf:
         raise ValueError(f"policy_loss: entropy_coef must be finite, got {entropy_coef}")
+    if kl == "k1":
+        raise ValueError("policy_loss: kl='k1' has expected gradient 0; put k1 in the rewards")
+    check_choice("policy_loss", "kl", kl, KLS)
+    if ref_logp is None and kl_coef != 0:
+        raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logp")
     return LossOptions(
         low=-math.inf if low is None else 1.0 - low,
         high=math.inf if high is None else 1.0 + high,
@@ -177,15 +190,6 @@ def as_traced(options: LossOptions, device: torch.device) -> tuple[LossOptions, 
         return options, None
     numbers = [scalar(number, torch.float64, device) for number in options]
     return LossOptions(*[0.0] * len(options)), torch.stack(numbers)
-
-
-def check_terms(kl: str, kl_coef: float, ref_logp: Tensor | None) -> None:
-    """Raises ValueError unless the KL is one that there is, and has what it needs."""
-    if kl == "k1":
-        raise ValueError("policy_loss: kl='k1' has expected gradient 0; put k1 in the rewards")
-    check_choice("policy_loss", "kl", kl, KLS)
-    if ref_logp is None and kl_coef != 0:
-        raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logp")
 
 
 def _check_numbers(name: str, values: Iterable[object], kinds: tuple[type, ...]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..._autograd import Differentiable
 from ..._library import empty_like
 from ..._op import Op
-from ..common.checks import alike, check_number
+from ..common.checks import alike, check_number, where_kept
 from ..common.moments import moments_of
 from ..common.sizes import ElementSizes, element_sizes
 from ..common.stats import ValueStats
@@ -52,13 +52,12 @@ class Gradients(NamedTuple):
 def reference(x: Inputs) -> Outputs:
     """The specification: the formulas at the top of this page."""
     kept = x.weight != 0
-    values = torch.where(kept, x.values, 0.0).contiguous()
-    returns = torch.where(kept, x.returns, 0.0).contiguous()
-    weight = torch.where(kept, x.weight, 0.0).contiguous()
+    values, returns = where_kept(x.values, kept), where_kept(x.returns, kept)
+    weight = where_kept(x.weight, kept)
     error = values - returns
     held_error = error
     if x.old_values is not None:
-        old_values = torch.where(kept, x.old_values, 0.0).contiguous()
+        old_values = where_kept(x.old_values, kept)
         held_error = torch.clamp(values, old_values - x.clip, old_values + x.clip) - returns
     clipped = held_error**2 > error**2
     loss = (weight * 0.5 * torch.where(clipped, held_error, error) ** 2).sum(dtype=torch.float64)

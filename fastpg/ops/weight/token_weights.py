@@ -100,7 +100,7 @@ def checked_denom(denom: float | Tensor | None, mask: Tensor) -> Tensor | None:
 
 
 def check_divisor(denom: float) -> None:
-    """D is finite, and not below 0."""
+    """Raises ValueError unless D is finite, and not below 0."""
     if not 0 <= denom < math.inf:
         raise ValueError(f"token_weights: denom must be finite and >= 0, got {denom}")
 

@@ -168,10 +168,12 @@ def _restore(name: str, ctx: Any, layout: Layout[SavedT]) -> SavedT:
 
 def _first_difference(before: list, now: list) -> tuple[str, str]:
     """The forms, in words, that the first tensor whose form has changed had and has."""
-    for i in range(0, len(before), 2):
-        if before[i : i + 2] != now[i : i + 2]:
-            break
-    return f"{before[i + 1]} {tuple(before[i])}", f"{now[i + 1]} {tuple(now[i])}"
+    # Each tensor has two entries, a shape and then a dtype.
+    first = next(i for i in range(len(before)) if before[i] != now[i]) // 2 * 2
+    return (
+        f"{before[first + 1]} {tuple(before[first])}",
+        f"{now[first + 1]} {tuple(now[first])}",
+    )
 
 
 def _gradients(op: Differentiable, ctx: Any, grads: tuple) -> Sequence[Tensor | None]:

@@ -152,6 +152,11 @@ class Op(Generic[InputsT, OutputsT]):
         if not self.inputs.has_lists:  # a list is left to torch's dispatcher
             self.kernels[device.lower()] = kernel
 
+    def attach_everywhere(self, label: str, kernel: Callable[[InputsT], OutputsT]) -> None:
+        """Makes a function that is made of torch's own ops the kernel on every device."""
+        self.attach("CPU", label, kernel)
+        self.attach("CUDA", label, kernel)
+
     def marking_as_changed(
         self, kernel: Callable[[InputsT], OutputsT]
     ) -> Callable[[InputsT], OutputsT]:

@@ -189,14 +189,15 @@ def write_logits(logits: Tensor, head: Head) -> None:
     if not logits.is_cuda:  # a CPU's BLAS has no product of bf16 to fp32
         hidden = [x.to(logits.dtype) for x in hidden]
         head_weight = [x.to(logits.dtype) for x in head_weight]
-    with_bias = False
-    if bias is not None and hidden[0].dtype is logits.dtype:
-        with_bias = True
+    # addmm adds the bias in the same pass, where the operands have the dtype of the logits.
+    bias_is_first = bias is not None and hidden[0].dtype is logits.dtype
+    if bias is not None and bias_is_first:
         torch.addmm(bias.to(logits.dtype), hidden[0], head_weight[0].t(), out=logits)
-    for i, (h, w) in enumerate(zip(hidden, head_weight, strict=True)):
-        if i > 0 or not with_bias:
-            product(logits, h, w.t(), add=i > 0)
-    if bias is not None and not with_bias:
+    else:
+        product(logits, hidden[0], head_weight[0].t(), add=False)
+    for h, w in zip(hidden[1:], head_weight[1:], strict=True):
+        product(logits, h, w.t(), add=True)
+    if bias is not None and not bias_is_first:
         logits += bias
 
 

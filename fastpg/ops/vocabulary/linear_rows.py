@@ -48,7 +48,7 @@ OP = "linear_token_logprobs"
 
 
 class Inputs(NamedTuple):
-    """Those of HeadInputs but for the group."""
+    """The fields of HeadInputs but for the group, which no operator of torch can take."""
 
     hidden: list[Tensor]  # [N, H_i] each
     head_weight: list[Tensor]  # [V, H_i] each, like hidden
@@ -133,32 +133,37 @@ def reference_part(x: Inputs) -> PartOutputs:
     return PartOutputs(found, top.clone(), log_sum.clone(), part.entropy)
 
 
-def products_with(x: Inputs, kept: Tensor, gradient: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """All the products with the gradient of the logits, which is made of them, of rows [N].
-
-    They are in the compute dtype. A row that is not kept is not read.
-    """
-    hidden = [torch.where(kept[:, None], h, 0.0) for h in x.hidden]
-    logits = logits_of(x._replace(hidden=hidden))
-    g = gradient(logits).to(hidden[0].dtype).to(x.temperature.dtype)
-    found = [g @ w.to(g.dtype) for w in x.head_weight]
+def products_with(g: Tensor, hidden: list[Tensor], head_weight: list[Tensor]) -> list[Tensor]:
+    """The gradients of each hidden, each head_weight and bias, from that of the logits [N, V]."""
+    found = [g @ w.to(g.dtype) for w in head_weight]
     found += [g.T @ h.to(g.dtype) for h in hidden]
     return [*found, g.sum(0)]
 
 
+def products_of_rows(x: Inputs, kept: Tensor, gradient: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The same in the compute dtype, of rows [N]. A row that is not kept is not read.
+
+    `gradient` takes all the logits, and returns their gradient.
+    """
+    hidden = [torch.where(kept[:, None], h, 0.0) for h in x.hidden]
+    logits = logits_of(x._replace(hidden=hidden))
+    g = gradient(logits).to(hidden[0].dtype).to(x.temperature.dtype)
+    return products_with(g, hidden, x.head_weight)
+
+
 def reference_products(x: BackwardInputs) -> list[Tensor]:
-    """The same with the gradient of token_logprobs."""
+    """The same with the gradient that token_logprobs gives the logits."""
 
     def gradient(logits: Tensor) -> Tensor:
         rows = rows_of(x.inputs, logits, x.inputs.labels)
         upstream = page.BackwardInputs(rows, x.grad_logp, x.grad_entropy, x.entropy, x.stats)
         return page.reference_backward(upstream).grad_logits
 
-    return products_with(x.inputs, x.inputs.labels != x.inputs.ignore_index, gradient)
+    return products_of_rows(x.inputs, x.inputs.labels != x.inputs.ignore_index, gradient)
 
 
 def rounded(products: list[Tensor], x: Inputs, wanted: list[bool]) -> Gradients:
-    """Those of the products that are wanted, in the dtype of hidden."""
+    """The gradients that are wanted, in the dtype of hidden, from these products."""
     dtype = x.hidden[0].dtype
     return Gradients(
         [
@@ -169,7 +174,7 @@ def rounded(products: list[Tensor], x: Inputs, wanted: list[bool]) -> Gradients:
 
 
 def reference_backward(x: BackwardInputs) -> Gradients:
-    """The specification: these products, rounded once."""
+    """The specification: the products with the gradient of all the logits, rounded once."""
     return rounded(reference_products(x), x.inputs, x.wanted)
 
 
@@ -236,8 +241,7 @@ def attach_blas(op: Op, name: str) -> None:
     def function() -> Callable:
         return getattr(import_module(f"{op.page}_blas"), name)
 
-    for device in ("CPU", "CUDA"):
-        op.attach(device, "BLAS", lambda x: function()(x))
+    op.attach_everywhere("BLAS", lambda x: function()(x))
 
 
 attach_blas(linear_token_logprobs_op, "forward")

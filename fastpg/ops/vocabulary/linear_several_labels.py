@@ -61,7 +61,7 @@ def reference_backward(x: BackwardInputs) -> Gradients:
         return several_labels.reference_gradient(several_labels.BackwardInputs(rows, *upstream))
 
     kept = (x.inputs.labels != x.inputs.ignore_index).any(1)
-    products = linear_rows.products_with(x.inputs, kept, gradient)
+    products = linear_rows.products_of_rows(x.inputs, kept, gradient)
     return linear_rows.rounded(products, x.inputs, x.wanted)
 
 

@@ -110,9 +110,8 @@ def reference_backward(x: BackwardInputs) -> Gradients:
     g = page.reference_backward(upstream).grad_logits
     if inputs.rows.softcap:
         g = torch.where(g == 0, 0.0, g * (1 - (rows.logits / inputs.rows.softcap) ** 2))
-    found = [g @ w.to(g.dtype) for w in inputs.rows.head_weight]
-    found += [g.T @ h.to(g.dtype) for h in hidden]
-    return linear_rows.rounded([*found, g.sum(0)], inputs.rows, x.wanted)
+    products = linear_rows.products_with(g, hidden, inputs.rows.head_weight)
+    return linear_rows.rounded(products, inputs.rows, x.wanted)
 
 
 def logits_of_entries(x: Inputs, entries: Entries) -> Tensor:

@@ -117,12 +117,12 @@ def run_chunk(x: LossInputs, plan: Plan, chunk: slice) -> tuple[Tensor, object]:
     )
     write_chunk(
         logits,
-        live,
-        rows.rows[live],
-        take(upstream, live),
-        softcap,
-        head.tile(live, ALL),
-        plan.gradients,
+        live=live,
+        places=rows.rows[live],
+        upstream=take(upstream, live),
+        softcap=softcap,
+        head=head.tile(live, ALL),
+        gradients=plan.gradients,
         add=chunk.start > 0,
     )
     return loss, stats
@@ -130,13 +130,13 @@ def run_chunk(x: LossInputs, plan: Plan, chunk: slice) -> tuple[Tensor, object]:
 
 def write_chunk(
     logits: list[Tile],
+    *,
     live: Part,
     places: Tensor,
     upstream: Upstream,
     softcap: float,
     head: Head,
     gradients: HeadGradients,
-    *,
     add: bool,
 ) -> None:
     """Turns the logits of a chunk into its gradients.
@@ -346,12 +346,17 @@ def _of_whole_head(
 ) -> tuple[Tensor, list]:
     """What the public function returns."""
     wanted = torch.is_grad_enabled() and not needs_no_gradient(*inputs.head.tensors())
-    early = inputs.hidden[0].dtype is not torch.float16 and not torch.compiler.is_compiling()
-    early = early and labels.device.type in CHUNK_ROWS  # elsewhere the reference serves
     sets = None
     if support is not None:
         sets = checked_support(OP, support, labels, inputs.group)
-    if level == "token" and wanted and early and sets is None:
+    if level == "token" and sets is None and wanted and can_differentiate_early(inputs):
         loss, stats = _linear_token_loss(LossInputs(inputs, token_loss))
         return loss, stats
     return loss_of_all_rows(inputs, sets, token_loss, wanted=wanted)
+
+
+def can_differentiate_early(x: HeadInputs) -> bool:
+    """Whether forward may make the gradients: not in fp16, nor in torch.compile, as Note says."""
+    if x.hidden[0].dtype is torch.float16 or torch.compiler.is_compiling():
+        return False
+    return x.labels.device.type in CHUNK_ROWS  # elsewhere the reference serves

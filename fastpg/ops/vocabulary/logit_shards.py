@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -55,22 +56,16 @@ def _forward_of_shard(x: ShardInputs) -> tuple[tuple[Tensor, ...], Saved]:
     return ((whole.logp,) if whole.entropy is None else (whole.logp, whole.entropy)), saved
 
 
-_token_logprobs_of_shard = Differentiable(
+_differentiable = partial(
+    Differentiable,
     OP,
     inputs=ShardInputs,
     saved=Saved,
     differentiable=("logits",),
     forward=_forward_of_shard,
-    backward=backward,
 )
-_token_logprobs_of_shard_inplace = Differentiable(
-    OP,
-    inputs=ShardInputs,
-    saved=Saved,
-    differentiable=("logits",),
-    forward=_forward_of_shard,
-    backward=backward_inplace,
-)
+_token_logprobs_of_shard = _differentiable(backward=backward)
+_token_logprobs_of_shard_inplace = _differentiable(backward=backward_inplace)
 
 
 def logprobs_of_shard(x: Inputs, group: dist.ProcessGroup, *, inplace: bool) -> tuple[Tensor, ...]:

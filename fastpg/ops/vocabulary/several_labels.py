@@ -278,9 +278,8 @@ several_labels_backward_op = Op(
     allocate=allocate_nothing,
     mutates="out",
 )
-for device in ("CPU", "CUDA"):
-    several_labels_op.attach(device, "PyTorch", forward)
-    several_labels_backward_op.attach(device, "PyTorch", backward_out)
+several_labels_op.attach_everywhere("PyTorch", forward)
+several_labels_backward_op.attach_everywhere("PyTorch", backward_out)
 
 
 class Saved(NamedTuple):

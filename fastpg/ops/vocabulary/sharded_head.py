@@ -222,13 +222,7 @@ def _backward(
         bias = None if own.bias is None else own.bias[piece.tokens]
         of_slice = upstream._replace(labels=upstream.labels - piece.tokens.start)
         _write_slice(piece, x, hidden, of_slice, HeadGradients(sums, weights, bias))
-        for grad, mine, sizes in zip(weights, own.head_weight, x.sizes, strict=True):
-            if grad is None or mine is None:
-                continue
-            if x.keeps_all:
-                mine[piece.tokens] = grad
-            else:
-                _send_to_owners(grad, mine, values_of(piece.tokens, grad), sizes, x.group)
+        _keep_slice(x, piece.tokens, weights, own.head_weight)
     return Gradients(
         [None if grad is None else filled(rows, len(x.labels), grad.to(dtype)) for grad in sums],
         own.head_weight,
@@ -257,6 +251,22 @@ def _write_slice(
         upstream.temperature.dtype,
         add_hidden=piece.tokens.start > 0,
     )
+
+
+def _keep_slice(
+    x: ShardedInputs,
+    tokens: slice,
+    gradients: list[Tensor | None],
+    kept: list[Tensor | None],
+) -> None:
+    """Writes the gradients of a slice of the weights to what the ranks keep of them."""
+    for grad, mine, sizes in zip(gradients, kept, x.sizes, strict=True):
+        if grad is None or mine is None:
+            continue
+        if x.keeps_all:
+            mine[tokens] = grad
+        else:
+            _send_to_owners(grad, mine, values_of(tokens, grad), sizes, x.group)
 
 
 def _send_to_owners(

@@ -131,9 +131,9 @@ def local_labels(shard: Shard) -> LocalLabels:
 def over_ranks(part: Statistics, group: dist.ProcessGroup, temperature: Tensor) -> Statistics:
     """The statistics of whole rows, from those of this rank's part; a collective call."""
     fields = [x for x in part if x is not None]
-    each = _gather(torch.stack(fields), group).unbind(1)  # every field, of all ranks
-    parts = Statistics(each[0], each[1], each[2], each[3] if len(each) > 3 else None)
-    return merge(parts, reduce(torch.add, parts.label_logit.unbind()), temperature)
+    label_logit, top, log_sum, *entropy = _gather(torch.stack(fields), group).unbind(1)
+    parts = Statistics(label_logit, top, log_sum, entropy[0] if entropy else None)
+    return merge(parts, reduce(torch.add, label_logit.unbind()), temperature)
 
 
 class WholeRows(NamedTuple):

@@ -147,11 +147,11 @@ def backward_inplace(
     return Gradient(out)
 
 
-differentiable = partial(
+_differentiable = partial(
     Differentiable, OP, inputs=Inputs, saved=Saved, differentiable=("logits",), forward=_forward
 )
-_token_logprobs = differentiable(backward=backward)
-_token_logprobs_inplace = differentiable(backward=backward_inplace)
+_token_logprobs = _differentiable(backward=backward)
+_token_logprobs_inplace = _differentiable(backward=backward_inplace)
 
 
 def checked_inputs(
@@ -314,20 +314,21 @@ def token_logprobs(
         group=process_group,
     )
     inplace = inplace_backward and may_overwrite(OP, "inplace_backward", logits)
+    # The pages that are imported here are made of this one: at its top they would go round.
     results: tuple[Tensor, ...]
     if several or names:
-        from .row_statistics import as_asked, check_whole_rows  # they are made of this page
+        from .row_statistics import as_asked, check_whole_rows
         from .several_labels import logprobs as logprobs_of_labels
 
         check_whole_rows(OP, names, support, process_group)
         results = logprobs_of_labels(inputs, labels, with_statistics=bool(names), inplace=inplace)
         return as_asked(results, names, return_entropy=return_entropy)
     if support is not None:
-        from .token_support import logprobs  # and so is it
+        from .token_support import logprobs
 
         results = logprobs(inputs, support, process_group, inplace=inplace_backward)
     elif process_group is not None:
-        from .logit_shards import logprobs_of_shard  # and so is it
+        from .logit_shards import logprobs_of_shard
 
         results = logprobs_of_shard(inputs, process_group, inplace=inplace)
     else:

@@ -166,9 +166,8 @@ token_support_backward_op = Op(
     reference=reference_backward,
     allocate=allocate_gradient,
 )
-for device in ("CPU", "CUDA"):
-    token_support_op.attach(device, "PyTorch", forward)
-    token_support_backward_op.attach(device, "PyTorch", backward)
+token_support_op.attach_everywhere("PyTorch", forward)
+token_support_backward_op.attach_everywhere("PyTorch", backward)
 
 
 class Saved(NamedTuple):

@@ -62,17 +62,15 @@ def ratios_of(d: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
     return bounded(exponent).exp(), tokens > 0
 
 
-def statistics_of(
-    mask: Tensor,
-    d: Tensor,
-    counts: Tensor,
-    ratio: Tensor,
-    weight: Tensor,
-    below: Tensor,
-    above: Tensor,
-) -> Tensor:
-    """The statistics [11]: of tokens, which have a mask, and of weights, some of which count."""
-    of_tokens = {"tokens": mask, "k1": -d, "k3": torch.where(mask, torch.expm1(d) - d, 0.0)}
+def token_fields(d: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """What the statistics of the tokens are made of, by their names."""
+    return {"tokens": mask, "k1": -d, "k3": torch.where(mask, torch.expm1(d) - d, 0.0)}
+
+
+def weight_fields(
+    ratio: Tensor, counts: Tensor, *, weight: Tensor, below: Tensor, above: Tensor
+) -> dict[str, Tensor]:
+    """What the statistics of the weights, one a token or one a sequence, are made of."""
     of_weights = {
         "count": counts,
         "ratio": ratio,
@@ -86,7 +84,7 @@ def statistics_of(
         "ratio_min": ratio.masked_fill(~counts, math.inf),
         "ratio_max": ratio.masked_fill(~counts, -math.inf),
     }
-    return tally(ImportanceStats, of_tokens | sums | extremes)
+    return sums | extremes
 
 
 def reference(x: Inputs) -> Outputs:
@@ -99,7 +97,8 @@ def reference(x: Inputs) -> Outputs:
     weight = ratio.masked_fill(below, 0.0 if zero else x.low)
     weight = weight.masked_fill(above, 0.0 if zero else x.high)
     # The statistics see the weights of sequences in fp64, before they are rounded.
-    stats = statistics_of(x.mask, d, counts, ratio, weight, below, above)
+    of_weights = weight_fields(ratio, counts, weight=weight, below=below, above=above)
+    stats = tally(ImportanceStats, token_fields(d, x.mask) | of_weights)
     weight = weight.to(x.logp.dtype)
     if x.level != "token":
         weight = checks.to_tokens(weight, x.mask, x.cu_seqlens)

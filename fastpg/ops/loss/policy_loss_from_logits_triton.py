@@ -67,23 +67,7 @@ def derivatives(
     KL: tl.constexpr,
 ):
     """dL/dlogp and dL/dentropy of the token of a row. A token of weight 0 is masked."""
-    (
-        low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef, max_log_ratio,
-        beyond,
-    ) = options  # fmt: skip
-    bounds, taus, kl_coef, entropy_coef, log_ratios = options_of(
-        logp,
-        traced_options,
-        low,
-        high,
-        dual_clip,
-        tau_positive,
-        tau_negative,
-        kl_coef,
-        entropy_coef,
-        max_log_ratio,
-        beyond,
-    )
+    bounds, taus, kl_coef, entropy_coef, log_ratios = options_of(logp, traced_options, options)
     kept = w != 0
     # Masked tokens are not read: their advantages and log-probs may be NaN.
     advantage = load_kept(advantages, row, kept)
@@ -141,10 +125,18 @@ def rows_kernel(
 
     out may be logits: a thread has read what it writes.
     """
+    # They are in the order of LossOptions.
     options = (
-        low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef, max_log_ratio,
+        low,
+        high,
+        dual_clip,
+        tau_positive,
+        tau_negative,
+        kl_coef,
+        entropy_coef,
+        max_log_ratio,
         beyond,
-    )  # fmt: skip
+    )
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         label, w = tl.load(labels + row), tl.load(weight + row)
         kept = (w != 0) & (label != ignore_index)
@@ -159,10 +151,22 @@ def rows_kernel(
             width, written = width // VECTOR * VECTOR, tl.multiple_of(written, VECTOR)
         length = tl.where(kept, width, 0)
         y, value, top, log_sum, h = read_row(
-            x, label, kept & legal, legal, length, softcap, inv_temperature,
-            ENTROPY=ENTROPY, SOFTCAP=SOFTCAP, ALIGNED=ALIGNED, VECTORS=VECTORS, LANES=LANES,
-            VECTOR=VECTOR, STAGES=STAGES, EVICTION="evict_last",
-        )  # fmt: skip
+            x=x,
+            label=label,
+            here=kept & legal,
+            legal=legal,
+            length=length,
+            softcap=softcap,
+            inv_temperature=inv_temperature,
+            ENTROPY=ENTROPY,
+            SOFTCAP=SOFTCAP,
+            ALIGNED=ALIGNED,
+            VECTORS=VECTORS,
+            LANES=LANES,
+            VECTOR=VECTOR,
+            STAGES=STAGES,
+            EVICTION="evict_last",
+        )
         w, value, h = tl.where(kept, w, 0.0), tl.where(kept, value, 0.0), tl.where(kept, h, 0.0)
         tl.store(kept_weight + row, w)
         tl.store(logp + row, value)
@@ -177,10 +181,26 @@ def rows_kernel(
         log_sum = tl.where(live, log_sum, 0.0)
         place = tl.where(legal, label, -1).to(tl.int32)
         write_gradient(
-            x, out + written, place, y, width, live, top, log_sum, inv_temperature, g_logp,
-            g_entropy, h, softcap, ENTROPY=ENTROPY, SOFTCAP=SOFTCAP,
-            ALIGNED=ALIGNED, BLOCK=BLOCK, STAGES=STAGES, EVICTION="evict_first",
-        )  # fmt: skip
+            x=x,
+            dx=out + written,
+            place=place,
+            y=y,
+            length=width,
+            live=live,
+            top=top,
+            log_sum=log_sum,
+            inv_temperature=inv_temperature,
+            g_logp=g_logp,
+            g_entropy=g_entropy,
+            h=h,
+            softcap=softcap,
+            ENTROPY=ENTROPY,
+            SOFTCAP=SOFTCAP,
+            ALIGNED=ALIGNED,
+            BLOCK=BLOCK,
+            STAGES=STAGES,
+            EVICTION="evict_first",
+        )
 
 
 class Device(NamedTuple):

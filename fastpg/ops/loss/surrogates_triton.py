@@ -1,6 +1,6 @@
 """The policy loss of one token in Triton: the maths of csrc/loss/policy_loss.h.
 
-Every function takes tensors of any shape; the numbers are in the order of LossOptions.
+Every function takes tensors of any shape.
 """
 
 from __future__ import annotations
@@ -9,29 +9,46 @@ import triton
 import triton.language as tl
 
 from ..common.triton import INFINITY, exp_excess, held_log_ratio, number
+from .surrogates import LossOptions
+
+
+def place_of(option: str) -> tl.constexpr:
+    """The place of an option among those of LossOptions, as they lie in memory."""
+    return tl.constexpr(LossOptions._fields.index(option))
+
+
+LOW = place_of("low")
+HIGH = place_of("high")
+DUAL_CLIP = place_of("dual_clip")
+TAU_POSITIVE = place_of("tau_positive")
+TAU_NEGATIVE = place_of("tau_negative")
+KL_COEF = place_of("kl_coef")
+ENTROPY_COEF = place_of("entropy_coef")
+MAX_LOG_RATIO = place_of("max_log_ratio")
+BEYOND = place_of("beyond")
 
 
 @triton.jit
-def options_of(
-    like: tl.tensor,
-    traced_options: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
-    dual_clip: tl.tensor,
-    tau_positive: tl.tensor,
-    tau_negative: tl.tensor,
-    kl_coef: tl.tensor,
-    entropy_coef: tl.tensor,
-    max_log_ratio: tl.tensor,
-    beyond: tl.tensor,
-):
-    """The nine numbers in the dtype of `like`; from memory where they were given there."""
+def options_of(like: tl.tensor, traced_options: tl.tensor, options: tl.tuple):
+    """The options in the dtype of `like`, in groups: those in memory, where they were given there.
+
+    Returns (low, high, dual_clip), (tau_positive, tau_negative), kl_coef, entropy_coef, and
+    (max_log_ratio, beyond).
+    """
+    low, high, dual_clip = options[LOW], options[HIGH], options[DUAL_CLIP]
+    tau_positive, tau_negative = options[TAU_POSITIVE], options[TAU_NEGATIVE]
+    kl_coef, entropy_coef = options[KL_COEF], options[ENTROPY_COEF]
+    max_log_ratio, beyond = options[MAX_LOG_RATIO], options[BEYOND]
     if traced_options is not None:
-        low, high = tl.load(traced_options), tl.load(traced_options + 1)
-        dual_clip = tl.load(traced_options + 2)
-        tau_positive, tau_negative = tl.load(traced_options + 3), tl.load(traced_options + 4)
-        kl_coef, entropy_coef = tl.load(traced_options + 5), tl.load(traced_options + 6)
-        max_log_ratio, beyond = tl.load(traced_options + 7), tl.load(traced_options + 8)
+        low = tl.load(traced_options + LOW)
+        high = tl.load(traced_options + HIGH)
+        dual_clip = tl.load(traced_options + DUAL_CLIP)
+        tau_positive = tl.load(traced_options + TAU_POSITIVE)
+        tau_negative = tl.load(traced_options + TAU_NEGATIVE)
+        kl_coef = tl.load(traced_options + KL_COEF)
+        entropy_coef = tl.load(traced_options + ENTROPY_COEF)
+        max_log_ratio = tl.load(traced_options + MAX_LOG_RATIO)
+        beyond = tl.load(traced_options + BEYOND)
     # A Python float arrives as fp64, and would make everything that it meets fp64.
     bounds = number(low, like), number(high, like), number(dual_clip, like)
     taus = number(tau_positive, like), number(tau_negative, like)

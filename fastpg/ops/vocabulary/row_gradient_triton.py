@@ -97,7 +97,20 @@ def write_gradient(
 ):
     """Writes the gradient of `length` logits: zeros, and x is not read, if the row is not `live`.
 
-    place, y: The label's place in x, outside of it if it is elsewhere, and its logit after softcap.
+    Args:
+        x: The address of the logits.
+        dx: The address of the gradient; it may be x.
+        place: The label's place in x; outside of it, if the label is elsewhere.
+        y: The label's logit after softcap.
+        length: How many logits there are.
+        live: Whether a gradient reaches the row.
+        top: The row's maximum.
+        log_sum: The row's log sum.
+        inv_temperature: 1 / T.
+        g_logp: dL/dlogp.
+        g_entropy: dL/dentropy.
+        h: The row's entropy, in nats.
+        softcap: The softcap; not read without SOFTCAP.
     """
     whole = tl.where(live, length // BLOCK * BLOCK, 0)
     read = tl.where(live, length, 0)

@@ -34,7 +34,8 @@ class AdaptiveKL:
     Args:
         init: The first value, > 0.
         target: The wanted KL per sequence, > 0, in nats.
-        horizon: A number of sequences, > 0: in so many the value changes by a fifth at most.
+        horizon: A number of sequences, > 0: in so many the value changes by a fifth at most, or by
+            22%, e^0.2, where they come in many small updates.
 
     Attributes:
         value: The coefficient.

@@ -2,7 +2,7 @@
 
     kind   value              dkl/dlogp = −dkl/dref_logp
     k1     d                  1                 unbiased; its expected gradient by logp is 0
-    k2     d² / 2             d                 biased; its gradient is that of the KL
+    k2     d² / 2             d                 biased; on policy its gradient is that of the KL
     k3     e^{−d} − 1 + d     1 − e^{−d}        unbiased, never negative
 
 d is clamped to ±max_log_ratio, which stops the gradient beyond or holds it, as `beyond` says; and
@@ -165,8 +165,8 @@ def kl_estimate(
         ref_logp: The same under the reference policy, of the same shape; differentiable. Where both
             are −inf, as for a label outside a kept set, d is 0; where one is, d is at its bound;
             neither has a gradient.
-        kind: "k1" is unbiased, but its expected gradient is 0; "k2" is biased, and its gradient is
-            that of the KL; "k3" is unbiased and never negative.
+        kind: "k1" is unbiased, but its expected gradient is 0; "k2" is biased, and its gradient, on
+            policy, is that of the KL; "k3" is unbiased and never negative.
         max_log_ratio: The bound of d, > 0 and <= 40.
         max_kl: > 0: the estimate is clamped to ±max_kl, and has no gradient beyond. verl ("k3") and
             OpenRLHF have 10. None: it is bounded by d alone, and so unbiased within max_log_ratio.
@@ -178,7 +178,7 @@ def kl_estimate(
         fp64. Padding is the caller's to mask.
 
     Raises:
-        TypeError: logp or ref_logp is no tensor, or not of a floating dtype.
+        TypeError: logp or ref_logp is no tensor, or not of a floating dtype; a bound is no number.
         ValueError: The shapes or devices differ, a string is unknown, or a bound is out of range.
 
     Example:

@@ -306,8 +306,8 @@ def policy_loss(
             no gradient and is not counted.
         old_logp: The log-probs when the tokens were sampled, a constant. None: logp itself; the
             ratio is then exactly 1.
-        clip: (low, high): "ppo" and "cispo" bound r by 1 − low and 1 + high; None on a side leaves
-            it unbounded.
+        clip: (low, high), each >= 0: "ppo" and "cispo" bound r by 1 − low and 1 + high; None on a
+            side leaves it unbounded.
         dual_clip: > 1; bounds r of "ppo" where A < 0, and so the loss by −dual_clip · A.
         tau: > 0, of "sapo": where A >= 0, and where A < 0. The larger, the faster the gradient
             fades as r leaves 1.
@@ -322,7 +322,7 @@ def policy_loss(
         kl: How KL(policy ‖ reference) is estimated, with d = logp − ref_logp. "k3" is
             r (e^{−d} − 1 + d), whose gradient is that of the KL, off policy too; "k3_naive" is the
             same without r, whose gradient is that of KL(reference ‖ policy); "k2" is d² / 2.
-        entropy: H of each token's distribution, as from token_logprobs; differentiable.
+        entropy: H of each token's distribution in nats, as from token_logprobs; differentiable.
         entropy_coef: Any finite number; needs entropy.
         max_log_ratio: The bound, > 0 and <= 40, of logp − old_logp (of its mean at level
             "sequence") and of logp − ref_logp. GSPO in verl has 10.

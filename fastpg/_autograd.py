@@ -39,7 +39,8 @@ def needs_no_gradient(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is not None and tensor.requires_grad:
             return False
-    return forward_ad._current_level < 0  # else the function raises; the op would lose the tangents
+    # In forward mode the function is taken, since it raises; the op would lose the tangents.
+    return forward_ad._current_level < 0
 
 
 class Differentiable(Generic[InputsT, SavedT]):

@@ -114,7 +114,8 @@ def scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tens
     """A 0-d tensor of a number that changes from call to call, without compiling anew for each."""
     if torch.compiler.is_compiling():  # only arithmetic keeps a Python float symbolic there
         return torch.ones((), dtype=dtype, device=device) * value
-    if nothing_listens():  # else it might be fake, or a transform's own
+    # A tensor that is kept must be a real one: a mode or a transform would make one of its own.
+    if nothing_listens():
         if device.type == "cpu":
             return _kept_scalar(float(value), dtype, device, 0)
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():

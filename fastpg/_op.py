@@ -139,7 +139,9 @@ class Op(Generic[InputsT, OutputsT]):
 
         def call(*values: Any) -> Any:
             outputs = run(restore(values))
-            return outputs[0] if single else outputs or None
+            if single:
+                return outputs[0]
+            return outputs or None  # An op without outputs returns None, not an empty record.
 
         return call
 
@@ -294,7 +296,8 @@ def is_dtensor(x: object) -> bool:
     # torch.compile cannot ask a number for attributes: that it is a tensor comes first.
     if not isinstance(x, Tensor) or type(x) in PLAIN_TENSORS:
         return False
-    if is_dynamo_compiling():  # which does not see this method of a DTensor
+    # Dynamo does not see the method by which a DTensor is known otherwise.
+    if is_dynamo_compiling():
         from torch.distributed.tensor import DTensor
 
         return isinstance(x, DTensor)

@@ -74,8 +74,8 @@ MUTANTS = [
     Mutant(
         "tangents-are-dropped-in-silence",
         AUTOGRAD,
-        "return forward_ad._current_level < 0  #",
-        "return True  #",
+        "return forward_ad._current_level < 0",
+        "return True",
         ("tests/credit/test_gae.py::test_other_derivatives_raise",),
     ),
     Mutant(

@@ -30,7 +30,8 @@ def check_tensors(op: str, **values: object) -> None:
 
 def check_tensor(op: str, name: str, value: object) -> None:
     """Raises TypeError unless the value is a tensor, and no DTensor."""
-    if type(value) in PLAIN_TENSORS:  # as nearly every one: it passes after one comparison
+    # This is nearly every value: it passes after one comparison.
+    if type(value) in PLAIN_TENSORS:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
@@ -46,8 +47,9 @@ def check_number(op: str, name: str, value: object) -> None:
 
 def integer(op: str, name: str, value: object) -> int:
     """The value as an int that a tensor of int64 can hold: NumPy's integers are some too."""
+    # operator.index takes whatever it is given, and raises for what is no integer.
     try:
-        number = operator.index(value)  # type: ignore[arg-type]  # what it refuses, it raises about
+        number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}") from None
     if not -(2**63) <= number < 2**63:

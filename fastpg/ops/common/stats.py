@@ -19,7 +19,8 @@ from .moments import Moments, merge_moments
 
 Names = tuple[str, ...]
 
-ROUNDING = 2.0**-50  # of a mean in fp64: more than its last bit, as it is that of a sum
+# A mean in fp64 may be off by so much of itself: by more than its last bit, as its sum is rounded.
+ROUNDING = 2.0**-50
 
 
 class Values(NamedTuple):

@@ -50,7 +50,8 @@ MOST_PROGRAMS = 4  # on a multiprocessor: more would hide nothing more
 CACHE_SHARE = 0.8
 MOST_REGISTERS = 128  # 16 warps have no more; told so, ptxas does not spill to keep to 64
 
-registers_of: dict[tuple, int] = {}  # what a compiled kernel took, which its first launch tells
+# The registers that each compiled kernel took: its first launch tells.
+registers_of: dict[tuple, int] = {}
 
 
 @triton.jit
@@ -176,7 +177,8 @@ def rows_kernel(
             value, w, row, advantages, old_logp, ref_logp, traced_options, options, SURROGATE, KL
         )
         g_entropy = g_entropy if ENTROPY else 0.0
-        live = (g_logp != 0) | (g_entropy != 0)  # else, what the row holds is no one's matter
+        # A row that no gradient reaches may hold anything: its numbers are 0 from here on.
+        live = (g_logp != 0) | (g_entropy != 0)
         y, top = tl.where(live, y, 0.0), tl.where(live, top, 0.0)
         log_sum = tl.where(live, log_sum, 0.0)
         place = tl.where(legal, label, -1).to(tl.int32)

@@ -32,8 +32,10 @@ from .policy_loss import (
 )
 from .surrogates_triton import options_of, token_loss
 
-WARPS = 8  # of forward: with 4, the registers of a thread do not hold all terms of its tokens
-ROWS = tl.constexpr(64)  # partial results at a time: registers hold three times as many fields
+# The warps of forward_kernel: with 4, a thread's registers do not hold all terms of its tokens.
+WARPS = 8
+# merge_kernel takes so many partial results at a time: registers hold three times as many fields.
+ROWS = tl.constexpr(64)
 
 FIELDS = tl.constexpr(len(PolicyStats.FIELDS))  # a power of 2, as tl.arange demands
 SUMS = tl.constexpr(len(PolicyStats.SUMS))  # the sums come first, then the minima, then the maxima

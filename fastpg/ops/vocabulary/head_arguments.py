@@ -103,14 +103,16 @@ def as_list(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """A list of one tensor, or of as many as the user passes."""
     if isinstance(x, (list, tuple)):
         return list(x)
-    return [x]  # type: ignore[list-item]  # what is no tensor is refused by its name
+    # What is no tensor is refused later, by its name.
+    return [x]  # type: ignore[list-item]
 
 
 def has_several(labels: object, hidden: Tensor | Sequence[Tensor]) -> bool:
     """Whether there are K labels for each row: labels [..., K] beside hidden [..., H]."""
     first = hidden[0] if isinstance(hidden, (list, tuple)) and hidden else hidden
+    # What is no tensor is refused later, by its name.
     if not isinstance(labels, Tensor) or not isinstance(first, Tensor):
-        return False  # and they are refused by their names
+        return False
     return labels.dim() == first.dim() > 0
 
 
@@ -178,7 +180,8 @@ def check_head(op: str, head: Head, labels: Tensor, group: dist.ProcessGroup | N
         check_shape(op, "hidden", hidden, first, first.shape[:-1] + width)
         check_shape_of_tensor(op, "weight", weight, first, tokens + width)
         check_dtype(op, first.dtype, hidden=hidden, weight=weight)
-    if tokens[0] == 0 and group is None:  # of an empty shard all ranks learn together
+    # With a group an empty shard is found later, where all ranks learn of it together.
+    if tokens[0] == 0 and group is None:
         shape = tuple(head.head_weight[0].shape)
         raise ValueError(f"{op}: weight must hold at least one token, got {shape}")
     check_shape(op, "bias", head.bias, first, tokens)

@@ -125,7 +125,7 @@ def logits_of_entries(x: Inputs, entries: Entries) -> Tensor:
         elif x.rows.bias is not None:
             part = part + x.rows.bias[entries.token_ids]
         total = part.to(x.rows.logits_dtype).to(part.dtype)
-    assert total is not None  # there is a product
+    assert total is not None  # A head has a product at least.
     return total
 
 

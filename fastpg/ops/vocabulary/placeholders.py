@@ -125,7 +125,8 @@ def stand_in(x: Tensor) -> Callable[[], None]:
     x.data = stands_in
 
     def give_back() -> None:
-        if x.data_ptr() == stands_in.data_ptr():  # else DeepSpeed has changed it in the meantime
+        # DeepSpeed may have given it other memory in the meantime, which stays.
+        if x.data_ptr() == stands_in.data_ptr():
             x.data = empty
 
     return give_back

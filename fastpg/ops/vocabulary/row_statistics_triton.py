@@ -28,7 +28,8 @@ from .rows_triton import (
 )
 from .token_logprobs_triton import LogitRows, constants, rows_jit
 
-UNCLEAR = tl.constexpr(1e-5)  # of softcap: where logits after it are closer, those before it decide
+# Where logits after softcap are closer than this part of it, those before softcap decide.
+UNCLEAR = tl.constexpr(1e-5)
 
 
 @triton.jit

@@ -61,7 +61,7 @@ class ShardedInputs(NamedTuple):
     ignore_index: int
     logits_dtype: torch.dtype
     sizes: list[list[int]]  # for each weight how many of its values each rank has
-    keeps_all: bool  # of the gradient of the weights each rank keeps all, not its part of the mean
+    keeps_all: bool  # Each rank keeps the whole gradient of the weights, not its part of the mean.
     vocab: int
     group: dist.ProcessGroup
 

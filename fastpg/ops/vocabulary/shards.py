@@ -121,7 +121,8 @@ def local_labels(shard: Shard) -> LocalLabels:
     begin, vocab = _position(shard, labels.device)
     kept = labels != shard.ignore_index
     legal = kept & (labels >= 0) & (labels < vocab)
-    if not torch.compiler.is_compiling():  # there a bad label's row is NaN, and nothing raises
+    # A graph cannot raise: there the row of a bad label is NaN.
+    if not torch.compiler.is_compiling():
         check_label_values(
             shard.op, labels, legal, kept, vocab, shard.ignore_index, shard.temperature
         )
@@ -131,6 +132,7 @@ def local_labels(shard: Shard) -> LocalLabels:
 def over_ranks(part: Statistics, group: dist.ProcessGroup, temperature: Tensor) -> Statistics:
     """The statistics of whole rows, from those of this rank's part; a collective call."""
     fields = [x for x in part if x is not None]
+    # Each of these is of all ranks.
     label_logit, top, log_sum, *entropy = _gather(torch.stack(fields), group).unbind(1)
     parts = Statistics(label_logit, top, log_sum, entropy[0] if entropy else None)
     return merge(parts, reduce(torch.add, label_logit.unbind()), temperature)
@@ -177,7 +179,8 @@ def _position(shard: Shard, device: torch.device) -> tuple[Tensor, Tensor]:
     if rank < 0:
         raise ValueError(f"{op}: process_group does not hold this process, rank {dist.get_rank()}")
     sizes = _gather(torch.full((1,), size, device=device), group)[:, 0]
-    looks = size == 0 or device.type == "cpu"  # elsewhere the others would have to wait for it
+    # On a GPU a rank that has tokens does not look at the sizes of others: it would have to wait.
+    looks = size == 0 or device.type == "cpu"
     if not torch.compiler.is_compiling() and looks and not sizes.all():
         raise ValueError(f"{op}: a shard must hold a token at least, got {sizes.tolist()}")
     ends = sizes.cumsum(0)

@@ -41,8 +41,8 @@ class Tiles(NamedTuple):
     """How one program walks along a row."""
 
     warps: int
-    vectors: int  # of 16 bytes, or of 4 single logits, that a thread has in flight: forward
-    blocks: int  # tiles of one vector per thread that a program writes: backward
+    vectors: int  # In forward a thread has so many in flight, of 16 bytes or of 4 single logits.
+    blocks: int  # In backward a program writes so many tiles, of one vector per thread.
 
 
 # (compute capability from, bytes of a row from): the first that fits. The number of rows does not

@@ -62,9 +62,7 @@ class Variant:
 
 POINTERS = {"mask": "i1", "cu_seqlens": "i32", "lengths": "i32", "denom": "fp64"}
 POINTERS |= dict.fromkeys(("terminated", "truncated"), "i1")
-POINTERS |= dict.fromkeys(
-    ("device_options", "traced_options", "parts", "sums", "moments", "stats"), "fp64"
-)
+POINTERS |= dict.fromkeys(("traced_options", "parts", "sums", "moments", "stats"), "fp64")
 
 BOTH = (True, False)
 GIVEN_OR_NOT = (..., None)  # of a tensor

@@ -1,5 +1,5 @@
-// Statistics of all tokens in one launch. Each block reduces its tokens, the last
-// one to finish merges what all have left, both in a fixed order: no bit depends on the timing.
+// Statistics of all tokens in one launch. Each block reduces its tokens, the last one to finish
+// merges what all have left, both in a fixed order: no bit depends on the timing.
 //
 // Stats is a struct of doubles, x[2^n], whose fields merge one by one: Stats::initial(field) and
 // Stats::merged(field, a, b). A thread holds one field of many, not the other way around.

@@ -55,13 +55,25 @@ struct PolicyTokens {
   const T* entropy;             // null: there is no entropy term
 };
 
+// Tokens whose arrays `make` makes of those of the same names.
+FPG_UNCHECKED_EXECUTION_SPACE
+template <typename T, typename Arrays, typename Make>
+FPG_HD PolicyTokens<T> tokens_by(const Arrays& arrays, const Make& make) {
+  PolicyTokens<T> out;
+  out.logp = make(arrays.logp);
+  out.advantages = make(arrays.advantages);
+  out.weight = make(arrays.weight);
+  out.old_logp = make(arrays.old_logp);
+  out.sequence_log_ratio = make(arrays.sequence_log_ratio);
+  out.ref_logp = make(arrays.ref_logp);
+  out.entropy = make(arrays.entropy);
+  return out;
+}
+
 // The tokens from the first on.
 template <typename T>
-FPG_HD PolicyTokens<T> tokens_from(const PolicyTokens<T>& t, int64_t first) {
-  const auto moved = [first](const T* x) { return x ? x + first : nullptr; };
-  return {moved(t.logp),     moved(t.advantages),         moved(t.weight),
-          moved(t.old_logp), moved(t.sequence_log_ratio), moved(t.ref_logp),
-          moved(t.entropy)};
+FPG_HD PolicyTokens<T> tokens_from(const PolicyTokens<T>& tokens, int64_t first) {
+  return tokens_by<T>(tokens, [first](const T* x) { return x ? x + first : nullptr; });
 }
 
 // The numbers of the loss.
@@ -253,10 +265,7 @@ struct PolicyLossInputs {
 
 template <typename T>
 PolicyTokens<T> tokens_of(const PolicyLossInputs& in) {
-  const auto typed = [](const void* x) { return static_cast<const T*>(x); };
-  return {typed(in.logp),     typed(in.advantages),         typed(in.weight),
-          typed(in.old_logp), typed(in.sequence_log_ratio), typed(in.ref_logp),
-          typed(in.entropy)};
+  return tokens_by<T>(in, [](const void* x) { return static_cast<const T*>(x); });
 }
 
 struct PolicyLossArguments {

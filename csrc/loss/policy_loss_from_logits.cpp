@@ -39,13 +39,13 @@ void policy_loss_of_rows(const PolicyLossFromLogitsArguments& in) {
   const auto coefficient = array_of<T>(count);
   const auto entropy = array_of<T>(count);
   const auto grad_entropy = array_of<T>(count);
-  const PolicyTokens<T> tokens = {logp.get(),
-                                  static_cast<const T*>(in.advantages),
-                                  weight.get(),
-                                  static_cast<const T*>(in.old_logp),
-                                  nullptr,
-                                  static_cast<const T*>(in.ref_logp),
-                                  with_entropy ? entropy.get() : nullptr};
+  PolicyTokens<T> tokens = {};
+  tokens.logp = logp.get();
+  tokens.advantages = static_cast<const T*>(in.advantages);
+  tokens.weight = weight.get();
+  tokens.old_logp = static_cast<const T*>(in.old_logp);
+  tokens.ref_logp = static_cast<const T*>(in.ref_logp);
+  if (with_entropy) tokens.entropy = entropy.get();
   const LogprobsOut made = {logp.get(), with_entropy ? entropy.get() : nullptr, row_stats.get()};
   const LogprobsGradient gradient = {coefficient.get(), with_entropy ? grad_entropy.get() : nullptr,
                                      made.entropy, row_stats.get()};

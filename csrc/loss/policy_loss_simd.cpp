@@ -244,18 +244,13 @@ template <typename T>
 void policy_block(const PolicyTokens<T>& in, int64_t n, const PolicyTerms& terms, T* coefficient,
                   double* part) {
   if (n % kTokenLanes == 0) return whole_block(in, n, terms, coefficient, part);
-  T copy[8][kTokenBlock];
-  const PolicyTokens<T> tokens = {
-      padded(in.logp, n, copy[0]),
-      padded(in.advantages, n, copy[1]),
-      padded(in.weight, n, copy[2]),
-      padded(in.old_logp, n, copy[3]),
-      padded(in.sequence_log_ratio, n, copy[4]),
-      padded(in.ref_logp, n, copy[5]),
-      padded(in.entropy, n, copy[6]),
-  };
-  whole_block(tokens, ceil_div(n, kTokenLanes) * kTokenLanes, terms, copy[7], part);
-  for (int64_t i = 0; i < n; ++i) coefficient[i] = copy[7][i];
+  T copies[7][kTokenBlock];
+  T padded_coefficient[kTokenBlock];
+  int used = 0;
+  const auto copied = [&](const T* x) { return padded(x, n, copies[used++]); };
+  const PolicyTokens<T> tokens = tokens_by<T>(in, copied);
+  whole_block(tokens, ceil_div(n, kTokenLanes) * kTokenLanes, terms, padded_coefficient, part);
+  for (int64_t i = 0; i < n; ++i) coefficient[i] = padded_coefficient[i];
 }
 
 }  // namespace

@@ -191,7 +191,7 @@ def allocate_part(x: Inputs) -> PartOutputs:
     return PartOutputs._make(empty)
 
 
-def empty_gradients(x: Inputs, wanted: list[bool]) -> Gradients:
+def allocate_wanted(x: Inputs, wanted: list[bool]) -> Gradients:
     """Makes empty gradients, of those that are wanted."""
     shapes = [tensor.shape for tensor in [*x.hidden, *x.head_weight]]
     shapes.append(x.head_weight[0].shape[:1])  # that of bias, which may be absent
@@ -205,7 +205,7 @@ def empty_gradients(x: Inputs, wanted: list[bool]) -> Gradients:
 
 def allocate_gradients(x: BackwardInputs) -> Gradients:
     """Makes empty gradients."""
-    return empty_gradients(x.inputs, x.wanted)
+    return allocate_wanted(x.inputs, x.wanted)
 
 
 linear_token_logprobs_op = Op(

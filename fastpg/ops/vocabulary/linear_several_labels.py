@@ -72,7 +72,7 @@ def allocate(x: Inputs) -> Outputs:
 
 def allocate_gradients(x: BackwardInputs) -> Gradients:
     """Makes empty gradients."""
-    return linear_rows.empty_gradients(x.inputs, x.wanted)
+    return linear_rows.allocate_wanted(x.inputs, x.wanted)
 
 
 linear_several_labels_op = Op(

@@ -101,7 +101,7 @@ def read_tile(
     return of_labels, TileStatistics(top, log_sum, *statistics)
 
 
-def row_results(tiles: Iterable[Tile], rows: RowLabels, softcap: float) -> Results:
+def results_of_labels(tiles: Iterable[Tile], rows: RowLabels, softcap: float) -> Results:
     """The results for rows [n] whose labels are [n, K]; NaN where one is illegal, as devices do."""
     t, labels = rows.temperature, rows.labels
     label_logit = torch.zeros_like(labels, dtype=t.dtype)
@@ -159,7 +159,7 @@ def forward(x: Inputs) -> Outputs:
 
     def results(chunk: slice) -> Results:
         logits = tiles_of(head.tile(chunk, ALL), x.logits_dtype)
-        return row_results(logits, take(of_rows, chunk), x.softcap)
+        return results_of_labels(logits, take(of_rows, chunk), x.softcap)
 
     found = concatenate([results(chunk) for chunk in row_chunks(of_rows.labels)])
     logp, entropy, top, log_sum, *statistics = (filled(rows, len(live), y) for y in found)

@@ -25,6 +25,9 @@ from .row_softmax import RowStatistic, TokenLogprobs, checked_statistics
 from .row_statistics import as_asked, check_whole_rows
 from .support import checked_support
 
+# The overloads spell their arguments out. One TypedDict could hold them, but hovering would hide
+# them behind its name, and jedi, which completes in notebooks, would offer none of them.
+
 
 @overload
 def linear_token_logprobs(  # type: ignore[overload-overlap]  # () names no statistic

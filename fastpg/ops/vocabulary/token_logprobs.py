@@ -179,6 +179,10 @@ def checked_inputs(
     )
 
 
+# The overloads spell their arguments out. One TypedDict could hold them, but hovering would hide
+# them behind its name, and jedi, which completes in notebooks, would offer none of them.
+
+
 @overload
 def token_logprobs(  # type: ignore[overload-overlap]  # () names no statistic
     logits: Tensor,

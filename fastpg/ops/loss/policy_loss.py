@@ -261,9 +261,13 @@ _policy_loss = Differentiable(
 
 
 def _sequence_log_ratio(
-    logp: Tensor, old_logp: Tensor | None, weight: Tensor, cu_seqlens: Tensor | None
+    level: str, logp: Tensor, old_logp: Tensor | None, weight: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor | None:
-    """The log-ratio of each token's sequence; None where every one is 0."""
+    """The log-ratio of each token's sequence; None at another level, or where every one is 0."""
+    if level == "token":
+        return None
+    if level != "sequence":
+        raise ValueError(f"policy_loss: level must be token or sequence, got {level!r}")
     checks.sequence_count("policy_loss", "logp", logp, cu_seqlens)
     if old_logp is not None:
         tokens = LogRatioInputs(logp.detach(), old_logp.detach(), weight.detach(), cu_seqlens)
@@ -377,18 +381,13 @@ def policy_loss(
     )
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"policy_loss: entropy_coef={entropy_coef} needs entropy")
-    sequence_log_ratio = None
-    if level == "sequence":
-        sequence_log_ratio = _sequence_log_ratio(logp, old_logp, weight, cu_seqlens)
-    elif level != "token":
-        raise ValueError(f"policy_loss: level must be token or sequence, got {level!r}")
     options, traced = surrogates.as_traced(options, logp.device)
     inputs = Inputs(
         logp=logp,
         advantages=advantages,
         weight=weight,
         old_logp=old_logp,
-        sequence_log_ratio=sequence_log_ratio,
+        sequence_log_ratio=_sequence_log_ratio(level, logp, old_logp, weight, cu_seqlens),
         ref_logp=ref_logp,
         entropy=entropy,
         surrogate=surrogate,

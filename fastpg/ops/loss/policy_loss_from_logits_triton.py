@@ -126,18 +126,10 @@ def rows_kernel(
 
     out may be logits: a thread has read what it writes.
     """
-    # They are in the order of LossOptions.
-    options = (
-        low,
-        high,
-        dual_clip,
-        tau_positive,
-        tau_negative,
-        kl_coef,
-        entropy_coef,
-        max_log_ratio,
+    options = (  # in the order of LossOptions
+        low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef, max_log_ratio,
         beyond,
-    )
+    )  # fmt: skip
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         label, w = tl.load(labels + row), tl.load(weight + row)
         kept = (w != 0) & (label != ignore_index)
@@ -152,22 +144,10 @@ def rows_kernel(
             width, written = width // VECTOR * VECTOR, tl.multiple_of(written, VECTOR)
         length = tl.where(kept, width, 0)
         y, value, top, log_sum, h = read_row(
-            x=x,
-            label=label,
-            here=kept & legal,
-            legal=legal,
-            length=length,
-            softcap=softcap,
-            inv_temperature=inv_temperature,
-            ENTROPY=ENTROPY,
-            SOFTCAP=SOFTCAP,
-            ALIGNED=ALIGNED,
-            VECTORS=VECTORS,
-            LANES=LANES,
-            VECTOR=VECTOR,
-            STAGES=STAGES,
-            EVICTION="evict_last",
-        )
+            x=x, label=label, here=kept & legal, legal=legal, length=length, softcap=softcap,
+            inv_temperature=inv_temperature, ENTROPY=ENTROPY, SOFTCAP=SOFTCAP, ALIGNED=ALIGNED,
+            VECTORS=VECTORS, LANES=LANES, VECTOR=VECTOR, STAGES=STAGES, EVICTION="evict_last",
+        )  # fmt: skip
         w, value, h = tl.where(kept, w, 0.0), tl.where(kept, value, 0.0), tl.where(kept, h, 0.0)
         tl.store(kept_weight + row, w)
         tl.store(logp + row, value)
@@ -177,32 +157,15 @@ def rows_kernel(
             value, w, row, advantages, old_logp, ref_logp, traced_options, options, SURROGATE, KL
         )
         g_entropy = g_entropy if ENTROPY else 0.0
-        # A row that no gradient reaches may hold anything: its numbers are 0 from here on.
-        live = (g_logp != 0) | (g_entropy != 0)
+        live = (g_logp != 0) | (g_entropy != 0)  # The numbers of any other row are 0 from here on.
         y, top = tl.where(live, y, 0.0), tl.where(live, top, 0.0)
         log_sum = tl.where(live, log_sum, 0.0)
-        place = tl.where(legal, label, -1).to(tl.int32)
         write_gradient(
-            x=x,
-            dx=out + written,
-            place=place,
-            y=y,
-            length=width,
-            live=live,
-            top=top,
-            log_sum=log_sum,
-            inv_temperature=inv_temperature,
-            g_logp=g_logp,
-            g_entropy=g_entropy,
-            h=h,
-            softcap=softcap,
-            ENTROPY=ENTROPY,
-            SOFTCAP=SOFTCAP,
-            ALIGNED=ALIGNED,
-            BLOCK=BLOCK,
-            STAGES=STAGES,
-            EVICTION="evict_first",
-        )
+            x=x, dx=out + written, place=tl.where(legal, label, -1).to(tl.int32), y=y, length=width,
+            live=live, top=top, log_sum=log_sum, inv_temperature=inv_temperature, g_logp=g_logp,
+            g_entropy=g_entropy, h=h, softcap=softcap, ENTROPY=ENTROPY, SOFTCAP=SOFTCAP,
+            ALIGNED=ALIGNED, BLOCK=BLOCK, STAGES=STAGES, EVICTION="evict_first",
+        )  # fmt: skip
 
 
 class Device(NamedTuple):

@@ -106,18 +106,10 @@ def forward_kernel(
     w = tl.load(weight + offset, mask=offset < count, other=0.0)
     kept = w != 0
     x, a = load_kept(logp, offset, kept), load_kept(advantages, offset, kept)
-    # They are in the order of LossOptions.
-    options = (
-        low,
-        high,
-        dual_clip,
-        tau_positive,
-        tau_negative,
-        kl_coef,
-        entropy_coef,
-        max_log_ratio,
+    options = (  # in the order of LossOptions
+        low, high, dual_clip, tau_positive, tau_negative, kl_coef, entropy_coef, max_log_ratio,
         beyond,
-    )
+    )  # fmt: skip
     bounds, taus, kl_coef, entropy_coef, log_ratios = options_of(x, traced_options, options)
     old = None if old_logp is None else load_kept(old_logp, offset, kept)
     mean = None if sequence_log_ratio is None else load_kept(sequence_log_ratio, offset, kept)

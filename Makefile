@@ -11,7 +11,7 @@ TRITON_OLDEST := triton==3.6.0 numpy==2.3.5
 
 RELEASES := $(basename $(notdir $(wildcard tests/integrations/releases/*.txt)))
 
-.PHONY: demo docs real test test-slow test-newest test-oldest test-integrations wheel test-wheels test-pythons aot mutants lint format bench bench-compare gpu clean
+.PHONY: demo docs real test test-slow test-training test-newest test-oldest test-integrations wheel test-wheels test-pythons aot mutants lint format bench bench-compare gpu clean
 
 demo: .stamp
 	$(RUN) -m fastpg train
@@ -23,15 +23,19 @@ real: .stamp .real
 # On every core, where pytest-xdist is there to share the tests out.
 PYTEST = $(RUN) -m pytest $$($(RUN) -c "import xdist" 2>/dev/null && echo "-n auto $(SHARING)")
 
-# All tests but those marked slow.
+# All tests but those marked slow, and whole trainings.
 test: .stamp
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not training"
 
-# The others: whole trainings, processes that are killed, and kernels compiled ahead of time.
+# Processes that are killed or share a model, and what a compiler takes long for.
 # They are handed out one by one: in portions, the last worker would have minutes before it.
-test-slow: SHARING = --dist loadgroup
+test-slow test-training: SHARING = --dist loadgroup
 test-slow: .stamp $(if $(HAVE),,.triton-oldest)
 	$(PYTEST) -m slow
+
+# Whole trainings: the embedded tasks, the examples and the guide learn what they are said to.
+test-training: .stamp
+	$(PYTEST) -m training
 
 # The contract of every op on the newest torch there is: a second environment, without the trainer.
 # The extension does not link torch: it is the one that `make test` built.

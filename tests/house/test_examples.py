@@ -69,7 +69,7 @@ def test_the_calculator_example_takes_a_few_steps(tmp_path, capsys):
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_use_of_the_calculator_is_learned(tmp_path):
     pytest.importorskip("transformers")
     before, after = load("calculator").main(["--output_dir", str(tmp_path / "out")])

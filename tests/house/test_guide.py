@@ -45,7 +45,7 @@ def follow(folder):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_guide_ends_with_a_better_model_and_the_numbers_that_it_shows(tmp_path):
     printed = follow(tmp_path)
     assert "0 fail" in printed

@@ -9,8 +9,6 @@ from tiny_trainer import metrics_of
 from fastpg.tasks import reviews
 from fastpg.trainer import PPOConfig
 
-pytestmark = pytest.mark.slow
-
 
 def test_grammar_accepts_its_own_sentences():
     rng = random.Random(0)
@@ -50,6 +48,7 @@ def test_every_word_is_one_token():
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.slow
 def test_ppo_learns_to_praise_in_whole_sentences(tmp_path):
     threads = torch.get_num_threads()
     args = PPOConfig(**{**reviews.DEFAULTS, "output_dir": str(tmp_path), "num_steps": 20})

@@ -91,7 +91,7 @@ def once(function):
     return first
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_without_a_kl_penalty_the_learned_reward_is_optimised_too_far(tmp_path, monkeypatch):
     """Both policies begin as the same model, and learn from the same reward model."""
     monkeypatch.setattr(reviews, "supervised_model", once(reviews.supervised_model))

@@ -135,8 +135,22 @@ def test_a_reward_model_does_not_replace_the_model_that_it_starts_from(workspace
     before = Path("model/model.safetensors").read_bytes()
     flags = ["--model", "model", "--dataset", "pairs.jsonl", "--output_dir", "."]
     assert main(["reward-model", *flags]) == 2
-    assert "model is where the run in . writes its own files" in capsys.readouterr().err
+    refusal = f"{workspace}/model is where the run in {workspace} writes its own files"
+    assert refusal in capsys.readouterr().err
     assert Path("model/model.safetensors").read_bytes() == before
+
+
+def test_a_second_run_moves_the_files_of_the_first_one_aside(tmp_path, capsys):
+    written = {"config.yaml", "metrics.jsonl", "model", "reward_model.png", "summary.md"}
+    make_reward_trainer(tmp_path, praise_pairs(20)).train()
+    weights = (tmp_path / "model/model.safetensors").read_bytes()
+    assert "earlier" not in capsys.readouterr().out
+    make_reward_trainer(tmp_path, praise_pairs(20), seed=1).train()
+    assert f"are now in {tmp_path}/earlier-1." in capsys.readouterr().out
+    for directory in (tmp_path, tmp_path / "earlier-1"):
+        assert written <= {path.name for path in directory.iterdir()}
+    assert (tmp_path / "earlier-1/model/model.safetensors").read_bytes() == weights
+    assert (tmp_path / "model/model.safetensors").read_bytes() != weights
 
 
 def test_a_signal_saves_a_reward_model_and_its_metrics(tmp_path, monkeypatch):

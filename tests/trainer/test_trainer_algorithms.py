@@ -136,6 +136,7 @@ def resolved_algorithm(**settings):
 def test_settings_take_the_place_of_the_algorithms_own():
     assert resolved_algorithm(algorithm="dapo").surrogate["clip"] == (0.2, 0.28)
     assert resolved_algorithm(algorithm="dapo", cliprange=0.1).surrogate["clip"] == (0.1, 0.1)
+    assert resolved_algorithm(cliprange_high=4.0).surrogate["clip"] == (0.2, 4.0)
     grpo = resolved_algorithm(algorithm="grpo", cliprange_high=0.3, kl_coef=0.5, gamma=0.9)
     assert grpo.surrogate == {"surrogate": "ppo", "clip": (0.2, 0.3), "kl": "k3"}
     assert (grpo.kl_coef, grpo.gae) == (0.5, {"gamma": 0.9, "lam": 1.0})
@@ -180,6 +181,7 @@ def test_without_a_bound_on_the_ratio_a_rollout_is_one_step(tmp_path, algorithm)
             {"algorithm": "reinforce++", "cliprange_value": 0.2},
             "cliprange_value needs a critic, which algorithm=reinforce++ has not.",
         ),
+        ({"cliprange": 1.0}, "cliprange must be between 0 and 1, and neither, not 1.0."),
         ({"num_generations": 0}, "num_generations must be positive, not 0."),
     ],
 )

@@ -311,7 +311,7 @@ def policy_loss(
         old_logp: The log-probs when the tokens were sampled, a constant. None: logp itself; the
             ratio is then exactly 1.
         clip: (low, high), each >= 0: "ppo" and "cispo" bound r by 1 − low and 1 + high; None on a
-            side leaves it unbounded.
+            side leaves it unbounded, as does a low of 1 or more, for r is positive.
         dual_clip: > 1; bounds r of "ppo" where A < 0, and so the loss by −dual_clip · A.
         tau: > 0, of "sapo": where A >= 0, and where A < 0. The larger, the faster the gradient
             fades as r leaves 1.

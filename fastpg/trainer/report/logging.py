@@ -17,7 +17,7 @@ from fastpg.trainer.report.end_report import Report
 from fastpg.trainer.report.trackers import checked_trackers, start_trackers, track_samples
 from fastpg.trainer.rewards.episodes import Episodes
 from fastpg.trainer.run.engine import on_main_process
-from fastpg.trainer.run.run_files import RunFiles
+from fastpg.trainer.run.run_files import RunFiles, word_of_moved
 from fastpg.trainer.run.start import Start
 from fastpg.trainer.settings.config import PPOConfig
 
@@ -102,10 +102,7 @@ class RunLog:
             # Other processes must not find the directory half made.
             on_main_process(self.accelerator, lambda: self.files.open(self.start))
             if self.files.set_aside is not None:
-                self.say(
-                    f"The files of an earlier run in {self.args.output_dir} are now in "
-                    f"{Path(self.args.output_dir, self.files.set_aside.name)}."
-                )
+                self.say(word_of_moved(self.args.output_dir, self.files.set_aside))
             steps = self.files.steps
             self.display.rewards += [x["reward/mean"] for x in steps if "reward/mean" in x]
             start_trackers(

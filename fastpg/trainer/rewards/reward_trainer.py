@@ -34,7 +34,12 @@ from fastpg.trainer.run.engine import (
     synchronized_if,
 )
 from fastpg.trainer.run.files import only_writer, require_space, write_model, write_text
-from fastpg.trainer.run.run_files import check_apart, save_config
+from fastpg.trainer.run.run_files import (
+    check_apart,
+    save_config,
+    set_earlier_run_aside,
+    word_of_moved,
+)
 from fastpg.trainer.run.signals import Interrupted, StopSignals
 from fastpg.trainer.settings.groups import option
 from fastpg.trainer.settings.parsing import InputError, convert_all
@@ -208,12 +213,10 @@ class RewardTrainer:
             if self.accelerator.is_main_process:
                 after.write(self.directory, before)
         metrics = after.metrics()
-        self.console.print(
+        self._say(
             f"Of {len(self.eval_pairs)} held-out pairs, {metrics['accuracy']:.1%} are ordered "
             f"rightly; calibration error {metrics['calibration_error']:.3f}. "
-            f"The reward model is in {Path(self.args.output_dir, 'model')}.",
-            markup=False,
-            soft_wrap=True,
+            f"The reward model is in {Path(self.args.output_dir, 'model')}."
         )
         return metrics
 
@@ -232,9 +235,15 @@ class RewardTrainer:
             self.directory.mkdir(parents=True, exist_ok=True)
             opened.enter_context(only_writer(self.directory))
             require_space(self.directory, size, "the reward model")
+            aside = set_earlier_run_aside(self.directory)
             save_config(self.args, self.directory / "config.yaml")
         except OSError as error:
             raise InputError(f"Cannot write to {error.filename}: {error.strerror}.") from error
+        if aside is not None:
+            self._say(word_of_moved(self.args.output_dir, aside))
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def evaluate(self) -> dict[str, float]:
         """Score the held-out pairs.

@@ -32,6 +32,7 @@ FILES = {
     "run.json": "command, versions, machine and kernels of every start",
     "summary.md": "this report",
     "reward.png": "reward, evaluations and, where there is one, KL over the steps",
+    "reward_model.png": "margins and calibration of a reward model",
     "report.html": "what `fastpg report` makes of these files",
 }
 """What a run leaves in its output directory. `*` stands for any number."""
@@ -75,7 +76,7 @@ class RunFiles:
         self.begun = ""
         """When the run was started first."""
         self.set_aside: Path | None = None
-        """Where the files of a run went that used the directory before, if one did."""
+        """Where the files of a run are that used the directory before, if one did."""
         self._opened = ExitStack()
         # Whether metrics.jsonl lacks some of the steps, for want of room.
         self._is_behind = False
@@ -93,7 +94,7 @@ class RunFiles:
         try:
             self._opened.enter_context(only_writer(self.directory))
             if self.resumed_at is None:
-                self._set_earlier_run_aside()
+                self.set_aside = set_earlier_run_aside(self.directory)
             for name in ("completions", "evaluations"):
                 (self.directory / name).mkdir(exist_ok=True)
             # The settings are written first: they say what a run was that failed in its first step.
@@ -107,23 +108,6 @@ class RunFiles:
     def close(self) -> None:
         """Close the files, and leave the directory to other runs."""
         self._opened.close()
-
-    def _set_earlier_run_aside(self) -> None:
-        """Move what another run has left in the directory into `earlier-N` inside it."""
-        # Other trainers leave models and checkpoints by the same names, which this run would
-        # replace and remove.
-        if not any(path for name in REPLACED for path in self.directory.glob(name)):
-            return
-        numbers = count(1)
-        aside = self.directory / f"earlier-{next(numbers)}"
-        while aside.exists():
-            aside = self.directory / f"earlier-{next(numbers)}"
-        aside.mkdir()
-        # Only the files of a run are moved: the directory may hold others.
-        for name in (*FILES, LATEST):
-            for path in self.directory.glob(name):
-                shutil.move(path, aside / path.name)
-        self.set_aside = aside
 
     def _write_start(self, start: Start) -> None:
         """Add what the run was started with to `run.json`."""
@@ -224,6 +208,41 @@ class RunFiles:
         lines = [f"{json.dumps(sample, default=str)}\n" for sample in samples]
         path = self.directory / folder / f"step_{step:06d}.jsonl"
         path.write_text("".join(lines), encoding="utf-8")
+
+
+def set_earlier_run_aside(directory: Path) -> Path | None:
+    """Move what another run has left in a directory into `earlier-N` inside it.
+
+    Args:
+        directory: The output directory of a new run, of a policy or a reward model.
+
+    Returns:
+        Where the files are now. None: there was no run.
+    """
+    # Other trainers leave models and checkpoints by the same names, which this run would replace
+    # and remove.
+    if not any(path for name in REPLACED for path in directory.glob(name)):
+        return None
+    numbers = count(1)
+    aside = directory / f"earlier-{next(numbers)}"
+    while aside.exists():
+        aside = directory / f"earlier-{next(numbers)}"
+    aside.mkdir()
+    # Only the files of a run are moved: the directory may hold others.
+    for name in (*FILES, LATEST):
+        for path in directory.glob(name):
+            shutil.move(path, aside / path.name)
+    return aside
+
+
+def word_of_moved(name: str, aside: Path) -> str:
+    """Say where the files of an earlier run are.
+
+    Args:
+        name: How the settings name the directory of the run.
+        aside: What `set_earlier_run_aside` returned.
+    """
+    return f"The files of an earlier run in {name} are now in {Path(name, aside.name)}."
 
 
 def check_taken_up(run: Path, directory: Path) -> None:

@@ -132,8 +132,9 @@ class CreditSettings:
         adaptive_kl_horizon: In so many completions the weight changes by a fifth at most.
         target_kl: No further optimiser step is made on a rollout once the policy has moved so far
             from the one that sampled it: policy/approx_kl, in nats per token. None: all are made.
-        cliprange: The ratio is clipped to 1 - cliprange, 1 + cliprange. None: the algorithm's.
-        cliprange_high: The upper bound is 1 + cliprange_high. None: as `cliprange`.
+        cliprange: The ratio is clipped to 1 - cliprange, 1 + cliprange; above 0 and below 1. None:
+            the algorithm's.
+        cliprange_high: The upper bound is 1 + cliprange_high, above 0. None: as `cliprange`.
         cliprange_value: Clip range of the values. None: they are not clipped.
         vf_coef: Weight of the value loss.
         entropy_coef: Weight of the entropy bonus.

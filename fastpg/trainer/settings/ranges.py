@@ -37,7 +37,6 @@ RANGES = (
             "micro_batch_size",
             "micro_batch_tokens",
             "max_grad_norm",
-            "cliprange",
             "cliprange_high",
             "cliprange_value",
             "eval_steps",
@@ -76,7 +75,8 @@ RANGES = (
     Range(
         "between 0 and 1, and neither",
         lambda value: 0 < value < 1,
-        ("eval_fraction", "vllm_gpu_memory_utilization"),
+        # Every ratio is above 0: a lower bound of 1 - 1 would never hold one.
+        ("eval_fraction", "vllm_gpu_memory_utilization", "cliprange"),
     ),
     Range("above 0 and at most 1", lambda value: 0 < value <= 1, ("top_p",)),
     # NumPy's seeds have 32 bits, and each process adds its number to this one.

@@ -216,7 +216,7 @@ def sizes(x: Inputs) -> Sizes:
 
 
 def backward_sizes(x: BackwardInputs) -> Sizes:
-    """The same, for the backward op."""
+    """The sizes for the backward op, those of its forward op."""
     return sizes(x.inputs)
 
 
@@ -237,7 +237,7 @@ def scratch(x: Inputs) -> Scratch:
 
 
 def backward_scratch(x: BackwardInputs) -> Scratch:
-    """The same, for the backward op."""
+    """The memory for the backward op, as for its forward op."""
     return scratch(x.inputs)
 
 

@@ -69,7 +69,7 @@ def load_number(x: tl.tensor, token: tl.tensor, kept: tl.tensor):
 
 @triton.jit
 def load_or_zero(x: tl.tensor, token: tl.tensor, kept: tl.tensor):
-    """The same, but 0 everywhere where there is no x."""
+    """Numbers in fp64, as `load_number` gives them; 0 everywhere if there is no x."""
     zeros = tl.full(token.shape, 0.0, tl.float64)
     return zeros if x is None else load_number(x, token, kept)
 

@@ -82,7 +82,7 @@ def sizes(x: Inputs) -> SequenceSizes:
 
 
 def backward_sizes(x: BackwardInputs) -> SequenceSizes:
-    """The same, for the backward op."""
+    """Tells C++ what the forward op does, for the backward op."""
     return sizes(x.inputs)
 
 

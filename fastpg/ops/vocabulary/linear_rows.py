@@ -141,7 +141,7 @@ def products_with(g: Tensor, hidden: list[Tensor], head_weight: list[Tensor]) ->
 
 
 def products_of_rows(x: Inputs, kept: Tensor, gradient: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """The same in the compute dtype, of rows [N]. A row that is not kept is not read.
+    """The products with the gradient of rows [N], in the compute dtype; only kept rows are read.
 
     `gradient` takes all the logits, and returns their gradient.
     """
@@ -152,7 +152,7 @@ def products_of_rows(x: Inputs, kept: Tensor, gradient: Callable[[Tensor], Tenso
 
 
 def reference_products(x: BackwardInputs) -> list[Tensor]:
-    """The same with the gradient that token_logprobs gives the logits."""
+    """The products with the gradient that token_logprobs gives the logits."""
 
     def gradient(logits: Tensor) -> Tensor:
         rows = rows_of(x.inputs, logits, x.inputs.labels)

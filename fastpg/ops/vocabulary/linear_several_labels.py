@@ -35,7 +35,7 @@ class BackwardInputs(NamedTuple):
 
 
 def of_logits(x: Inputs, logits: Tensor) -> several_labels.Inputs:
-    """The same labels of rows whose logits are known."""
+    """The inputs of several_labels: the labels of x, beside the logits of its rows."""
     return several_labels.Inputs(rows_of(x, logits, x.labels), with_statistics=True)
 
 
@@ -143,7 +143,7 @@ _several_labels = Differentiable(
 
 
 def logprobs(x: HeadInputs, labels: Tensor, *, several: bool) -> tuple[Tensor, ...]:
-    """Those of labels [..., K] if there are several, else [...], in the order of TokenLogprobs."""
+    """The fields of TokenLogprobs, for labels [..., K] if there are several, else [...]."""
     of_rows = labels.long().reshape(-1, labels.shape[-1] if several else 1)
     found = _several_labels(x._replace(labels=of_rows))
     shape = labels.shape[:-1] if several else labels.shape

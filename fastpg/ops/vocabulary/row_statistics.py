@@ -26,7 +26,7 @@ from .token_logprobs import Saved
 
 
 class Outputs(NamedTuple):
-    """Those of token_logprobs, and the statistics; all but is_top1 in the compute dtype."""
+    """The results of token_logprobs, and the statistics; all but is_top1 in the compute dtype."""
 
     logp: Tensor  # [...]
     entropy: Tensor  # [...]; without elements, if it is not wanted

@@ -335,7 +335,7 @@ _several_labels_inplace = _differentiable(backward=_backward_inplace)
 def logprobs(
     rows: RowInputs, labels: Tensor, *, with_statistics: bool, inplace: bool
 ) -> tuple[Tensor, ...]:
-    """Those of labels [..., K], or of one label a row [...], in the order of TokenLogprobs."""
+    """The fields of TokenLogprobs, for labels [..., K] or for one label a row, labels [...]."""
     if labels.dim() < rows.logits.dim():
         return row_statistics.logprobs(rows, inplace=inplace)
     x = Inputs(rows._replace(labels=labels.long()), with_statistics)

@@ -187,8 +187,8 @@ def _forward(x: ShardedInputs) -> tuple[tuple[Tensor, Tensor], Saved]:
     parts = Statistics._make(fields)
     # A label has a logit in its own slice, and 0 in the others.
     found = merge(parts, parts.label_logit.sum(0), of_rows.temperature)
-    logp, *others = (filled(rows, len(kept), field) for field in label_results(found, of_rows))
-    entropy, top, log_sum = others
+    results = label_results(found, of_rows)
+    logp, entropy, top, log_sum = (filled(rows, len(kept), field) for field in results)
     return (logp, entropy), Saved(x, entropy, torch.stack([top, log_sum]))
 
 

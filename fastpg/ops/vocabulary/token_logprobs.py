@@ -138,7 +138,7 @@ def backward(x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None = N
 def backward_inplace(
     x: Saved, grad_logp: Tensor | None, grad_entropy: Tensor | None = None
 ) -> Gradient:
-    """The same, over the logits."""
+    """Writes the gradient of the logits over them."""
     # torch counts that the logits are written to: whoever saved them and needs them later raises,
     # and so does a second backward through here.
     out = x.inputs.logits.detach()

@@ -36,6 +36,7 @@ FLOORS = [
     {"fastpg.trainer.learning"},
     {"fastpg.trainer.report"},
     {"fastpg.trainer"},
+    {"fastpg.trainer.check"},
     {"fastpg.tasks", "fastpg.doctor"},
     {"fastpg.cli"},
     {"fastpg.__main__"},

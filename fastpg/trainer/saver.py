@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -16,6 +17,21 @@ from fastpg.trainer.run.files import StorageError, require_space, size_of, write
 from fastpg.trainer.run.signals import Interrupted, StopSignals
 from fastpg.trainer.run.state import TrainingState, random_state
 from fastpg.trainer.settings.parsing import InputError
+
+
+@dataclass
+class Progress:
+    """What a run remembers besides what it trains; checkpoints hold it too.
+
+    Args:
+        first_evaluation: The records of the evaluation of the starting model. None: it is to come.
+        best_reward: The reward of the model in `best_model`. None: there is none yet.
+        seconds: The seconds of each phase of training.
+    """
+
+    first_evaluation: list[dict[str, Any]] | None = None
+    best_reward: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Saver:
@@ -45,9 +61,10 @@ class Saver:
         self.accelerator = state.accelerator
         self.args = state.args
         self.saved_step = -1 if resumed is None else resumed.step
-        self.more: dict[str, Any] = {"first_evaluation": None, "best_reward": None}
+        self.progress = Progress()
         if resumed is not None:
-            self.more = {name: resumed.state[name] for name in self.more}
+            names = [member.name for member in fields(Progress)]
+            self.progress = Progress(**{name: resumed.state[name] for name in names})
         # AdamW keeps two numbers for each weight. What else is written is seen at checkpoint 0.
         self._size = 3 * state.trainable_bytes()
 
@@ -63,7 +80,7 @@ class Saver:
         Raises:
             StorageError: It cannot be written, or there is no room for what the run will write.
         """
-        self.more["seconds"] = seconds
+        self.progress.seconds = seconds
         if self.saved_step >= 0:
             return
         self.log.doing("writing checkpoint 0, to see that the model can be saved")
@@ -101,10 +118,10 @@ class Saver:
         Args:
             play: Makes it.
         """
-        if self.more["first_evaluation"] is None:
+        if self.progress.first_evaluation is None:
             self.log.doing("evaluating the starting model")
-            self.more["first_evaluation"] = list(play().records())
-        return Episodes.from_records(self.more["first_evaluation"])
+            self.progress.first_evaluation = list(play().records())
+        return Episodes.from_records(self.progress.first_evaluation)
 
     def keep_best(self, metrics: dict[str, float]) -> None:
         """Save the model in `best_model` if no evaluation before was as good, and that is wanted.
@@ -112,7 +129,7 @@ class Saver:
         Args:
             metrics: Those of an evaluation of the model as it is now.
         """
-        best, reward = self.more["best_reward"], metrics["reward/mean"]
+        best, reward = self.progress.best_reward, metrics["reward/mean"]
         if not self.args.save_best_model or (best is not None and reward <= best):
             return
         directory, write = self.log.directory / "best_model", self.model_writer()
@@ -122,7 +139,7 @@ class Saver:
             # The next best one is then better than that which is there.
             self.log.say(f"The best model so far is not saved: {error}")
         else:
-            self.more["best_reward"] = reward
+            self.progress.best_reward = reward
 
     def after(self, step: int, stop: StopSignals | None = None) -> None:
         """Save what is due after a step, and end the run if a signal has asked for it.
@@ -216,7 +233,7 @@ class Saver:
 
     def _write(self, step: int, drawn: dict[str, Any]) -> None:
         """Write a checkpoint; every process has to call this."""
-        checkpoint = self.state.checkpoint(step, drawn, self.more)
+        checkpoint = self.state.checkpoint(step, drawn, vars(self.progress))
         write = self.model_writer()
 
         def write_checkpoint() -> None:

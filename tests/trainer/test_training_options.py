@@ -14,7 +14,7 @@ import fastpg
 from fastpg.trainer import InputError, PPOConfig
 from fastpg.trainer.learning.optimizer import rate_factor
 from fastpg.trainer.run.files import StorageError
-from fastpg.trainer.saver import Saver
+from fastpg.trainer.saver import Progress, Saver
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_best_model_that_could_not_be_saved_is_not_what_others_have_to_beat(
         args=SimpleNamespace(save_best_model=True),
         accelerator=SimpleNamespace(num_processes=1),
         log=SimpleNamespace(directory=tmp_path, say=lambda text: None),
-        more={"best_reward": 1.0},
+        progress=Progress(best_reward=1.0),
         model_writer=lambda: None,
     )
     saved = []
@@ -119,7 +119,7 @@ def test_a_best_model_that_could_not_be_saved_is_not_what_others_have_to_beat(
     monkeypatch.setattr("fastpg.trainer.saver.write_model", full_at_first)
     for reward in (3.0, 2.0, 1.5):
         Saver.keep_best(saver, {"reward/mean": reward})
-    assert saved == ["best_model"] * 2 and saver.more["best_reward"] == 2.0
+    assert saved == ["best_model"] * 2 and saver.progress.best_reward == 2.0
 
 
 def test_the_best_model_is_that_of_the_best_evaluation(tmp_path):

@@ -182,7 +182,7 @@ def synchronized_if(accelerator: Accelerator, model: nn.Module, last: bool) -> I
         last: Whether it is the last micro-batch of an optimiser step.
     """
     # DeepSpeed makes its step in the backward after which this says so.
-    accelerator.gradient_state._set_sync_gradients(last)
+    accelerator.sync_gradients = last
     # Gradients of the micro-batches before add up on each process; one exchange is enough.
     with nullcontext() if last else accelerator.no_sync(model):
         yield

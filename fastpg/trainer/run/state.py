@@ -245,9 +245,8 @@ class TrainingState:
         moments: dict[int, dict[str, Tensor]] = {}
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         for key, value in tensors.items():
-            kind, _, rest = key.partition(".")
-            if kind == "optimizer":
-                index, _, name = rest.partition(".")
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
                 moments.setdefault(int(index), {})[name] = shared_like(value, trained[int(index)])
         # The schedule is a function of the step, so a longer run has the rates of a longer run.
         rates = [

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.checks import (
     check_dataset,
+    check_forwards,
     check_packages,
     check_policy,
     check_prompts,
-    check_repeatable,
     checked_rewards,
 )
 from fastpg.trainer.data.encoding import encode_one
@@ -135,7 +135,7 @@ class PPOTrainer(OwnLoop):
         ids = list(range(min(most_positions(readers) or 64, vocabulary_size(policy))))
         if len(self.train_dataset):
             ids = encode_one(self.train_dataset[0]["prompt"], self.tokenizer, "A prompt")
-        check_repeatable(self.learner, ids)
+        check_forwards(self.learner, ids)
 
     def _prepare(self) -> None:
         """Make the optimiser, its schedule, the loader of prompts and the learner."""

@@ -41,7 +41,7 @@ def test_the_flag_gives_exit_code_1_where_a_check_fails(monkeypatch, capsys):
 
 
 def dropout_left_on(patch):
-    patch.setattr(trainer, "check_repeatable", lambda *a: None)
+    patch.setattr(trainer, "check_forwards", lambda *a: None)
     return {"model": tiny_model(attention_dropout=0.5)}, lambda t: t.policy.train()
 
 

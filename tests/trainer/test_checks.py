@@ -9,7 +9,7 @@ import torch
 from test_cli import OWN, workspace
 from tiny_trainer import PROMPTS, make_trainer, metrics_of, share_of_praise, tiny_model
 from tokenizers.processors import TemplateProcessing
-from transformers import Qwen3ForSequenceClassification
+from transformers import BertConfig, BertLMHeadModel, Qwen3ForSequenceClassification
 
 from fastpg.cli import main
 from fastpg.tasks import reviews
@@ -211,6 +211,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         make_trainer(tmp_path, model=model)
 
 
+def test_a_model_that_sees_what_follows_is_refused(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = BertConfig(vocab_size=43, num_attention_heads=2, initializer_range=1.0, **sizes)
+    with pytest.raises(InputError, match="this is no causal language model"):
+        make_trainer(tmp_path, model=BertLMHeadModel(config))
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:1000])
 
@@ -247,6 +255,11 @@ def drop_the_tokenizer():
         path.unlink()
 
 
+def write_config(**changes):
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | changes))
+
+
 @pytest.mark.parametrize(
     ("spoil", "flags", "sentence"),
     [
@@ -259,6 +272,9 @@ def drop_the_tokenizer():
         (lambda: None, ["--model", "nowhere/"], "from 'nowhere/': there is no such directory."),
         (ask_for_code, [], "code of its own, which only trust_remote_code lets run."),
         (drop_the_tokenizer, [], "There is no tokenizer in '"),
+        (lambda: write_config(dtype="float7"), [], "has no attribute 'float7'"),
+        (lambda: write_config(hidden_size="big"), [], "TypeError: Field 'hidden_size' expected"),
+        (lambda: write_config(intermediate_size=9), [], "proj.weight has another shape than that"),
     ],
 )
 def test_spoiled_model_files_are_one_sentence(workspace, capsys, spoil, flags, sentence):

@@ -203,6 +203,8 @@ def test_without_arguments_the_embedded_task_runs(tmp_path, monkeypatch, capsys)
             "Unknown setting 'lerning_rate'; did you mean 'learning_rate'?",
         ),
         (["--config", "list.yaml"], "The config file list.yaml must hold `name: value` lines."),
+        (["--config", "twice.yaml"], "The config file gives seed twice."),
+        (["--config", "deep.yaml"], "The config file deep.yaml has too many brackets"),
         (["--config", "broken.yaml"], "The config file broken.yaml is not valid YAML at line 1."),
         (["--model", "model"], "Your own run also needs --dataset and --reward."),
         ([*OWN, "--dataset", "none"], "Your own run also needs --dataset."),
@@ -225,6 +227,8 @@ def test_bad_input_is_one_sentence(workspace, capsys, flags, sentence):
     Path("typo.yaml").write_text("lerning_rate: 1")
     Path("list.yaml").write_text("- 1")
     Path("broken.yaml").write_text("a: [")
+    Path("twice.yaml").write_text("seed: 1\nseed: 2")
+    Path("deep.yaml").write_text("[" * 1000)
     Path("empty.jsonl").write_text("\n")
     Path("bad.jsonl").write_text('{"prompt": "the plot"}\n\n{"text": "was"}')
     assert main(["train", *flags]) == 2

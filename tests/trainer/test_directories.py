@@ -9,8 +9,9 @@ from tiny_trainer import make_trainer, metrics_of, share_of_praise, tiny_model
 from transformers import AutoModelForCausalLM
 
 from fastpg.tasks import reviews
-from fastpg.trainer import InputError
+from fastpg.trainer import InputError, PPOConfig
 from fastpg.trainer.rewards.functions import load_reward
+from fastpg.trainer.run_files import check_apart
 
 FEW = {"num_steps": 2, "rollout_batch_size": 2, "num_ppo_epochs": 1, "num_mini_batches": 1}
 QUICK = {**RUN, **FEW, "report_to": ["none"]}
@@ -121,3 +122,15 @@ def test_a_reward_imports_from_where_the_run_was_started(tmp_path, monkeypatch):
     reward = load_reward("late_reward:reward")
     monkeypatch.chdir("/")
     assert reward(completions=[""]) == [3.0]
+
+
+def test_a_path_may_begin_at_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert PPOConfig(output_dir="~/run").output_dir == str(tmp_path / "run")
+
+
+def test_links_in_a_circle_are_one_sentence(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "run")
+    with pytest.raises(InputError, match=r"Cannot write to .*run: "):
+        check_apart(str(tmp_path), tmp_path / "run")
+        make_trainer(tmp_path / "run").train()

@@ -1,6 +1,7 @@
 """Rewards of every kind: what they may ask for, async ones, those of verl and OpenRLHF."""
 
 import asyncio
+import sys
 
 import pytest
 import torch
@@ -186,6 +187,23 @@ def test_a_module_that_fails_at_its_import_is_one_sentence(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError, match=r"reward 'broken_rewards:f': ValueError: no key\.$"):
         load_reward("broken_rewards:f")
+
+
+def test_a_reward_or_module_that_ends_the_process_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_script.py").write_text("import sys; sys.exit(5)")
+    with pytest.raises(InputError, match=r"Cannot import the module .*: SystemExit: 5."):
+        load_reward("a_script:f")
+
+    def ends(completions):
+        sys.exit(0)
+
+    async def waits_and_ends(completions):
+        sys.exit(0)
+
+    for reward in (ends, waits_and_ends):
+        with pytest.raises(InputError, match=rf"A reward .{reward.__name__}. called sys.exit.0."):
+            score([reward], {"completions": ["a"]})
 
 
 def test_a_builtin_that_hides_its_arguments_is_refused():

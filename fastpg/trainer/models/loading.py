@@ -77,7 +77,9 @@ def dtype_of_files(model: str) -> torch.dtype | None:
     config, _ = PreTrainedConfig.get_config_dict(model)
     # Older configs have the second name.
     name = config.get("dtype") or config.get("torch_dtype")
-    return getattr(torch, name) if name else None
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    # A name such as "auto" says nothing of the files.
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 class Scorer(NamedTuple):
@@ -110,8 +112,7 @@ def load_scorer(
     if Path(model, "adapter_config.json").is_file():
         with as_input_error(f"Cannot load {what} from {model!r}"):
             return Scorer(_merged_scorer(model), has_new_head=False)
-    # A head of another size is one that is missing, which is refused below.
-    options = {"num_labels": 1, "ignore_mismatched_sizes": True} if new_head else {}
+    options = {"num_labels": 1} if new_head else {}
     with _no_report():
         scorer, loading = _load(
             AutoModelForSequenceClassification,
@@ -166,6 +167,8 @@ def _load(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            # They are in what is returned, and are refused from there.
+            ignore_mismatched_sizes=True,
             **options,
         )
 
@@ -232,8 +235,9 @@ def as_input_error(sentence: str) -> Iterator[None]:
         yield
     except Exception as error:
         # Damaged files raise errors of safetensors, pickle, JSON and others. The first line of the
-        # message says what is wrong; more are advice about the hub.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # message says what is wrong; more are advice about the hub, or what a colon announces.
+        first, *more = (str(error).strip() or type(error).__name__).splitlines()
+        reason = " ".join(f"{first} {more[0]}".split()) if first.endswith(":") and more else first
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own, which only trust_remote_code lets run."
         raise InputError(f"{sentence}: {reason}") from error

@@ -52,8 +52,8 @@ def load_reward(spec: str, trust_remote_code: bool = False) -> RewardFunction:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
-        # A module can raise anything while it is imported.
+    except (Exception, SystemExit) as error:
+        # A module can raise anything while it is imported, and a script may even end the process.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"Cannot import the module of the reward {spec!r}: {reason}.") from error
     function = getattr(module, name, None)
@@ -93,16 +93,26 @@ def score(
         InputError: A function needs a column that is not there, or does not return B values that
             are finite numbers or None.
     """
+    names = [name_of(reward) for reward in reward_funcs]
+    try:
+        results = _results(reward_funcs, columns)
+    except SystemExit as end:
+        # The run would end without a word, and with whatever exit code this says.
+        raise InputError(f"A reward ({', '.join(names)}) called sys.exit({end.code!r}).") from end
+    count = len(columns["completions"])
+    return {
+        name: _checked(name, values, count) for name, values in zip(names, results, strict=True)
+    }
+
+
+def _results(reward_funcs: Sequence[RewardFunction], columns: dict[str, list[Any]]) -> list[Any]:
+    """Return what the functions return, in their order; those that are async wait together."""
     results = [reward(**accepted(reward, columns)) for reward in reward_funcs]
     pending = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
     if pending:
         finished = _run(_gathered(list(pending.values())))
         results = [finished.pop(0) if i in pending else result for i, result in enumerate(results)]
-    names = map(name_of, reward_funcs)
-    count = len(columns["completions"])
-    return {
-        name: _checked(name, values, count) for name, values in zip(names, results, strict=True)
-    }
+    return results
 
 
 async def _gathered(results: list[Awaitable[Any]]) -> list[Any]:

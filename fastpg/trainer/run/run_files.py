@@ -273,7 +273,8 @@ def check_apart(model: str | None, directory: Path) -> None:
     """
     if not model or not Path(model).is_dir():
         return
-    place, own = Path(model).resolve(), directory.resolve()
+    # `Path.resolve` raises where links lead in a circle.
+    place, own = (Path(os.path.realpath(path)) for path in (model, directory))
     if own not in place.parents:
         return
     first = place.relative_to(own).parts[0]

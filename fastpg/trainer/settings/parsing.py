@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NewType, get_args, get_origin, get_type_hints
@@ -30,6 +31,18 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else "."
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML, and refuses a name that stands twice, of which only the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the values by name."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [name for i, name in enumerate(names) if name in names[:i]]
+        if twice:
+            raise InputError(f"The config file gives {twice[0]} twice.")
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: str) -> dict[str, Any]:
     """Read the settings of a YAML file.
 
@@ -43,7 +56,7 @@ def load_yaml(path: str) -> dict[str, Any]:
         InputError: The file cannot be read or holds anything else.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError:
         raise InputError(f"The config file {path} is not UTF-8 text.") from None
     except OSError as error:
@@ -53,6 +66,8 @@ def load_yaml(path: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = 1 if mark is None else mark.line + 1
         raise InputError(f"The config file {path} is not valid YAML at line {line}.") from None
+    except RecursionError:
+        raise InputError(f"The config file {path} has too many brackets in brackets.") from None
     # An empty file is read as None, and means no settings.
     if not isinstance(values or {}, dict):
         raise InputError(f"The config file {path} must hold `name: value` lines.")
@@ -122,10 +137,11 @@ def _text(value: Any) -> str:
     # YAML 1.1 reads a bare `no` as False, and "no" is a value of mixed_precision.
     if value is False:
         return "no"
-    # An empty path would be the working directory.
-    if not isinstance(value, str) or not value.strip():
+    # An empty path would be the working directory, and no path can hold a zero byte.
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError
-    return value
+    # A shell leaves the tilde of --output_dir=~/run alone, and YAML that of any path.
+    return os.path.expanduser(value) if value.startswith("~/") else value
 
 
 def _truth(value: Any) -> bool:

@@ -297,5 +297,16 @@ def test_json_that_python_cannot_read_is_one_sentence(workspace, capsys, line):
 
 def test_a_second_precision_in_a_process_is_one_sentence(tmp_path):
     make_trainer(tmp_path)
-    with pytest.raises(InputError, match="accelerate refuses mixed_precision='bf16' here: "):
+    with pytest.raises(InputError, match="accelerate does not start with mixed_precision='bf16'"):
         make_trainer(tmp_path, mixed_precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ACCELERATE_USE_MEGATRON_LM", "true"), ("WORLD_SIZE", "many")]
+)
+def test_an_environment_in_which_accelerate_does_not_start_is_one_sentence(
+    tmp_path, monkeypatch, name, value
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"accelerate does not start .* in this process: "):
+        make_trainer(tmp_path)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from fastpg.tasks import reviews
 from fastpg.trainer import InputError, PPOConfig
 from fastpg.trainer.rewards.functions import load_reward
-from fastpg.trainer.run_files import check_apart
+from fastpg.trainer.run.run_files import check_apart
 
 FEW = {"num_steps": 2, "rollout_batch_size": 2, "num_ppo_epochs": 1, "num_mini_batches": 1}
 QUICK = {**RUN, **FEW, "report_to": ["none"]}

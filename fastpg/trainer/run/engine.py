@@ -44,20 +44,23 @@ def make_accelerator(args: EngineSettings) -> Accelerator:
         InputError: The processes would share the model in a way that does not work here, or the
             precision cannot be had.
     """
-    _share_on_cpus()
     # What is not given here, `accelerate launch` may set: a number of accumulation steps, for one,
     # that every loss would be divided by.
     try:
+        _share_on_cpus()
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_plugin=TorchDynamoPlugin(backend="no"),
         )
-    except ValueError as error:
-        # A process keeps the precision of its first accelerator, and not every device has each.
-        reason = " ".join(str(error).split())
+        torch.empty(0, device=accelerator.device)
+    except Exception as error:
+        # A process keeps the precision of its first accelerator, and not every device has each;
+        # the environment may ask for packages and devices that are not there.
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"accelerate refuses mixed_precision={args.mixed_precision!r} here: {reason}"
+            f"accelerate does not start with mixed_precision={args.mixed_precision!r} in this "
+            f"process: {reason}"
         ) from error
     _check_processes(accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:

@@ -89,7 +89,7 @@ def grouped(rows: list[Row], suites: tuple[str, ...]) -> list[list[Row]]:
 def where(rows: list[Row]) -> str:
     """What the rows were measured on and with."""
     row = next(row for row in rows if row.get("machine"))
-    commits = " and ".join(sorted({row["commit"] for row in rows}))
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
     return (
         f"`{row['machine']}`, torch {row['torch']}, Python {row['python']}, "
         f"fastpg at {commits}, {row['date']}"

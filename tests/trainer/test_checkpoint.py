@@ -1,5 +1,6 @@
 """Checkpoints: a run that is stopped, however, goes on as if it had not been."""
 
+import errno
 import json
 import os
 import random
@@ -25,7 +26,9 @@ from tiny_trainer import PROMPTS, make_trainer, metrics_of, share_of_praise, tin
 from transformers import AutoModelForCausalLM
 
 from fastpg.trainer import InputError, PPOTrainer, TrainerCallback
-from fastpg.trainer.run import files
+from fastpg.trainer.run import checkpoint, files
+from fastpg.trainer.run.checkpoint import Checkpoint, save_checkpoint
+from fastpg.trainer.run.files import StorageError
 from fastpg.trainer.run.signals import Interrupted
 
 QUICK = {**RUN, "rollout_batch_size": 2, "num_mini_batches": 1, "num_ppo_epochs": 1}
@@ -145,8 +148,8 @@ def test_a_damaged_record_of_the_starts_is_named(finished, text):
 
 
 def test_without_a_whole_checkpoint_there_is_no_resume(finished, tmp_path):
-    for checkpoint in finished.glob("checkpoint-*"):
-        damage(checkpoint / "state.json", "truncated")
+    for directory in finished.glob("checkpoint-*"):
+        damage(directory / "state.json", "truncated")
     with pytest.raises(InputError, match="There is no whole checkpoint in"):
         trained(finished, resume=True)
     with pytest.raises(InputError, match="There is no checkpoint in"):
@@ -228,7 +231,11 @@ def test_a_signal_saves_checkpoint_and_model(tmp_path, capsys, usual_handlers, n
 def test_a_signal_that_the_process_ignores_stays_ignored(tmp_path, usual_handlers):
     """As in the background of a script, or under nohup."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    make_trainer(tmp_path, interrupting(signal.SIGINT, 2), **RUN).train()
+    trainer = make_trainer(tmp_path, interrupting(signal.SIGINT, 2), **RUN)
+    try:
+        trainer.train()
+    except Interrupted:
+        pytest.fail("the run was stopped")
     assert (tmp_path / "LATEST").read_text() == "checkpoint-4"
 
 
@@ -348,6 +355,17 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(tmp_path, monkeypatch,
     assert steps == [f"checkpoint-{i}" for i in (0, 1, 3, 4)]
     assert "There is no checkpoint of step 2: Cannot write" in capsys.readouterr().out
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_checkpoint_is_named_as_the_newest_once_it_is_on_the_disk(tmp_path, monkeypatch):
+    def full(directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_checkpoint(tmp_path, Checkpoint(1, {}, {}), Path.mkdir, keep=None)
+    monkeypatch.setattr(checkpoint, "flush_all", full)
+    with pytest.raises(StorageError, match="No space left"):
+        save_checkpoint(tmp_path, Checkpoint(2, {}, {}), Path.mkdir, keep=None)
+    assert (tmp_path / "LATEST").read_text() == "checkpoint-1"
 
 
 def test_a_directory_that_is_gone_costs_its_checkpoints_and_not_the_model(tmp_path, capsys):

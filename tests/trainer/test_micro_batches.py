@@ -56,6 +56,7 @@ def test_processes_make_the_same_number_of_parts():
         more = split_into(parts, count)
         assert len(more) == count
         assert torch.equal(torch.cat(more), torch.arange(10))
+        assert max(map(len, more)) == {3: 5, 4: 4, 7: 2, 10: 1}[count]
 
 
 def gradient(folder, make_model, algorithm, **settings):

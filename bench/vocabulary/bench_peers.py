@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fastpg.bench import suites
+from fastpg.bench import problems
 from fastpg.bench.timing import Case
 
 ROWS, VOCAB, WIDTH, HEAD_VOCAB = 8192, 151936, 4096, 131072
@@ -22,11 +22,11 @@ ROWS, VOCAB, WIDTH, HEAD_VOCAB = 8192, 151936, 4096, 131072
 def cases(device: str) -> Iterator[Case]:
     if device != "cuda":
         return  # The peers' kernels need a GPU.
-    settings = suites.Settings(device, quick=False, left_out={})
+    settings = problems.Settings(device, quick=False, left_out={})
     for problem in (
-        suites.log_probs_and_entropy(settings, ROWS, VOCAB, torch.bfloat16),
-        suites.log_probs(settings, ROWS, VOCAB, torch.bfloat16, backward=True),
-        suites.head_cross_entropy(settings, ROWS, WIDTH, HEAD_VOCAB, torch.bfloat16),
+        problems.log_probs_and_entropy(settings, ROWS, VOCAB, torch.bfloat16),
+        problems.log_probs(settings, ROWS, VOCAB, torch.bfloat16, backward=True),
+        problems.head_cross_entropy(settings, ROWS, WIDTH, HEAD_VOCAB, torch.bfloat16),
     ):
         yield problem.case(compiled=False, found={})
     for name, reason in settings.left_out.items():

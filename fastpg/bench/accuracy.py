@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import baselines
 from .problem import OURS, PLAIN, Problem
-from .suites import DOUBLING, VOCAB, Settings, advantages, clipped_surrogate, log_probs
+from .problems import DOUBLING, VOCAB, Settings, advantages, clipped_surrogate, log_probs
 
 
 def in_its_own_type(logits: Tensor, labels: Tensor) -> Tensor:

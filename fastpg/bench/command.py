@@ -17,9 +17,9 @@ from fastpg.integrations.verify_command import available
 
 from . import accuracy, report, scaling, step, suites, torture
 from .problem import LEAST_ROUNDS, OURS, Errors, Problem
+from .problems import Settings
 from .provenance import busyness, cores, machine, processor, provenance
 from .running import Row, run
-from .suites import Settings
 from .timing import Case
 
 BUSY = """Other programs keep this machine busy (load {load}). Threads then wait for each other, and

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from .problem import LEAST_ROUNDS, OURS, PLAIN, Problem
+from .problems import Settings, advantages, clipped_surrogate, head_cross_entropy, log_probs
 from .running import Row
-from .suites import Settings, advantages, clipped_surrogate, head_cross_entropy, log_probs
 from .timing import Case, freed_memory_kept, measure, peak_extra_mib
 
 LEAST_MIB = 4.0  # Less than that of extra memory is scratch, and has no exponent.

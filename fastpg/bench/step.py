@@ -14,8 +14,8 @@ from fastpg import linear_token_loss, policy_loss, token_logprobs, token_weights
 from . import baselines, peers
 from .inputs import log_ratios
 from .problem import COMPILED, LEAST_ROUNDS, OURS, PLAIN, Solution
+from .problems import Settings
 from .running import Row, run
-from .suites import Settings
 from .timing import Case
 
 WIDTH, LAYERS, VOCAB = 256, 2, 32768

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from . import baselines, hard_inputs, peers
 from .problem import OURS, PLAIN, Solution, evaluated
-from .running import Row
-from .suites import (
+from .problems import (
     Settings,
     fused_cross_entropy,
     fused_gae,
     fused_surrogate,
     log_probs_of,
 )
+from .running import Row
 
 RIGHT = "right"
 

@@ -15,14 +15,14 @@ from fastpg.bench import (
     command,
     peers,
     plots,
+    problems,
     provenance,
     report,
     scaling,
-    suites,
     torture,
 )
 from fastpg.bench.problem import OURS, PLAIN, Problem, errors
-from fastpg.bench.suites import Settings
+from fastpg.bench.problems import Settings
 from fastpg.bench.timing import freed_memory_kept, peak_extra_mib
 
 
@@ -144,7 +144,7 @@ def test_the_filters_are_gae(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchaudio", parent)
     monkeypatch.setitem(sys.modules, "torchaudio.functional", module)
     settings = quick()
-    problem = suites.advantages(settings, 2, 33, 0.9)
+    problem = problems.advantages(settings, 2, 33, 0.9)
     assert {"torchaudio's lfilter", "scipy's lfilter"} <= set(problem.solutions)
     for solution in problem.solutions.values():
         assert errors(problem, solution).value < 1e-6
@@ -154,22 +154,22 @@ def test_every_problem_is_solved_at_a_small_size():
     settings = quick()
     fp32 = torch.float32
     for problem in (
-        suites.log_probs(settings, 8, 100, fp32, backward=True),
-        suites.log_probs_and_entropy(settings, 8, 100, torch.bfloat16),
-        suites.head_log_probs(settings, 8, 4, 100, fp32, backward=True),
-        suites.head_cross_entropy(settings, 8, 4, 100, fp32),
-        suites.head_policy_loss(settings, 2, 4, 4, 100, fp32),
-        suites.clipped_surrogate(settings, 64),
-        suites.clipped_value_loss(settings, 64),
-        suites.kl(settings, 64),
-        suites.whitening(settings, 4, 16),
+        problems.log_probs(settings, 8, 100, fp32, backward=True),
+        problems.log_probs_and_entropy(settings, 8, 100, torch.bfloat16),
+        problems.head_log_probs(settings, 8, 4, 100, fp32, backward=True),
+        problems.head_cross_entropy(settings, 8, 4, 100, fp32),
+        problems.head_policy_loss(settings, 2, 4, 4, 100, fp32),
+        problems.clipped_surrogate(settings, 64),
+        problems.clipped_value_loss(settings, 64),
+        problems.kl(settings, 64),
+        problems.whitening(settings, 4, 16),
     ):
         for name, solution in problem.solutions.items():
             assert not errors(problem, solution).too_large, (problem.op, name)
 
 
 def test_few_tokens_of_the_clipped_loss_are_clipped_so_that_few_products_are_spared():
-    problem = suites.head_policy_loss(quick(), 4, 256, 4, 100, torch.float32)
+    problem = problems.head_policy_loss(quick(), 4, 256, 4, 100, torch.float32)
     hidden, weight, labels, advantages, old_logp = problem.inputs
     logp = baselines.head_log_probs(hidden.flatten(0, 1), weight, labels.flatten())
     ratio = (logp.view_as(labels) - old_logp).exp()
@@ -179,7 +179,7 @@ def test_few_tokens_of_the_clipped_loss_are_clipped_so_that_few_products_are_spa
 
 
 def test_every_candidate_computes_in_the_dtype_of_its_inputs():
-    problem = suites.advantages(quick(), 2, 33, 0.9)
+    problem = problems.advantages(quick(), 2, 33, 0.9)
     for name, solution in problem.solutions.items():
         assert solution(*problem.inputs).dtype is torch.float32, name
 

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.data.encoding import encode_one, eos_ids
@@ -18,7 +16,6 @@ from fastpg.trainer.rewards.columns import SAMPLED, dataset_columns
 from fastpg.trainer.rewards.functions import RewardFunction, accepted, load_reward, name_of
 from fastpg.trainer.rewards.reward_adapters import adapted
 from fastpg.trainer.rollouts.rollout_engine import check_engine
-from fastpg.trainer.run.engine import own_part, reshard
 from fastpg.trainer.settings.config import PPOConfig
 from fastpg.trainer.settings.parsing import InputError
 
@@ -132,29 +129,6 @@ def checked_rewards(given: Any, args: PPOConfig) -> list[RewardFunction]:
             f"reward_weights has {len(weights)} values for {len(names)} reward functions."
         )
     return reward_funcs
-
-
-def check_trained(accelerator: Accelerator, model: nn.Module, step: int) -> None:
-    """Refuse to go on with weights that an update has made NaN or infinite.
-
-    Args:
-        accelerator: The accelerator of the run.
-        model: The prepared model; every process has to call this.
-        step: The step of the update, for the error.
-
-    Raises:
-        InputError: The sentence names the step.
-    """
-    reshard(model)
-    # One bad weight makes the sum of its tensor bad, and a sum takes no memory.
-    trained = [own_part(weight).detach() for weight in model.parameters() if weight.requires_grad]
-    sums = [weight.sum(dtype=torch.float32) for weight in trained]
-    wrong = (~torch.stack(sums).isfinite()).sum().float()
-    if accelerator.reduce(wrong, "sum").item() > 0:
-        raise InputError(
-            f"Weights are no longer finite after step {step}, of which nothing is saved: the "
-            "learning rate is too high, or rewards are too large."
-        )
 
 
 def check_policy(policy: PreTrainedModel) -> None:

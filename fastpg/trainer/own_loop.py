@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpg.trainer.checks import check_trained
 from fastpg.trainer.learning.learner import Learner
 from fastpg.trainer.learning.steps import pace_metrics
 from fastpg.trainer.models.assembly import Assembled
@@ -33,7 +32,7 @@ from fastpg.trainer.rollouts.given import (
 from fastpg.trainer.rollouts.rollout import Rollout
 from fastpg.trainer.rollouts.rollout_engine import RolloutEngine
 from fastpg.trainer.run.checkpoint import Checkpoint, load_checkpoint, run_of
-from fastpg.trainer.run.engine import on_main_process
+from fastpg.trainer.run.engine import check_trained, on_main_process
 from fastpg.trainer.run.run_files import check_apart, check_taken_up
 from fastpg.trainer.run.state import TrainingState
 from fastpg.trainer.saver import Saver

@@ -50,7 +50,7 @@ MUTANTS = [
     # What is refused.
     Mutant(
         "nan-weights-are-trained-on",
-        CHECKS,
+        "fastpg/trainer/run/engine.py",
         '    if accelerator.reduce(wrong, "sum").item() > 0:\n        raise InputError(\n'
         '            f"Weights are no longer',
         '    if accelerator.reduce(wrong, "sum").item() < 0:\n        raise InputError(\n'

@@ -336,6 +336,18 @@ def test_bad_input_of_the_command_is_one_sentence(workspace, capsys, flags, sent
     assert sentence in error
 
 
+def test_weights_that_are_not_finite_are_neither_taken_nor_saved(tmp_path):
+    trainer = make_reward_trainer(tmp_path, praise_pairs(8), learning_rate=3e37, num_epochs=2)
+    with pytest.raises(InputError, match=r"Weights are no longer finite after step \d"):
+        trainer.train()
+    assert not (tmp_path / "model").exists()
+    model = tiny_scorer()
+    with torch.no_grad():
+        model.score.weight[0, 0] = math.inf
+    with pytest.raises(InputError, match=r"The weight score.weight of the reward model is not"):
+        RewardModel(model, trainer.reward.tokenizer)
+
+
 def test_a_model_of_two_outputs_is_no_reward_model(tmp_path):
     two = tiny_scorer(num_labels=2)
     with pytest.raises(InputError, match="it has not one output"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpg.trainer.models.forward import vocabulary_size
-from fastpg.trainer.models.loading import load_scorer, load_tokenizer
+from fastpg.trainer.models.loading import check_finite, load_scorer, load_tokenizer
 from fastpg.trainer.settings.parsing import InputError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ class RewardModel:
         batch_size: Texts per forward.
 
     Raises:
-        InputError: The model has not one output, or knows no token that could be padding.
+        InputError: The model has not one output, or a weight that is not finite, or no token that
+            could be padding.
 
     Example:
         >>> from fastpg.trainer import PPOTrainer, RewardModel
@@ -46,6 +47,7 @@ class RewardModel:
     ) -> None:
         if getattr(model, "num_labels", None) != 1:
             raise InputError(f"{type(model).__name__} is no reward model: it has not one output.")
+        check_finite(model, "the reward model")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size

@@ -27,6 +27,7 @@ from fastpg.trainer.rewards.pairs import Pair, read_pairs
 from fastpg.trainer.rewards.reward_model import RewardModel
 from fastpg.trainer.rewards.reward_report import Judgement
 from fastpg.trainer.run.engine import (
+    check_trained,
     make_accelerator,
     on_any_process,
     on_main_process,
@@ -191,7 +192,7 @@ class RewardTrainer:
 
         Raises:
             InputError: `output_dir` cannot be written to, has no room for the model, holds the one
-                that is trained, or another run is writing to it.
+                that is trained, or another run is writing to it; or weights are no longer finite.
             Interrupted: A signal has stopped the training; model and metrics are saved as they were
                 then.
         """
@@ -202,6 +203,7 @@ class RewardTrainer:
             for epoch in range(self.args.num_epochs):
                 for step, batch in enumerate(self.loader, start=epoch * len(self.loader) + 1):
                     metrics = self._step([self.train_pairs[i] for i in batch])
+                    check_trained(self.accelerator, self.model, step)
                     rows.append(json.dumps({"step": step, **metrics}) + "\n")
                     self._show(step, metrics)
                     # All processes have to stop at the same step.

@@ -175,6 +175,29 @@ def shared_like(tensor: Tensor, weight: Tensor) -> Tensor:
     return tensor
 
 
+def check_trained(accelerator: Accelerator, model: nn.Module, step: int) -> None:
+    """Refuse to go on with weights that an update has made NaN or infinite.
+
+    Args:
+        accelerator: The accelerator of the run.
+        model: The prepared model; every process has to call this.
+        step: The step of the update, for the error.
+
+    Raises:
+        InputError: The sentence names the step.
+    """
+    reshard(model)
+    # One bad weight makes the sum of its tensor bad, and a sum takes no memory.
+    trained = [own_part(weight).detach() for weight in model.parameters() if weight.requires_grad]
+    sums = [weight.sum(dtype=torch.float32) for weight in trained]
+    wrong = (~torch.stack(sums).isfinite()).sum().float()
+    if accelerator.reduce(wrong, "sum").item() > 0:
+        raise InputError(
+            f"Weights are no longer finite after step {step}, of which nothing is saved: the "
+            "learning rate is too high, or rewards are too large."
+        )
+
+
 @contextmanager
 def synchronized_if(accelerator: Accelerator, model: nn.Module, last: bool) -> Iterator[None]:
     """Let processes exchange gradients inside the `with` block only if that is the last of a step.

@@ -20,7 +20,7 @@ PROCESSES = ("tests/trainer/test_trainer_processes.py::test_two_processes_make_t
 REWARDS = ("tests/trainer/test_rewards.py",)
 SETS = ("tests/trainer/test_kept_sets.py",)
 STRINGS = ("tests/trainer/test_stop_strings.py",)
-CHECKS = "fastpg/trainer/checks.py"
+ENGINE = "fastpg/trainer/run/engine.py"
 LEARNER = "fastpg/trainer/learning/learner.py"
 MEMORY = "fastpg/trainer/models/memory.py"
 MICRO_BATCHES = "fastpg/trainer/learning/micro_batches.py"
@@ -50,7 +50,7 @@ MUTANTS = [
     # What is refused.
     Mutant(
         "nan-weights-are-trained-on",
-        "fastpg/trainer/run/engine.py",
+        ENGINE,
         '    if accelerator.reduce(wrong, "sum").item() > 0:\n        raise InputError(\n'
         '            f"Weights are no longer',
         '    if accelerator.reduce(wrong, "sum").item() < 0:\n        raise InputError(\n'
@@ -73,7 +73,7 @@ MUTANTS = [
     ),
     Mutant(
         "processes-on-cpus-train-alone",
-        "fastpg/trainer/run/engine.py",
+        ENGINE,
         "    state = PartialState(cpu=True)\n",
         "    state = PartialState()\n",
         PROCESSES,

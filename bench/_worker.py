@@ -36,11 +36,16 @@ def calls() -> dict[tuple[str, str], Callable[[], object]]:
     import torch
 
     import fastpg
-    from bench._example import examples
 
-    # An earlier package has no benchmarks inside: they are taken from this folder's repository.
-    fastpg.__path__.append(str(Path(__file__).parents[1] / "fastpg"))
-    fastpg.__getattr__ = unknown_op  # nor has it every op: their examples are skipped
+    # An earlier package has not every op: the examples of those that it lacks are skipped.
+    fastpg.__getattr__ = unknown_op
+    # The benchmarks inside the package are those of this folder's repository, as `examples` are: an
+    # earlier package has none, or others.
+    fastpg.__path__.insert(0, str(Path(__file__).parents[1] / "fastpg"))
+    import fastpg.bench
+
+    fastpg.__path__.pop(0)
+    from bench._example import examples
 
     torch.set_num_threads(1)  # on a busy machine torch's threads wait for one another
 

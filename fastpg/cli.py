@@ -227,10 +227,12 @@ def _build_trainer(given: dict[str, Any]) -> tuple["PPOTrainer", "str | bool"]:
         return _own_trainer(from_mapping(RunConfig, given)), resume
     # The given settings come last: they override those that the task prefers.
     args = from_mapping(RunConfig, preferred | given)
-    task = rlhf if args.rlhf else reviews
     title = args.resolved().algorithm.title
-    say(task.INTRODUCTION.format(algorithm=title))
-    return task.build_trainer(args), resume
+    if args.rlhf:
+        say(rlhf.INTRODUCTION.format(algorithm=title))
+        return rlhf.build_trainer(args, is_resumed=resume is not False), resume
+    say(reviews.INTRODUCTION.format(algorithm=title))
+    return reviews.build_trainer(args), resume
 
 
 def _is_own(given: dict[str, Any]) -> bool:

@@ -127,6 +127,11 @@ def _finished(
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
+def reward_directory(args: PPOConfig) -> Path:
+    """Return where the reward model of a run is trained."""
+    return Path(args.output_dir, "reward_model")
+
+
 def train_reward_model(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -150,7 +155,7 @@ def train_reward_model(
     scorer = Qwen3ForSequenceClassification(config)
     scorer.model.load_state_dict(model.model.state_dict())
     settings = RewardConfig(
-        output_dir=str(Path(args.output_dir, "reward_model")),
+        output_dir=str(reward_directory(args)),
         seed=args.seed,
         num_epochs=2,
         batch_size=32,
@@ -163,11 +168,12 @@ def train_reward_model(
     return trainer.reward
 
 
-def build_trainer(args: PPOConfig) -> PPOTrainer:
+def build_trainer(args: PPOConfig, is_resumed: bool = False) -> PPOTrainer:
     """Build the trainer of this task: supervised model, pairs, reward model.
 
     Args:
         args: The settings of the run.
+        is_resumed: Whether an earlier run is taken up, with the reward model that it had.
 
     Returns:
         The trainer, ready for `train()`.
@@ -177,10 +183,14 @@ def build_trainer(args: PPOConfig) -> PPOTrainer:
     make_directory(Path(args.output_dir))
     train, held_out = reviews.split_subjects(args)
     model, tokenizer = reviews.supervised_model(args.seed)
-    print(f"The model writes {NUM_PAIRS} pairs of reviews ...", flush=True)
-    pairs = compare(model, tokenizer, [row["prompt"] for row in train], args.seed)
-    print(f"The model has written {len(pairs)} pairs; a reward model learns from them.", flush=True)
-    reward = train_reward_model(model, tokenizer, pairs, args)
+    saved = reward_directory(args) / "model"
+    if is_resumed and saved.is_dir():
+        reward = RewardModel.load(str(saved))
+    else:
+        print(f"The model writes {NUM_PAIRS} pairs of reviews ...", flush=True)
+        pairs = compare(model, tokenizer, [row["prompt"] for row in train], args.seed)
+        print(f"It has written {len(pairs)} pairs; a reward model learns from them.", flush=True)
+        reward = train_reward_model(model, tokenizer, pairs, args)
     return PPOTrainer(
         model,
         [reward, true_reward, reviews.grammar],

@@ -63,6 +63,8 @@ def test_the_command_goes_through_all_stages_and_resumes(short_task, capsys):
     )
     assert main(["train", "--resume", str(out), "--num_steps", "2"]) == 0
     assert len(metrics_of(out)) == 2
+    # It went on with the reward model that it had.
+    assert not list((out / "reward_model").glob("earlier-*"))
     assert "learned reward" in capsys.readouterr().out
 
 

@@ -270,7 +270,7 @@ class PPOTrainer(OwnLoop):
             # is taken up at step 0 has drawn what any new run draws.
             if saved is not None and done > 0 and number == 0:
                 self.state.restore_random(saved)
-            yield examples
+            yield list(examples)
 
     def evaluate(self) -> dict[str, float]:
         """Sample completions of the evaluation prompts and score them.

@@ -166,8 +166,8 @@ MUTANTS = [
     Mutant(
         "prompts-of-a-group-are-apart",
         PROMPTS,
-        "[example for example in examples for _ in range(copies)]",
-        "[example for _ in range(copies) for example in examples]",
+        "(example for example in examples for _ in range(copies))",
+        "(example for _ in range(copies) for example in examples)",
         SAMPLING,
     ),
     Mutant(

@@ -169,6 +169,19 @@ def test_rewards_get_the_columns_they_name(tmp_path):
         make_trainer(tmp_path, reward).evaluate()
 
 
+def test_a_column_is_as_deep_as_python_reads_it(tmp_path):
+    tree = json.loads("[" * 900 + "]" * 900)
+    seen = []
+
+    def reward(completions, tree):
+        seen.extend(tree)
+        return [0.0] * len(completions)
+
+    dataset = [{**row, "tree": tree} for row in PROMPTS]
+    make_trainer(tmp_path, reward, dataset=dataset, num_steps=1).train()
+    assert seen and all(value is tree for value in seen)
+
+
 def test_a_column_may_be_missing_from_the_first_row(tmp_path):
     seen = []
 

@@ -1,5 +1,6 @@
 """The order in which a run takes prompts from its dataset."""
 
+from collections import UserList
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -33,8 +34,9 @@ def prompt_loader(dataset: Sequence[Example], args: PPOConfig, num_processes: in
         generator=torch.Generator().manual_seed(args.seed),
     )
 
-    def collate(examples: list[Example]) -> list[Example]:
-        return [example for example in examples for _ in range(copies)]
+    # No list or dict: accelerate would look for tensors in all that they hold, however deep.
+    def collate(examples: list[Example]) -> UserList[Example]:
+        return UserList(example for example in examples for _ in range(copies))
 
     # A DataLoader needs only `len` and indices, which any sequence has; its type asks for more.
     typed = cast(Dataset[Example], dataset)

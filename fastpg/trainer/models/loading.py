@@ -235,9 +235,10 @@ def as_input_error(sentence: str) -> Iterator[None]:
         yield
     except Exception as error:
         # Damaged files raise errors of safetensors, pickle, JSON and others. The first line of the
-        # message says what is wrong; more are advice about the hub, or what a colon announces.
-        first, *more = (str(error).strip() or type(error).__name__).splitlines()
-        reason = " ".join(f"{first} {more[0]}".split()) if first.endswith(":") and more else first
+        # message says what is wrong, or ends in a colon, and the second says it; more are advice.
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        used = lines[:2] if lines[0].endswith(":") else lines[:1]
+        reason = " ".join(" ".join(used).split())
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own, which only trust_remote_code lets run."
         raise InputError(f"{sentence}: {reason}") from error

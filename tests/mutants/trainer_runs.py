@@ -5,7 +5,7 @@ from . import Mutant
 STEPS = ("tests/trainer/test_trainer_steps.py",)
 METRICS = ("tests/trainer/test_trainer_metrics.py",)
 PROCESSES = ("tests/trainer/test_two_processes.py",)
-RESUME = ("tests/trainer/test_checkpoint.py",)
+RESUME = ("tests/trainer/test_checkpoint.py", "tests/trainer/test_interruptions.py")
 CHECKPOINT = "fastpg/trainer/run/checkpoint.py"
 EPISODES = "fastpg/trainer/rewards/episodes.py"
 ENGINE = "fastpg/trainer/run/engine.py"

@@ -5,8 +5,9 @@ from . import Mutant
 ASIDE = ("tests/trainer/test_memory.py",)
 BUDGET = ("tests/trainer/test_micro_batches.py",)
 CHECKPOINTS = "tests/trainer/test_checkpoint.py"
+INTERRUPTIONS = "tests/trainer/test_interruptions.py"
 SIGNALLED = tuple(
-    f"{CHECKPOINTS}::test_a_signal_{what}"
+    f"{INTERRUPTIONS}::test_a_signal_{what}"
     for what in (
         "saves_checkpoint_and_model",
         "that_the_process_ignores_stays_ignored",
@@ -158,7 +159,7 @@ MUTANTS = [
         SAVER,
         "            with self.saving_if_stopped(step):\n",
         "            if step >= 0:\n",
-        (f"{CHECKPOINTS}::test_a_callback_that_raises_loses_no_finished_step", *OWN_LOOPS),
+        (f"{INTERRUPTIONS}::test_a_callback_that_raises_loses_no_finished_step", *OWN_LOOPS),
     ),
     Mutant(
         "a-dataset-that-raises-costs-steps",
@@ -168,7 +169,7 @@ MUTANTS = [
         "                examples = next(batches)\n"
         "                with saver.saving_if_stopped(step - 1), stop.at_once():\n"
         "                    rollout, episodes = self.roll_out(examples)\n",
-        (f"{CHECKPOINTS}::test_a_dataset_that_raises_loses_no_finished_step",),
+        (f"{INTERRUPTIONS}::test_a_dataset_that_raises_loses_no_finished_step",),
     ),
     Mutant(
         "a-run-follows-the-working-directory",

@@ -20,6 +20,7 @@ from tiny_trainer import make_trainer, metrics_of, share_of_praise
 
 LIFE = 1.5  # the seconds that a killed process lives, on average
 RUN = {"num_steps": 4, "save_steps": 1, "save_total_limit": None}
+QUICK = {**RUN, "rollout_batch_size": 2, "num_mini_batches": 1, "num_ppo_epochs": 1}
 
 
 def noisy_praise(prompts, completions):

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from inspect import Parameter, Signature
 from typing import Any
 
+from fastpg.trainer.rewards.functions import name_of
 from fastpg.trainer.settings.parsing import InputError
 
 
@@ -47,7 +48,7 @@ class VerlReward:
 
     def __init__(self, compute_score: Callable[..., Any]) -> None:
         self.compute_score = compute_score
-        self.__name__ = getattr(compute_score, "__name__", type(compute_score).__name__)
+        self.__name__ = name_of(compute_score)
         self.taken = _parameters(compute_score)
         # verl always passes `extra_info`, and None where the data has none.
         defaults = {name: p.default for name, p in self.taken.items()} | (
@@ -89,7 +90,7 @@ class OpenRLHFReward:
 
     def __init__(self, reward_func: Callable[..., Any]) -> None:
         self.reward_func = reward_func
-        self.__name__ = getattr(reward_func, "__name__", type(reward_func).__name__)
+        self.__name__ = name_of(reward_func)
         self.has_labels = "labels" in _parameters(reward_func)
         names = ["texts", "prompt_texts", *(["label"] if self.has_labels else [])]
         self.__signature__ = Signature([Parameter(n, Parameter.KEYWORD_ONLY) for n in names])
